@@ -1,0 +1,68 @@
+"""The `plan` of the Python API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from switchrun.planning.types import Plan
+
+
+def plan(
+    model: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    cpu_memory: str | int | None = None,
+    gpu_memory: str | int | None = None,
+    offload_folder: str | Path | None = None,
+    device_map: str | Path | Mapping[str, Any] | None = None,
+    batch_size: int = 1,
+    num_beams: int = 1,
+    input_tokens: int = 24,
+    output_tokens: int = 12,
+    disk_bandwidth: float | None = None,
+) -> Plan:
+    """Say which weights of a model would go where and what a fill would cost, from its headers alone.
+
+    Args:
+        model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
+        dtype: `auto` (as stored), `fp32` or `bf16`.
+        cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
+        gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
+        offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.
+        device_map: A device map, or a file with one; None or `auto` lets the planner decide.
+        batch_size: Inputs that run together.
+        num_beams: Beams of each input.
+        input_tokens: Tokens of an input, for the estimate.
+        output_tokens: Tokens generated, for the estimate.
+        disk_bandwidth: Bytes per second; what was last measured on that disk if None, else an assumption.
+
+    Raises:
+        SwitchrunError: One of its kinds; see `switchrun.errors`.
+    """
+    from switchrun import folders, hardware
+    from switchrun.checkpoint import open_checkpoint
+    from switchrun.planning import make_plan, resolve_budgets
+    from switchrun.planning.device_map import read_device_map
+    from switchrun.planning.estimate import Bandwidth
+
+    checkpoint = open_checkpoint(
+        None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
+    )
+    bandwidth = Bandwidth(disk_bandwidth, "given") if disk_bandwidth else None
+    measured = hardware.known_bandwidth(checkpoint.path)
+    if bandwidth is None and measured:
+        bandwidth = Bandwidth(measured, "measured")
+    return make_plan(
+        checkpoint,
+        resolve_budgets(cpu_memory, gpu_memory),
+        dtype=dtype,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        device_map=None if device_map in (None, "auto") else read_device_map(device_map),
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        bandwidth=bandwidth,
+    )

@@ -1,0 +1,131 @@
+"""Checkpoints on the Hugging Face Hub: from its local cache, or downloaded into it.
+
+`huggingface_hub` reads HF_HOME, HF_TOKEN and HF_HUB_OFFLINE itself; it is imported only when a Hub id is opened.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from switchrun.errors import ModelError, NetworkError, SwitchrunError
+from switchrun.units import format_bytes
+
+_SMALL_FILES = frozenset(
+    {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json", "added_tokens.json", "spiece.model",
+    }
+)  # fmt: skip
+#: The containers in order of preference: how weights are called, and their index.
+_CONTAINERS = (
+    (".safetensors", "model.safetensors.index.json"),
+    (".bin", "pytorch_model.bin.index.json"),
+    (".pt", ""),
+)
+_NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt"})
+
+
+def find_snapshot(repo: str, revision: str | None) -> Path:
+    """Find a model's files in the Hub's local cache, downloading what is missing of them.
+
+    Args:
+        repo: `org/name`.
+        revision: A branch, tag or commit; None for the main branch.
+
+    Returns:
+        The snapshot's folder, which is named by its commit.
+
+    Raises:
+        ModelError: The Hub has no such model or revision, refuses it, or the disk is too small for it.
+        NetworkError: The Hub could not be reached, and the model is not in the local cache.
+    """
+    try:
+        return _download(repo, revision)
+    except SwitchrunError:
+        raise
+    except Exception as error:  # huggingface_hub's HTTP library, and so its errors, changes with its version.
+        # A model that is here already needs no Hub. Whether it is complete, the index tells.
+        cached = _cached(repo, revision)
+        if cached is not None:
+            return cached
+        raise _explain(repo, revision, error) from error
+
+
+def choose_files(names: Iterable[str]) -> list[str]:
+    """Choose what to download: one container's weights (safetensors if there), configuration, tokenizer."""
+    top = [name for name in names if "/" not in name]
+    chosen = [name for name in top if name in _SMALL_FILES]
+    for suffix, index in _CONTAINERS:
+        weights = [name for name in top if name.endswith(suffix) and name not in _NOT_WEIGHTS]
+        if weights:
+            return sorted({*chosen, *weights, *({index} & set(top))})
+    return sorted(chosen)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    files = choose_files(sizes)
+    _check_space(repo, info.sha, {name: sizes[name] for name in files})
+    # The branch and not the commit: snapshot_download then notes it, which is how it is found offline.
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+
+
+def _check_space(repo: str, commit: str | None, sizes: dict[str, int]) -> None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    missing = sum(
+        size for name, size in sizes.items() if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
+    )
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise ModelError(
+            f"{repo} needs another {format_bytes(missing)} on disk; {constants.HF_HUB_CACHE} has {format_bytes(free)}",
+            "free some space, or set HF_HOME to a folder on a larger disk",
+        )
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+    except Exception:  # Not there, in whichever words.
+        return None
+    return Path(path)
+
+
+def _explain(repo: str, revision: str | None, error: Exception) -> SwitchrunError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return ModelError(f"{repo} is gated on the Hub", "accept its terms there, and set HF_TOKEN")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelError(f"{repo} has no revision {revision!r} on the Hub")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelError(
+            f"there is no folder {repo!r}, and no model of that name on the Hub",
+            "check the spelling; for a private model set HF_TOKEN",
+        )
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return NetworkError(f"{repo} is not in the local cache, and HF_HUB_OFFLINE is set", "unset it once to download")
+    reason = _first_line(error)
+    if isinstance(error, OSError) and not isinstance(error, (errors.HfHubHTTPError, ConnectionError, TimeoutError)):
+        return ModelError(f"{repo} cannot be stored in the Hub's local cache: {reason}")
+    return NetworkError(
+        f"{repo} is not in the local cache, and the Hub could not be reached: {reason}",
+        "check the connection, or give --model a folder",
+    )
+
+
+def _first_line(error: Any) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

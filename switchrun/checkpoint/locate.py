@@ -1,0 +1,81 @@
+"""From what the user typed to a folder: a path, a Hub id, or the demo model."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchrun.errors import ModelError, UsageError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_WAYS = "give a folder that holds config.json, or a Hub id such as google/switch-base-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a checkpoint lies.
+
+    Attributes:
+        id: What the user called it.
+        revision: The Hub's commit, if it came from there.
+        path: The folder.
+    """
+
+    id: str
+    revision: str | None
+    path: Path
+
+
+def locate(model: str | None) -> Location:
+    """Find the folder of a checkpoint, downloading it if need be.
+
+    Args:
+        model: A folder, `org/name`, `org/name@revision`, or None for the demo model. A folder that exists wins.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ModelError: There is no such folder and no such model on the Hub.
+        NetworkError: The Hub could not be reached, and the model is not in its local cache.
+        UsageError: A revision of a local folder.
+    """
+    if model is None:
+        return _demo()
+    path = Path(model).expanduser()
+    if _is_dir(path):
+        return Location(model, None, path.resolve())
+    if _exists(path):
+        raise ModelError(f"{model} is a file, not a model's folder", f"give its folder: {path.parent}")
+    name, at, revision = model.partition("@")
+    if at and _is_dir(Path(name).expanduser()):
+        raise UsageError(f"{name} is a local folder, which has no revisions", f"leave out @{revision}")
+    if not _HUB_ID.fullmatch(name) or (at and not revision):
+        raise ModelError(f"there is no folder {model!r}, and it is not a Hub id", _WAYS)
+    from switchrun.checkpoint.hub import find_snapshot
+
+    path = find_snapshot(name, revision or None)
+    return Location(name, path.name, path)
+
+
+def _demo() -> Location:
+    path = Path(str(importlib.resources.files("switchrun") / "demo"))
+    if not (path / "config.json").is_file():
+        raise ModelError("the demo model is not part of this installation", _WAYS)
+    return Location("demo", None, path)
+
+
+def _is_dir(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # A name that is too long, or holds a zero byte.
+        return False
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,96 @@
+"""What a checkpoint is, as plain values: tensors as byte ranges, experts by key, and the repaired configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+Stack = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """Where one tensor lies: a dense byte range of one file.
+
+    Attributes:
+        file: The file's absolute path.
+        offset: First byte of the tensor in the file.
+        nbytes: Length in bytes.
+        dtype: The stored dtype, as safetensors names it (`BF16`).
+        shape: The tensor's shape, for a linear layer's weight `[out, in]`.
+        transposed: A matrix whose bytes are in column-major order: the range holds `[in, out]`. Torch files keep
+            strides, and conversions from JAX leave such matrices behind.
+    """
+
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+class ExpertKey(NamedTuple):
+    """Names one expert: FFN number `expert` of block `block` of the encoder or the decoder."""
+
+    stack: Stack
+    block: int
+    expert: int
+
+
+class ExpertSlices(NamedTuple):
+    """The two matrices of one expert: `wi` is `[d_ff, d_model]`, `wo` is `[d_model, d_ff]`."""
+
+    wi: TensorSlice
+    wo: TensorSlice
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both matrices as stored."""
+        return self.wi.nbytes + self.wo.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchCheckpoint:
+    """A Switch Transformers checkpoint, read from headers alone.
+
+    Attributes:
+        id: What the user called it: the Hub id, the folder, or `demo`.
+        revision: The Hub's commit, if it came from there.
+        path: The folder that holds it.
+        config: `config.json`, repaired: plain transformers builds the right model of it.
+        repairs: What was wrong in the checkpoint's configuration or names, one sentence each.
+        dense: Every tensor that is not an expert's, by its canonical name in transformers. `lm_head.weight` is
+            there only when the head is not tied; the two `embed_tokens` are never there.
+        experts: The slices of every expert.
+        sparse_blocks: For each stack, the numbers of the blocks that have experts.
+        fingerprint: Changes when any file of the checkpoint does (names, sizes, modification times).
+    """
+
+    id: str
+    revision: str | None
+    path: Path
+    config: Mapping[str, Any]
+    repairs: tuple[str, ...]
+    dense: Mapping[str, TensorSlice]
+    experts: Mapping[ExpertKey, ExpertSlices]
+    sparse_blocks: Mapping[Stack, tuple[int, ...]]
+    fingerprint: str
+    stored_dtype: str = field(default="F32")
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in every sparse layer."""
+        return int(self.config["num_experts"])
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert as stored (all are equal)."""
+        return next(iter(self.experts.values())).nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return len(self.experts) * self.expert_bytes + sum(t.nbytes for t in self.dense.values())

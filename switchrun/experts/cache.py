@@ -1,0 +1,230 @@
+"""The expert cache: a few slots for many experts, least recently used out first."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.experts.reader import FileReader
+from switchrun.experts.slots import Buffers, ExpertWeights, ReadPlan, SlotFormat
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """What a cache did since it was made.
+
+    Attributes:
+        requests: Experts asked for, once for each layer and step that needs one.
+        hits: Of those, the ones that were in memory.
+        loads: Experts brought from disk.
+        load_bytes: Bytes read for them, alignment included.
+        load_seconds: Time in which at least one read was under way.
+        wait_seconds: Time in which the model stood still for a read.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    load_bytes: int = 0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def since(self, earlier: CacheCounters) -> CacheCounters:
+        """Give what was counted after an earlier snapshot."""
+        return CacheCounters(*(getattr(self, name) - getattr(earlier, name) for name in self.__slots__))
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One slot's content; `weights` is None while it is being read."""
+
+    slot: int
+    weights: ExpertWeights | None
+    in_use: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """One read under way: into a slot or, if `staging` is not None, by way of that staging buffer."""
+
+    key: ExpertKey
+    plan: ReadPlan
+    slot: int
+    staging: int | None
+
+
+_Arrival = tuple[ExpertKey, ExpertWeights | None, BaseException | None]
+
+
+class ExpertCache:
+    """Keeps experts in equal slots and brings missing ones from disk.
+
+    One thread (the model's) calls `stream`; reader threads only fill buffers. A context manager: leaving it waits for
+    reads in flight and closes the files.
+
+    Args:
+        slices: Where every expert lies.
+        dtype: The dtype of the weights that are given out.
+        num_slots: Experts that memory holds, at least 1.
+        slot_bytes: Size of a slot.
+        staging: Number and size of the buffers for experts that must be converted; (0, 0) if none must.
+        direct: Read past the page cache.
+    """
+
+    def __init__(
+        self,
+        slices: Mapping[ExpertKey, ExpertSlices],
+        dtype: torch.dtype,
+        num_slots: int,
+        slot_bytes: int,
+        staging: tuple[int, int] = (0, 0),
+        direct: bool = True,
+    ) -> None:
+        self._format = SlotFormat(slices, dtype, direct)
+        self._slots = Buffers(num_slots, slot_bytes)
+        self._staging = Buffers(*staging)
+        self._reader = FileReader(direct)
+        self._entries: OrderedDict[ExpertKey, _Entry] = OrderedDict()  # least recently used first
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._free_staging = list(range(staging[0]))
+        self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+        self._in_flight = 0
+        self._busy_lock = threading.Lock()
+        self._busy, self._busy_since = 0, 0.0
+        self._counters = CacheCounters()
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that memory holds."""
+        return self._slots.count
+
+    def counters(self) -> CacheCounters:
+        """Give a snapshot of the counters."""
+        with self._busy_lock:
+            return replace(self._counters)
+
+    def stream(self, keys: Sequence[ExpertKey]) -> Iterator[tuple[ExpertKey, ExpertWeights]]:
+        """Give experts one after another, each as soon as it is in memory: first those that are, then arrivals.
+
+        An expert's weights are valid until the next one is asked for. Reads of missing experts are all submitted at
+        once, as far as there are slots; when there are fewer slots than experts, each slot is used again as soon as
+        its expert has been computed. Blocks while nothing has arrived yet.
+
+        Args:
+            keys: Different experts, in any order.
+
+        Raises:
+            CorruptCheckpointError: An expert cannot be read.
+        """
+        hits = [key for key in keys if key in self._entries]
+        missing = deque(key for key in keys if key not in self._entries)
+        self._counters.requests += len(keys)
+        self._counters.hits += len(hits)
+        for key in hits:
+            self._entries[key].in_use = True
+            self._entries.move_to_end(key)
+        try:
+            self._submit(missing)
+            for key in hits:
+                entry = self._entries[key]
+                assert entry.weights is not None
+                yield key, entry.weights
+                entry.in_use = False
+                self._submit(missing)
+            while self._in_flight:
+                start = time.perf_counter()
+                key, weights, error = self._next_arrival()
+                self._counters.wait_seconds += time.perf_counter() - start
+                if weights is None:
+                    raise error or AssertionError("a read ended with neither weights nor an error")
+                yield key, weights
+                self._entries[key].in_use = False
+                self._submit(missing)
+        finally:
+            self._settle(keys)
+
+    def _submit(self, missing: deque[ExpertKey]) -> None:
+        """Start as many reads as there are slots that nobody uses."""
+        while missing and (not self._format.converts or self._free_staging):
+            slot = self._take_slot()
+            if slot is None:
+                return
+            key = missing.popleft()
+            staging = self._free_staging.pop() if self._format.converts else None
+            load = _Load(key, self._format.reads(key), slot, staging)
+            self._entries[key] = _Entry(slot, None, in_use=True)
+            self._in_flight += 1
+            self._note_busy(+1)
+            buffer = self._slots.view(slot) if staging is None else self._staging.view(staging)
+            self._counters.loads += 1
+            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffer, partial(self._finish, load))
+
+    def _finish(self, load: _Load, error: BaseException | None) -> None:
+        """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""
+        weights = None
+        try:
+            if error is None and load.staging is None:
+                weights = self._format.weights(load.key, self._slots, load.slot, load.plan)
+            elif error is None and load.staging is not None:
+                stored = self._format.weights(load.key, self._staging, load.staging, load.plan)
+                weights = self._format.convert(stored, self._slots, load.slot)
+        except BaseException as failure:  # handed to the model's thread
+            error = failure
+        if load.staging is not None:
+            self._free_staging.append(load.staging)
+        self._note_busy(-1)
+        self._arrived.put((load.key, weights, error))
+
+    def _take_slot(self) -> int | None:
+        """Give a free slot, or that of the least recently used expert that is not in use."""
+        if self._free:
+            return self._free.pop()
+        for key, entry in self._entries.items():
+            if not entry.in_use:
+                del self._entries[key]
+                return entry.slot
+        return None
+
+    def _next_arrival(self) -> _Arrival:
+        """Wait for a read to end, whichever is first."""
+        key, weights, error = self._arrived.get()
+        self._in_flight -= 1
+        self._entries[key].weights = weights
+        if weights is None:
+            self._free.append(self._entries.pop(key).slot)
+        return key, weights, error
+
+    def _settle(self, keys: Sequence[ExpertKey]) -> None:
+        """Leave nothing in flight and nothing in use, also when the caller stopped early or a read failed."""
+        while self._in_flight:
+            self._next_arrival()
+        for key in keys:
+            if key in self._entries:
+                self._entries[key].in_use = False
+
+    def _note_busy(self, change: int) -> None:
+        with self._busy_lock:
+            now = time.perf_counter()
+            if self._busy:
+                self._counters.load_seconds += now - self._busy_since
+            self._busy += change
+            self._busy_since = now
+
+    def close(self) -> None:
+        """Wait for reads in flight and close the files; the slots go when the last view of them does."""
+        self._reader.close()
+        self._entries.clear()
+
+    def __enter__(self) -> ExpertCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

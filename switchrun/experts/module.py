@@ -1,0 +1,107 @@
+"""The module that stands where transformers has a sparse layer's experts, and asks the cache for the chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.experts.cache import ExpertCache
+from switchrun.experts.slots import ExpertWeights
+
+
+class RoutingContext:
+    """What a sparse layer must know of the batch beyond its hidden states.
+
+    Attributes:
+        live: Boolean `[rows, tokens]`: tokens that count. Padding and finished sequences do not: they cannot change
+            a real token, so no expert is read for them. None: all count.
+        dropped: Integer `[rows]`: live tokens over their expert's capacity so far, summed over the layers.
+        on_layer: Called after each sparse layer.
+    """
+
+    def __init__(self) -> None:
+        self.live: torch.Tensor | None = None
+        self.dropped: torch.Tensor | None = None
+        self.on_layer: Callable[[], None] | None = None
+
+
+class OffloadedExperts(nn.Module):
+    """The experts of one sparse layer; holds no weights.
+
+    Takes the place of `SwitchTransformersExperts` (transformers 5.21 and later) and computes the same: for every
+    token the output of its expert times the router's probability, zero for dropped tokens.
+
+    Args:
+        cache: Where experts come from.
+        stack: `encoder` or `decoder`.
+        block: The block's number.
+        activation: The function between the two matrices.
+        context: Shared by all sparse layers of a session.
+    """
+
+    def __init__(
+        self,
+        cache: ExpertCache,
+        stack: Stack,
+        block: int,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        context: RoutingContext,
+    ) -> None:
+        super().__init__()
+        self._cache = cache
+        self._stack: Stack = stack
+        self._block = block
+        self._activation = activation
+        self._context = context
+
+    def forward(
+        self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the chosen experts; blocks while they are read.
+
+        Args:
+            hidden_states: `[rows × tokens, d_model]`.
+            selected_experts: One-hot `[rows × tokens, 1, num_experts]`, all zero for a dropped token.
+            routing_weights: `[rows × tokens, 1]`.
+
+        Returns:
+            `[rows × tokens, d_model]`.
+
+        Raises:
+            CorruptCheckpointError: An expert cannot be read.
+        """
+        kept, chosen = selected_experts.squeeze(1).max(dim=-1)
+        active = self._live_only(kept.bool())
+        # Small index arithmetic on the CPU: the cache needs plain numbers anyway.
+        positions = active.nonzero().squeeze(1).cpu()
+        experts = chosen.cpu()[positions]
+        tokens_of = {
+            ExpertKey(self._stack, self._block, expert): positions[experts == expert]
+            for expert in sorted(set(experts.tolist()))
+        }
+        output = torch.zeros_like(hidden_states)
+        for key, weights in self._cache.stream(list(tokens_of)):
+            rows = tokens_of[key].to(hidden_states.device)
+            expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
+            output.index_add_(0, rows, expert_output.to(output.dtype))
+        if self._context.on_layer is not None:
+            self._context.on_layer()
+        return output
+
+    def _run(self, weights: ExpertWeights, tokens: torch.Tensor) -> torch.Tensor:
+        wi, wo = weights.wi.to(tokens.device), weights.wo.to(tokens.device)
+        return nn.functional.linear(self._activation(nn.functional.linear(tokens, wi)), wo)
+
+    def _live_only(self, kept: torch.Tensor) -> torch.Tensor:
+        """Mask out tokens that do not count; note those that count and were dropped."""
+        live = self._context.live
+        if live is None:
+            return kept
+        live = live.to(kept.device)
+        if self._context.dropped is not None:
+            dropped = (live & ~kept.view(live.shape)).sum(dim=-1)
+            self._context.dropped += dropped.to(self._context.dropped.device)
+        return kept & live.flatten()

@@ -1,0 +1,160 @@
+"""Byte ranges of files, read straight into buffers by a few threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchrun.errors import CorruptCheckpointError
+
+#: Reads are cut into pieces of this size, so that the threads work on one expert side by side.
+CHUNK_BYTES = 8 * 1024**2
+READER_THREADS = 4
+PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One read: `length` bytes of `file` from `offset` on go to byte `position` of a buffer.
+
+    `needed` bytes of it must be there; the rest is alignment, which may lie beyond the file's end.
+    """
+
+    file: Path
+    offset: int
+    length: int
+    position: int
+    needed: int
+
+
+class FileReader:
+    """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
+
+    Args:
+        direct: Open files with `O_DIRECT`; then offsets, lengths and positions must be multiples of 4096. A
+            filesystem that refuses is read through the page cache, and the pages are given back.
+
+    The reader owns its threads and file descriptors until `close`.
+    """
+
+    def __init__(self, direct: bool) -> None:
+        self._direct = direct
+        self._files: dict[Path, tuple[int, bool]] = {}
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="switchrun-reader")
+
+    def submit(
+        self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
+    ) -> int:
+        """Start reading segments into a buffer.
+
+        Args:
+            segments: What to read.
+            buffer: Writable bytes; must stay untouched until `done` is called.
+            done: Called once, on a reader thread, with None or the first error.
+
+        Returns:
+            The bytes that will be read.
+        """
+        pieces = [piece for segment in segments for piece in _cut(segment)]
+        pending = _Pending(len(pieces), done)
+        for piece in pieces:
+            self._pool.submit(self._read, piece, buffer, pending)
+        return sum(piece.length for piece in pieces)
+
+    def _read(self, piece: Segment, buffer: memoryview, pending: _Pending) -> None:
+        try:
+            if not pending.failed:
+                self._read_piece(piece, buffer[piece.position : piece.position + piece.length])
+        except BaseException as error:  # handed to the thread that waits for the expert
+            pending.finish(error)
+        else:
+            pending.finish(None)
+
+    def _read_piece(self, piece: Segment, target: memoryview) -> None:
+        descriptor, direct = self._open(piece.file)
+        got = 0
+        while got < piece.needed:
+            try:
+                count = os.preadv(descriptor, [target[got:]], piece.offset + got)
+            except OSError as error:
+                raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
+            if count == 0:
+                raise CorruptCheckpointError(
+                    f"{piece.file} ends at byte {piece.offset + got}, inside an expert", "the file was truncated"
+                )
+            got += count
+            if direct:
+                # A short direct read must go on at a multiple of the page.
+                got -= got % PAGE if got < piece.needed else 0
+        if self._direct and not direct:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
+
+    def _open(self, file: Path) -> tuple[int, bool]:
+        with self._lock:
+            known = self._files.get(file)
+            if known is None:
+                known = self._files[file] = _open_file(file, self._direct)
+            return known
+
+    def close(self) -> None:
+        """Wait for reads in flight, end the threads and close the files."""
+        self._pool.shutdown(wait=True, cancel_futures=False)
+        with self._lock:
+            for descriptor, _ in self._files.values():
+                os.close(descriptor)
+            self._files.clear()
+
+
+class _Pending:
+    """Counts down the pieces of one submission."""
+
+    def __init__(self, pieces: int, done: Callable[[BaseException | None], None]) -> None:
+        self._left = pieces
+        self._done = done
+        self._error: BaseException | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def finish(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._done(self._error)
+
+
+def _cut(segment: Segment) -> list[Segment]:
+    return [
+        Segment(
+            segment.file,
+            segment.offset + start,
+            min(CHUNK_BYTES, segment.length - start),
+            segment.position + start,
+            min(CHUNK_BYTES, segment.needed - start),
+        )
+        for start in range(0, segment.needed, CHUNK_BYTES)
+    ]
+
+
+def _open_file(file: Path, direct: bool) -> tuple[int, bool]:
+    """Open a file; tell whether it is really read past the page cache."""
+    try:
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                return os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True
+            except OSError:
+                pass  # tmpfs and some network filesystems refuse the flag
+        return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
+    except OSError as error:
+        raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error

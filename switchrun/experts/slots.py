@@ -1,0 +1,131 @@
+"""Slots: equal, fixed buffers, each of which holds one expert, and the way its bytes get there."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
+from switchrun.experts.reader import PAGE, Segment
+
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+#: Two matrices that lie this near to each other in a file are brought by one read.
+_MAX_GAP = PAGE
+
+
+class Buffers:
+    """One mapping of anonymous memory, cut into equal page-aligned buffers.
+
+    Pages are taken from the system when they are first written, which is done by the threads that read into them.
+    The buffers live as long as this object or any tensor made of them.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.count = count
+        self.size = size
+        self._memory = mmap.mmap(-1, max(count * size, PAGE))
+        self._view = memoryview(self._memory)
+
+    def view(self, index: int) -> memoryview:
+        """Give the bytes of one buffer."""
+        return self._view[index * self.size : (index + 1) * self.size]
+
+    def tensor(self, index: int, position: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """Give a tensor that is a view of one buffer, from byte `position` on."""
+        count = 1
+        for extent in shape:
+            count *= extent
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=index * self.size + position)
+        return flat.view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The matrices of one expert in memory, `wi` [d_ff, d_model] and `wo` [d_model, d_ff]: views of a slot.
+
+    They are valid while the cache keeps the expert in use, and no longer.
+    """
+
+    wi: torch.Tensor
+    wo: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Which reads bring an expert into a buffer, and at which byte of it each matrix then begins."""
+
+    segments: tuple[Segment, ...]
+    positions: tuple[int, int]
+
+
+def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
+    """Lay out the reads of one expert; matrices that are neighbours in a file share one.
+
+    Args:
+        slices: Where the matrices lie.
+        direct: Align everything to pages, for `O_DIRECT`.
+    """
+    page = PAGE if direct else 64
+    first, second = sorted(slices, key=lambda tensor: (str(tensor.file), tensor.offset))
+    gap = second.offset - (first.offset + first.nbytes)
+    groups = [(first, second)] if first.file == second.file and 0 <= gap <= _MAX_GAP else [(first,), (second,)]
+    segments, begins, cursor = [], {}, 0
+    for group in groups:
+        begin, end = group[0].offset, group[-1].offset + group[-1].nbytes
+        start = begin - begin % PAGE if direct else begin
+        length = -(-(end - start) // PAGE) * PAGE if direct else end - start
+        segments.append(Segment(group[0].file, start, length, cursor, end - start))
+        for tensor in group:
+            begins[id(tensor)] = cursor + tensor.offset - start
+        cursor = -(-(cursor + length) // page) * page
+    return ReadPlan(tuple(segments), (begins[id(slices.wi)], begins[id(slices.wo)]))
+
+
+class SlotFormat:
+    """Knows how experts are laid out in slots: as they are stored, or converted to another dtype.
+
+    Args:
+        slices: Where every expert lies.
+        dtype: What the weights in the slots shall be.
+        direct: Whether reads are aligned for `O_DIRECT`.
+    """
+
+    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], dtype: torch.dtype, direct: bool) -> None:
+        sample = next(iter(slices.values()))
+        self._slices = slices
+        self._dtype = dtype
+        self._direct = direct
+        self.converts = _TORCH[sample.wi.dtype] != dtype
+
+    def reads(self, key: ExpertKey) -> ReadPlan:
+        """Give the reads that bring an expert into a slot or, if it must be converted, into a staging buffer."""
+        return plan_reads(self._slices[key], self._direct)
+
+    def weights(self, key: ExpertKey, buffers: Buffers, index: int, plan: ReadPlan) -> ExpertWeights:
+        """Give the expert that was read into a buffer, as views in its stored dtype."""
+        slices = self._slices[key]
+        wi, wo = (_view(buffers, index, at, tensor) for tensor, at in zip(slices, plan.positions, strict=True))
+        return ExpertWeights(wi, wo)
+
+    def convert(self, weights: ExpertWeights, buffers: Buffers, index: int) -> ExpertWeights:
+        """Convert an expert into a slot; blocks while it copies.
+
+        Returns:
+            Views of the slot.
+        """
+        wi = buffers.tensor(index, 0, self._dtype, tuple(weights.wi.shape))
+        wo = buffers.tensor(index, wi.numel() * wi.itemsize, self._dtype, tuple(weights.wo.shape))
+        wi.copy_(weights.wi)
+        wo.copy_(weights.wo)
+        return ExpertWeights(wi, wo)
+
+
+def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> torch.Tensor:
+    dtype = _TORCH[stored.dtype]
+    if stored.transposed:
+        return buffers.tensor(index, position, dtype, stored.shape[::-1]).T
+    return buffers.tensor(index, position, dtype, stored.shape)

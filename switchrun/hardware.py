@@ -1,0 +1,129 @@
+"""What this machine has: memory (container limits too) and disk bandwidth. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from switchrun.folders import cache_folder
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory_bytes() -> int:
+    """Give the memory that this process may still take: the machine's, or its container's if that is less."""
+    available = int(psutil.virtual_memory().available)
+    room = [limit - used for limit, used in _cgroup_limits()]
+    return max(0, min([available, *room]))
+
+
+def _cgroup_limits() -> list[tuple[int, int]]:
+    """Give (limit, use) in bytes of every memory cgroup that holds this process, v2 and v1, up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            root, limit_name, use_name = _CGROUP, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            root, limit_name, use_name = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = root / group.lstrip("/")
+        # In a container the group's path may be the host's: then only the root is there.
+        for place in (folder, *folder.parents):
+            if not place.is_relative_to(root):
+                break
+            try:
+                limit = (place / limit_name).read_text().strip()
+                used = int((place / use_name).read_text())
+            except (OSError, ValueError):
+                continue
+            if limit != "max":
+                found.append((int(limit), used))
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """Give the largest resident set that this process had so far (VmHWM), in bytes."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return rss_bytes()
+
+
+def rss_bytes() -> int:
+    """Give the resident set of this process now, in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: float = 0.5) -> float | None:
+    """Read byte ranges past the page cache for a while and give the bandwidth.
+
+    Args:
+        ranges: (file, offset, length) of what to read, in order; it stops when they end or the time is up.
+        seconds: How long to read.
+
+    Returns:
+        Bytes per second; None where the filesystem refuses `O_DIRECT` or nothing could be read, since a figure
+        from the page cache would be wrong by an order.
+    """
+    chunk = 8 * 1024**2
+    buffer = mmap.mmap(-1, chunk)
+    buffer.write(b"\0" * chunk)  # touched before the clock starts: new pages are slower than many disks
+    done, start = 0, time.perf_counter()
+    try:
+        for path, offset, length in ranges:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                for position in range(offset & ~4095, offset + length, chunk):
+                    done += os.preadv(file, [buffer], position)
+                    if time.perf_counter() - start > seconds:
+                        return done / (time.perf_counter() - start)
+            finally:
+                os.close(file)
+    except (OSError, AttributeError):
+        return None
+    return done / (time.perf_counter() - start) if done else None
+
+
+def device_of(path: Path) -> str:
+    """Name the block device that a path lies on, for figures that belong to a device."""
+    return f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+
+
+def remember_bandwidth(path: Path, bytes_per_second: float) -> None:
+    """Keep a measured read bandwidth for the device that `path` lies on; a cache that cannot be written is let be."""
+    file = cache_folder() / "bandwidth.json"
+    with contextlib.suppress(OSError):
+        known = _known_bandwidths() | {device_of(path): bytes_per_second}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(file)
+
+
+def known_bandwidth(path: Path) -> float | None:
+    """Give the read bandwidth that was last measured on the device that `path` lies on, in bytes per second."""
+    return _known_bandwidths().get(device_of(path))
+
+
+def _known_bandwidths() -> dict[str, float]:
+    try:
+        known = json.loads((cache_folder() / "bandwidth.json").read_text(encoding="utf-8"))
+        return {str(device): float(value) for device, value in known.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}

@@ -1,0 +1,81 @@
+"""The model itself: transformers' own, built without its experts on the meta device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers.activations import ACT2FN
+
+from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.errors import ModelError
+from switchrun.experts.cache import ExpertCache
+from switchrun.experts.module import OffloadedExperts, RoutingContext
+
+_log = logging.getLogger(__name__)
+
+
+def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertCache, context: RoutingContext) -> Any:
+    """Build the model on the meta device, its experts replaced by `OffloadedExperts`.
+
+    transformers would make every expert a module: 61,440 of them take minutes to build for switch-c-2048. So the
+    model is built with one expert a layer; then the routers get their real width and the experts are swapped out.
+
+    Args:
+        checkpoint: Gives the configuration and which blocks are sparse.
+        dtype: What dense weights compute in; routers stay in float32.
+        cache: Where experts come from.
+        context: Shared by all sparse layers.
+
+    Raises:
+        ModelError: transformers does not accept the configuration.
+
+    Returns:
+        A `SwitchTransformersForConditionalGeneration` in eval mode, its dense weights still on the meta device.
+    """
+    config = _config(checkpoint)
+    with torch.device("meta"):
+        model: Any = SwitchTransformersForConditionalGeneration(config)
+    model.to(dtype)
+    num_experts = checkpoint.num_experts
+    for part in (model, model.encoder, model.decoder):
+        part.config.num_experts = num_experts
+    activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[config.dense_act_fn]
+    for stack, blocks in checkpoint.sparse_blocks.items():
+        for block in blocks:
+            mlp = getattr(model, stack).block[block].layer[-1].mlp
+            mlp.router.num_experts = num_experts
+            mlp.router.classifier = nn.Linear(
+                config.d_model, num_experts, bias=config.router_bias, device="meta", dtype=torch.float32
+            )
+            mlp.experts = OffloadedExperts(cache, stack, block, activation, context)
+    model.generation_config = _generation_config(checkpoint.path, config)
+    model.eval()
+    return model
+
+
+def _config(checkpoint: SwitchCheckpoint) -> Any:
+    # `num_experts` is 1 only while the model is being built.
+    settings = {**checkpoint.config, "num_experts": 1}
+    for key in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
+        settings.pop(key, None)
+    try:
+        return SwitchTransformersConfig.from_dict(settings)
+    except Exception as error:  # transformers raises many kinds for a value that it does not like
+        reason = " ".join(str(error).split())
+        raise ModelError(f"transformers does not accept {checkpoint.path / 'config.json'}: {reason}") from error
+
+
+def _generation_config(path: Path, config: Any) -> GenerationConfig:
+    """Take the checkpoint's own generation settings where it has any, as plain transformers does."""
+    if (path / "generation_config.json").is_file():
+        try:
+            return GenerationConfig.from_pretrained(path)
+        except Exception as error:  # as above; the settings of config.json then serve as well
+            _log.warning("ignoring %s: %s", path / "generation_config.json", error)
+    return GenerationConfig.from_model_config(config)

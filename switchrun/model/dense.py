@@ -1,0 +1,142 @@
+"""Dense weights: read by byte range, placed by accelerate according to the device map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from accelerate.hooks import attach_align_device_hook_on_blocks
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+
+from switchrun.checkpoint.types import TensorSlice
+from switchrun.errors import CorruptCheckpointError
+from switchrun.planning.device_map import tier_of
+from switchrun.planning.memory import is_router
+from switchrun.planning.types import Tier
+
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
+_READERS = 2
+
+
+def read_tensor(stored: TensorSlice) -> torch.Tensor:
+    """Read one tensor from its file.
+
+    Returns:
+        A new tensor in the stored dtype, owned by the caller.
+
+    Raises:
+        CorruptCheckpointError: The file cannot be read, or ends too early.
+    """
+    shape = stored.shape[::-1] if stored.transposed else stored.shape
+    tensor = torch.empty(shape, dtype=_TORCH[stored.dtype])
+    target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
+    try:
+        with open(stored.file, "rb", buffering=0) as file:
+            got = 0
+            while got < stored.nbytes:
+                count = os.preadv(file.fileno(), [target[got:]], stored.offset + got)
+                if count == 0:
+                    raise CorruptCheckpointError(f"{stored.file} ends inside a tensor", "the file was truncated")
+                got += count
+    except OSError as error:
+        raise CorruptCheckpointError(f"cannot read {stored.file}: {error.strerror}") from error
+    return tensor.T.contiguous() if stored.transposed else tensor
+
+
+class DenseWeights(Mapping[str, torch.Tensor]):
+    """The dense weights by name, each read from the checkpoint when it is asked for, in the compute dtype.
+
+    Knows the other names of `shared.weight` too. This is the `weights_map` that accelerate's hooks take: nothing is
+    copied to an offload folder.
+
+    Args:
+        slices: Where the tensors lie, by canonical name.
+        dtype: The compute dtype; routers are given in float32.
+    """
+
+    def __init__(self, slices: Mapping[str, TensorSlice], dtype: torch.dtype) -> None:
+        self._slices = dict(slices)
+        self._dtype = dtype
+        self.aliases = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
+        if "lm_head.weight" not in slices:
+            self.aliases["lm_head.weight"] = "shared.weight"
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = read_tensor(self._slices[self.aliases.get(name, name)]).to(self._dtype)
+        # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
+        return tensor.float() if is_router(name) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._slices, *self.aliases])
+
+    def __len__(self) -> int:
+        return len(self._slices) + len(self.aliases)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors themselves, without aliases."""
+        return tuple(self._slices)
+
+
+def place_dense_weights(
+    model: nn.Module,
+    weights: DenseWeights,
+    device_map: Mapping[str, Tier],
+    on_tensor: Callable[[torch.Tensor], None],
+) -> None:
+    """Bring dense weights to their tiers; those on disk are brought in by accelerate's hooks when they are used.
+
+    Args:
+        model: The model, on the meta device.
+        weights: The weights; only those that do not stay on disk are read.
+        device_map: Module → tier.
+        on_tensor: Called after each placed tensor.
+
+    Raises:
+        CorruptCheckpointError: A tensor cannot be read.
+    """
+    tiers = {name: tier_of(name, device_map) for name in weights}
+    resident = [name for name in weights.names if tiers[name] != "disk"]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(resident), _READERS):
+            names = resident[start : start + _READERS]
+            for name, tensor in zip(names, pool.map(weights.__getitem__, names), strict=True):
+                set_module_tensor_to_device(model, name, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
+                on_tensor(tensor)
+    for alias, name in weights.aliases.items():
+        _share(model, alias, name, weights, tiers)
+    if any(tier != "cpu" for tier in tiers.values()):
+        _attach_hooks(model, weights, device_map, tiers)
+
+
+def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
+    """Let an alias be the same parameter, or a copy of it if the map puts it on another device."""
+    if tiers[alias] == "disk":
+        return
+    owner = model.get_submodule(alias.rpartition(".")[0])
+    if tiers[alias] == tiers[name]:
+        owner.weight = model.get_parameter(name)
+    else:
+        set_module_tensor_to_device(model, alias, _device(tiers[alias]), value=weights[alias])
+
+
+def _attach_hooks(
+    model: nn.Module, weights: DenseWeights, device_map: Mapping[str, Tier], tiers: Mapping[str, Tier]
+) -> None:
+    """Move inputs to where each module's weights are, and bring the weights that stay on disk in and out."""
+    gpus = sorted(tier for tier in tiers.values() if isinstance(tier, int))
+    main = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
+    modules = {name: tier for name, tier in device_map.items() if ".mlp.experts" not in name}
+    devices = {name: main if tier == "disk" else _device(tier) for name, tier in modules.items()}
+    offload = {name: tier == "disk" for name, tier in modules.items()}
+    devices.setdefault("", main)
+    offload.setdefault("", False)
+    attach_align_device_hook_on_blocks(model, execution_device=devices, offload=offload, weights_map=weights)
+
+
+def _device(tier: Tier) -> torch.device:
+    return torch.device("cuda", tier) if isinstance(tier, int) else torch.device("cpu")

@@ -1,0 +1,140 @@
+"""One batch through the model: the encoder once, then transformers' own `generate`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
+
+from switchrun.experts.module import RoutingContext
+from switchrun.model.records import GenerationOptions
+
+
+@dataclass(frozen=True, slots=True)
+class RawOutput:
+    """What came out for one row of a batch.
+
+    Attributes:
+        ids: The start token, the generated ids, and the end of sequence if it was reached; no padding after it.
+        finished: Whether the end of sequence was reached.
+        first_token_at: `time.perf_counter()` at the first generated token.
+        last_token_at: The same at the row's last token.
+        dropped: Tokens over an expert's capacity.
+    """
+
+    ids: tuple[int, ...]
+    finished: bool
+    first_token_at: float
+    last_token_at: float
+    dropped: int
+
+
+class _Watch(StoppingCriteria):
+    """Stops nothing: sees every step, notes its time, and marks finished rows so that they load no experts."""
+
+    def __init__(self, context: RoutingContext, eos: torch.Tensor, mark: bool, on_token: Callable[[int], None]) -> None:
+        self.times: list[float] = []
+        self._context = context
+        self._eos = eos
+        self._mark = mark
+        self._on_token = on_token
+
+    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        if self._mark:
+            # The start token is left out: it may be the padding or even the end token.
+            ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1)
+            self._context.live = ~ended[:, None]
+        self._on_token(len(self.times))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Any,
+    context: RoutingContext,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    options: GenerationOptions,
+    on_token: Callable[[int], None],
+) -> list[RawOutput]:
+    """Generate for one batch.
+
+    Beam search runs row by row after a common encoder step: transformers goes on with the beams of a finished row
+    until all rows are finished, and each of their tokens would load experts for nothing.
+
+    Args:
+        model: The model, with `OffloadedExperts`.
+        context: The one that its sparse layers share.
+        input_ids: `[rows, tokens]`, padded on the right.
+        attention_mask: `[rows, tokens]`, 0 for padding.
+        options: How to generate.
+        on_token: Called with the number of tokens generated so far.
+    """
+    rows = input_ids.shape[0]
+    context.live = attention_mask.bool()
+    context.dropped = torch.zeros(rows, dtype=torch.long)
+    try:
+        encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        dropped = context.dropped.tolist()
+        context.live = context.dropped = None
+        with torch.random.fork_rng(enabled=options.sample):
+            if options.sample:
+                torch.manual_seed(options.seed)
+            groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
+            outputs: list[RawOutput] = []
+            for group in groups:
+                outputs += _decode(
+                    model, context, input_ids[group], attention_mask[group], encoded[group], options, on_token
+                )
+    finally:
+        context.live = context.dropped = None
+    return [
+        RawOutput(o.ids, o.finished, o.first_token_at, o.last_token_at, d)
+        for o, d in zip(outputs, dropped, strict=True)
+    ]
+
+
+def _decode(
+    model: Any,
+    context: RoutingContext,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    encoded: torch.Tensor,
+    options: GenerationOptions,
+    on_token: Callable[[int], None],
+) -> list[RawOutput]:
+    eos = _eos_ids(model.generation_config)
+    context.live = None
+    watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token)
+    sampling: dict[str, Any] = (
+        {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k} if options.sample else {}
+    )
+    sequences = model.generate(
+        input_ids,
+        attention_mask=attention_mask,
+        encoder_outputs=EncoderOutput(last_hidden_state=encoded),
+        max_new_tokens=options.max_new_tokens,
+        num_beams=options.num_beams,
+        do_sample=options.sample,
+        stopping_criteria=StoppingCriteriaList([watch]),
+        **sampling,
+    )
+    return [_row(ids, eos.tolist(), watch.times) for ids in sequences.tolist()]
+
+
+def _row(ids: list[int], eos: list[int], times: list[float]) -> RawOutput:
+    end = next((at for at in range(1, len(ids)) if ids[at] in eos), None)
+    kept = ids if end is None else ids[: end + 1]
+    last = max(0, min(len(kept) - 1, len(times)) - 1)
+    return RawOutput(tuple(kept), end is not None, times[0], times[last], 0)
+
+
+def _eos_ids(generation_config: Any) -> torch.Tensor:
+    eos = generation_config.eos_token_id
+    return torch.tensor([] if eos is None else eos if isinstance(eos, list) else [eos], dtype=torch.long)

@@ -1,0 +1,170 @@
+"""What a fill is asked for and what it gives back, as plain values without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from switchrun.planning.types import TierUse
+
+SCHEMA_VERSION = 1
+
+FinishReason = Literal["stop", "length"]
+Stage = Literal["open", "encode", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationOptions:
+    """How to generate; greedy by default.
+
+    Attributes:
+        max_new_tokens: Most tokens to generate, end of sequence included.
+        num_beams: Beams kept; 1 is no beam search.
+        sample: Draw tokens instead of taking the likeliest.
+        temperature: Divides the logits before drawing.
+        top_p: Draw from the likeliest tokens that together have this probability.
+        top_k: Draw from this many likeliest tokens; 0 is all of them.
+        seed: Seed of the draws.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The text that the model gave for one sentinel; None if it gave none."""
+
+    sentinel: str
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens of one input: `dropped` were over an expert's capacity, summed over the layers."""
+
+    input: int
+    output: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds; `ttft` is request to first token, `itl` the mean time of each later token (None if there is none)."""
+
+    open_seconds: float
+    ttft_seconds: float
+    itl_seconds: float | None
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertCounts:
+    """What the expert cache did for the batch that the input ran in."""
+
+    requests: int
+    hits: int
+    loads: int
+    load_bytes: int
+    load_seconds: float
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits ÷ requests; None if nothing was requested."""
+        return self.hits / self.requests if self.requests else None
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """The process's peaks so far; `peak_gpu_bytes` is None without a GPU."""
+
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Which model answered."""
+
+    id: str
+    revision: str | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class FillResult:
+    """One filled input. `as_record` gives the JSON of `docs/schemas/fill.schema.json`."""
+
+    id: int
+    input: str
+    text: str
+    raw: str
+    output_ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    finish_reason: FinishReason
+    tokens: TokenCounts
+    timing: Timing
+    experts: ExpertCounts
+    memory: MemoryPeak
+    model: ModelInfo
+
+    def as_record(self) -> dict[str, Any]:
+        """Give the result as a JSON-ready dict."""
+        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        record["experts"]["hit_rate"] = self.experts.hit_rate
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStats:
+    """What a session took so far; sums over its fills.
+
+    Attributes:
+        tiers: What each tier holds, as planned.
+        memory: The process's peaks.
+        open_seconds: From the start of `Session.open` to ready.
+        inputs: Inputs answered.
+        output_tokens: Tokens generated for them.
+        fill_seconds: Time spent on filling.
+        ttft_seconds: Mean time to the first token; None before the first fill.
+        itl_seconds: Mean time of each later token; None if there was none.
+        experts: Counters of the expert cache.
+        wait_seconds: Time in which the model stood still for a read.
+    """
+
+    tiers: tuple[TierUse, ...]
+    memory: MemoryPeak
+    open_seconds: float
+    inputs: int
+    output_tokens: int
+    fill_seconds: float
+    ttft_seconds: float | None
+    itl_seconds: float | None
+    experts: ExpertCounts
+    wait_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Told while a session works: the stage, what is done of it, and the expert bytes loaded so far.
+
+    Attributes:
+        stage: `open` (done and total in bytes of dense weights), `encode` (in sparse layers), `decode` (in tokens).
+        done: How much of the stage is done.
+        total: How much there is, at most.
+        load_bytes: Expert bytes brought from disk since the session was opened.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    load_bytes: int
+
+
+ProgressCallback = Callable[[Progress], None]

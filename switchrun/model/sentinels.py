@@ -1,0 +1,110 @@
+"""Sentinels in texts, and the spans that a model gives for them. No torch.
+
+A sentinel `<extra_id_N>` stands for a missing span; the model answers `<extra_id_0> span <extra_id_1> span …`
+(Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 3.1.4).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from switchrun.errors import InputError, UsageError
+from switchrun.model.records import Span
+
+#: T5's vocabularies end with this many sentinels.
+NUM_SENTINELS = 100
+
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+
+
+def sentinel(number: int) -> str:
+    """Write sentinel number `number`."""
+    return f"<extra_id_{number}>"
+
+
+def replace_blanks(text: str, blank: str) -> str:
+    """Put sentinels in the place of blanks, numbered from left to right.
+
+    Args:
+        text: A text with blanks, such as `A ___ walks into a ___.`, and no sentinels.
+        blank: What a blank looks like; a longer run of one repeated character is still one blank.
+
+    Raises:
+        UsageError: The blank is empty.
+        InputError: The text has both blanks and sentinels.
+    """
+    if not blank.strip():
+        raise UsageError("--blank needs a text that stands for a blank", "for example --blank ___")
+    pattern = re.escape(blank) + (f"{re.escape(blank[0])}*" if set(blank) == {blank[0]} else "")
+    parts = re.split(pattern, text)
+    if len(parts) > 1 and _SENTINEL.search(text):
+        raise InputError(f"the text has both sentinels and blanks '{blank}'", "use one kind")
+    return "".join(part + (sentinel(i) if i < len(parts) - 1 else "") for i, part in enumerate(parts))
+
+
+def check_sentinels(text: str) -> int:
+    """Check that the sentinels of a text are `<extra_id_0>`, `<extra_id_1>`, … in order, each once.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        InputError: There is none, or they are out of order or repeated.
+    """
+    numbers = [int(number) for number in _SENTINEL.findall(text)]
+    if not numbers:
+        raise InputError(
+            "the text has no sentinel, so there is nothing to fill in",
+            'write <extra_id_0> for the first blank, and quote the text for the shell: "A <extra_id_0> walks in"',
+        )
+    for expected, number in enumerate(numbers):
+        if number in numbers[:expected]:
+            raise InputError(f"{sentinel(number)} is there twice", "use each sentinel once")
+        if number != expected:
+            raise InputError(
+                f"{sentinel(number)} stands where {sentinel(expected)} should",
+                "number the sentinels 0, 1, 2, … in order",
+            )
+    if len(numbers) > NUM_SENTINELS:
+        raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")
+    return len(numbers)
+
+
+def parse_spans(
+    output_ids: Sequence[int], sentinel_ids: Sequence[int], decode: Callable[[list[int]], str]
+) -> tuple[Span, ...]:
+    """Cut a model's answer at the sentinels.
+
+    Args:
+        output_ids: Generated ids.
+        sentinel_ids: The ids of the input's sentinels, in order.
+        decode: Gives the text of ids, without special tokens.
+
+    Returns:
+        One span for each sentinel of the input, in its order; the first answer counts if there are several.
+    """
+    number_of = {token: number for number, token in enumerate(sentinel_ids)}
+    spans: dict[int, list[int]] = {}
+    current: list[int] | None = None
+    for token in output_ids:
+        number = number_of.get(token)
+        if number is not None:
+            current = [] if number in spans else spans.setdefault(number, [])
+        elif current is not None:
+            current.append(token)
+    return tuple(
+        Span(sentinel(number), decode(spans[number]).strip() if number in spans else None)
+        for number in range(len(sentinel_ids))
+    )
+
+
+def fill_in(text: str, spans: Sequence[Span]) -> str:
+    """Put the spans into the text; a sentinel without an answer stays."""
+    answers = {span.sentinel: span.text for span in spans}
+
+    def answer(match: re.Match[str]) -> str:
+        given = answers.get(match[0])
+        return match[0] if given is None else given
+
+    return _SENTINEL.sub(answer, text)

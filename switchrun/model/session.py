@@ -1,0 +1,330 @@
+"""A session: an open model with its cache, threads and files, which fills texts until it is closed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from switchrun import folders, hardware
+from switchrun.checkpoint import open_checkpoint
+from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import Dtype
+from switchrun.errors import BudgetError, InputError
+from switchrun.experts.cache import CacheCounters, ExpertCache
+from switchrun.experts.module import RoutingContext
+from switchrun.model.build import build_model
+from switchrun.model.dense import DenseWeights, place_dense_weights
+from switchrun.model.generate import RawOutput, generate_batch
+from switchrun.model.records import (
+    ExpertCounts,
+    FillResult,
+    GenerationOptions,
+    MemoryPeak,
+    ModelInfo,
+    Progress,
+    ProgressCallback,
+    SessionStats,
+    Stage,
+    Timing,
+    TokenCounts,
+)
+from switchrun.model.sentinels import check_sentinels, fill_in, parse_spans, sentinel
+from switchrun.model.tokenizer import load_tokenizer
+from switchrun.planning import Plan, make_plan, resolve_budgets
+from switchrun.planning import memory as needs
+from switchrun.planning.device_map import read_device_map
+from switchrun.units import format_bytes
+
+#: A fill is a fair measurement of the disk from this many bytes on.
+_BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
+
+
+class Session:
+    """An open Switch model. Make one with `Session.open`; it is a context manager and not thread-safe.
+
+    Attributes:
+        checkpoint: The checkpoint, with the repairs that it needed.
+        plan: What went where.
+        open_seconds: How long opening took.
+    """
+
+    def __init__(
+        self, checkpoint: SwitchCheckpoint, plan: Plan, progress: ProgressCallback | None, tokenizer: str | None
+    ) -> None:
+        start = time.perf_counter()
+        self.checkpoint = checkpoint
+        self._progress = progress
+        self._context = RoutingContext()
+        self._tokenizer = load_tokenizer(checkpoint, tokenizer)
+        self.plan = plan = _fit_to_runtime(plan, checkpoint)
+        dtype = getattr(torch, Dtype(plan.dtype).torch_name)
+        with ExitStack() as stack:
+            self._cache = stack.enter_context(_make_cache(checkpoint, plan, dtype))
+            self._model = build_model(checkpoint, dtype, self._cache, self._context)
+            self._place(DenseWeights(checkpoint.dense, dtype))
+            self._stack = stack.pop_all()
+        self._inputs = self._output_tokens = self._later_tokens = 0
+        self._fill_seconds = self._ttft_seconds = self._later_seconds = 0.0
+        self.open_seconds = time.perf_counter() - start
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: str = "auto",
+        cpu_memory: str | int | None = None,
+        gpu_memory: str | int | None = None,
+        offload_folder: str | Path | None = None,
+        device_map: str | Path | Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 1,
+        num_beams: int = 1,
+        progress: ProgressCallback | None = None,
+    ) -> Session:
+        """Open a model: read its headers, plan, place the dense weights. No expert is read.
+
+        Args:
+            model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
+            dtype: `auto` (as stored), `fp32` or `bf16`.
+            cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
+            gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
+            offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.
+            device_map: A device map, or a file with one; None or `auto` lets the planner decide.
+            tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
+            batch_size: Most inputs to run together; memory is reserved for as many.
+            num_beams: Most beams that fills will ask for.
+            progress: Called while the session works.
+
+        Raises:
+            SwitchrunError: One of its kinds; see `switchrun.errors`.
+        """
+        start = time.perf_counter()
+        checkpoint = open_checkpoint(
+            None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
+        )
+        plan = make_plan(
+            checkpoint,
+            resolve_budgets(cpu_memory, gpu_memory),
+            dtype=dtype,
+            batch_size=batch_size,
+            num_beams=num_beams,
+            device_map=None if device_map in (None, "auto") else read_device_map(device_map),
+        )
+        session = cls(checkpoint, plan, progress, tokenizer)
+        session.open_seconds = time.perf_counter() - start
+        return session
+
+    def check(self, text: str) -> None:
+        """Check that a text can be filled.
+
+        Raises:
+            InputError: It has no sentinels, or not in order, or it is too long, or the vocabulary has fewer.
+        """
+        count = check_sentinels(text)
+        last = self._tokenizer.convert_tokens_to_ids(sentinel(count - 1))
+        if last is None or last == self._tokenizer.unk_token_id:
+            raise InputError(f"the vocabulary of this model has no {sentinel(count - 1)}", "use fewer sentinels")
+        length = len(self._tokenizer(text).input_ids)
+        limit = needs.max_input_tokens(self.checkpoint)
+        if length > limit:
+            raise InputError(f"the text has {length} tokens, the model takes {limit}", "shorten or split it")
+
+    def fill(
+        self, texts: Sequence[str], options: GenerationOptions | None = None, *, first_id: int = 0
+    ) -> list[FillResult]:
+        """Fill the sentinels of texts.
+
+        Args:
+            texts: Texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …
+            options: How to generate; greedy by default.
+            first_id: The id of the first result; the others follow.
+
+        Returns:
+            One result for each text, in order.
+
+        Raises:
+            InputError: A text cannot be filled.
+            BudgetError: More beams are asked for than memory was reserved for.
+        """
+        options = options or GenerationOptions()
+        for text in texts:
+            self.check(text)
+        if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):
+            raise BudgetError(
+                f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
+                "open the session with num_beams",
+            )
+        results: list[FillResult] = []
+        for start in range(0, len(texts), self.plan.batch_size):
+            batch = texts[start : start + self.plan.batch_size]
+            results += self._fill_batch(batch, options, first_id + start)
+        return results
+
+    def stats(self) -> SessionStats:
+        """Give what the session took so far."""
+        counters = self._cache.counters()
+        return SessionStats(
+            tiers=self.plan.tiers,
+            memory=_memory_peak(),
+            open_seconds=self.open_seconds,
+            inputs=self._inputs,
+            output_tokens=self._output_tokens,
+            fill_seconds=self._fill_seconds,
+            ttft_seconds=self._ttft_seconds / self._inputs if self._inputs else None,
+            itl_seconds=self._later_seconds / self._later_tokens if self._later_tokens else None,
+            experts=_expert_counts(counters),
+            wait_seconds=counters.wait_seconds,
+        )
+
+    def close(self) -> None:
+        """Close files, end threads and give the memory back; closing twice does nothing."""
+        counters = self._cache.counters()
+        if counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0:
+            hardware.remember_bandwidth(self.checkpoint.path, counters.load_bytes / counters.load_seconds)
+        self._stack.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _place(self, weights: DenseWeights) -> None:
+        total = sum(use.dense_bytes for use in self.plan.tiers if use.tier != "disk")
+        done = 0
+
+        def on_tensor(tensor: torch.Tensor) -> None:
+            nonlocal done
+            done += tensor.nbytes
+            self._tell("open", done, total)
+
+        place_dense_weights(self._model, weights, self.plan.device_map, on_tensor)
+
+    def _fill_batch(self, texts: Sequence[str], options: GenerationOptions, first_id: int) -> list[FillResult]:
+        start = time.perf_counter()
+        before = self._cache.counters()
+        encoded = self._tokenizer(list(texts), padding=True, return_tensors="pt")
+        layers = len(self.checkpoint.sparse_blocks["encoder"])
+        passed = 0
+
+        def on_layer() -> None:
+            nonlocal passed
+            passed += 1
+            if passed <= layers:
+                self._tell("encode", passed, layers)
+
+        self._context.on_layer = on_layer
+        outputs = generate_batch(
+            self._model,
+            self._context,
+            encoded.input_ids,
+            encoded.attention_mask,
+            options,
+            on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
+        )
+        end = time.perf_counter()
+        experts = _expert_counts(self._cache.counters().since(before))
+        results = []
+        for row, (text, output) in enumerate(zip(texts, outputs, strict=True)):
+            tokens = TokenCounts(int(encoded.attention_mask[row].sum()), len(output.ids) - 1, output.dropped)
+            later = tokens.output - 1
+            itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
+            timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
+            results.append(self._result(first_id + row, text, output, tokens, timing, experts))
+            self._count(tokens, timing)
+        self._fill_seconds += end - start
+        return results
+
+    def _result(
+        self, number: int, text: str, output: RawOutput, tokens: TokenCounts, timing: Timing, experts: ExpertCounts
+    ) -> FillResult:
+        count = check_sentinels(text)
+        sentinel_ids = [self._tokenizer.convert_tokens_to_ids(sentinel(n)) for n in range(count)]
+        spans = parse_spans(
+            output.ids, sentinel_ids, lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        )
+        return FillResult(
+            id=number,
+            input=text,
+            text=fill_in(text, spans),
+            raw=self._tokenizer.decode(list(output.ids)),
+            output_ids=output.ids,
+            spans=spans,
+            finish_reason="stop" if output.finished else "length",
+            tokens=tokens,
+            timing=timing,
+            experts=experts,
+            memory=_memory_peak(),
+            model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
+        )
+
+    def _count(self, tokens: TokenCounts, timing: Timing) -> None:
+        self._inputs += 1
+        self._output_tokens += tokens.output
+        self._ttft_seconds += timing.ttft_seconds
+        if timing.itl_seconds is not None:
+            self._later_tokens += tokens.output - 1
+            self._later_seconds += timing.itl_seconds * (tokens.output - 1)
+
+    def _tell(self, stage: Stage, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress(stage, done, total, self._cache.counters().load_bytes))
+
+
+def _make_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype) -> ExpertCache:
+    use = plan.tier("cpu")
+    staging = needs.staging_bytes(checkpoint, Dtype(plan.dtype)) // needs.STAGING_BUFFERS
+    return ExpertCache(
+        checkpoint.experts,
+        dtype,
+        num_slots=use.expert_slots,
+        slot_bytes=use.slot_bytes,
+        staging=(needs.STAGING_BUFFERS, staging) if staging else (0, 0),
+        direct=checkpoint.expert_bytes >= needs.DIRECT_IO_BYTES,
+    )
+
+
+def _fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint) -> Plan:
+    """Give up slots where the libraries take more memory on this machine than the plan reserved for them.
+
+    Raises:
+        BudgetError: Not a single slot would be left.
+    """
+    use = plan.tier("cpu")
+    expected = needs.RUNTIME_BYTES - needs.FIRST_RUN_BYTES
+    expected += needs.INDEX_BYTES_PER_TENSOR * (2 * len(checkpoint.experts) + len(checkpoint.dense))
+    spare = (use.budget_bytes or 0) - use.total_bytes
+    excess = hardware.rss_bytes() - expected - spare
+    if excess <= 0:
+        return plan
+    slots = use.expert_slots - -(-excess // use.slot_bytes)
+    if slots < 1:
+        missing = excess - (use.expert_slots - 1) * use.slot_bytes
+        raise BudgetError(
+            f"the libraries take {format_bytes(excess + spare)} more memory here than planned",
+            f"raise --cpu-memory by {format_bytes(missing)}",
+        )
+    smaller = replace(
+        use,
+        expert_slots=slots,
+        expert_bytes=slots * use.slot_bytes,
+        overhead_bytes=use.overhead_bytes + excess + spare,
+        total_bytes=use.total_bytes - (use.expert_slots - slots) * use.slot_bytes + excess + spare,
+    )
+    return replace(plan, tiers=tuple(smaller if tier is use else tier for tier in plan.tiers))
+
+
+def _expert_counts(counters: CacheCounters) -> ExpertCounts:
+    return ExpertCounts(counters.requests, counters.hits, counters.loads, counters.load_bytes, counters.load_seconds)
+
+
+def _memory_peak() -> MemoryPeak:
+    gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+    return MemoryPeak(hardware.peak_rss_bytes(), gpu)
