@@ -1,13 +1,65 @@
-"""The `plan` of the Python API."""
+"""The `plan` of the Python API, and the first half of opening a session: all that needs no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from switchrun.checkpoint.types import SwitchCheckpoint
     from switchrun.planning.types import Plan
+
+
+class Prepared(NamedTuple):
+    """A checkpoint and the plan made for it."""
+
+    checkpoint: SwitchCheckpoint
+    plan: Plan
+
+
+def prepare(
+    model: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    cpu_memory: str | int | None = None,
+    gpu_memory: str | int | None = None,
+    offload_folder: str | Path | None = None,
+    device_map: str | Path | Mapping[str, Any] | None = None,
+    batch_size: int = 1,
+    num_beams: int = 1,
+    input_tokens: int = 24,
+    output_tokens: int = 12,
+    disk_bandwidth: float | None = None,
+) -> Prepared:
+    """Open a checkpoint's headers and plan for it; the arguments and errors are those of `plan`."""
+    from switchrun import folders, hardware
+    from switchrun.checkpoint import open_checkpoint
+    from switchrun.planning import make_plan, resolve_budgets
+    from switchrun.planning.device_map import read_device_map
+    from switchrun.planning.estimate import Bandwidth
+
+    budgets = resolve_budgets(cpu_memory, gpu_memory)
+    given_map = None if device_map is None or device_map == "auto" else read_device_map(device_map)
+    checkpoint = open_checkpoint(
+        None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
+    )
+    bandwidth = Bandwidth(disk_bandwidth, "given") if disk_bandwidth else None
+    measured = hardware.known_bandwidth(checkpoint.path)
+    if bandwidth is None and measured:
+        bandwidth = Bandwidth(measured, "measured")
+    plan = make_plan(
+        checkpoint,
+        budgets,
+        dtype=dtype,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        device_map=given_map,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        bandwidth=bandwidth,
+    )
+    return Prepared(checkpoint, plan)
 
 
 def plan(
@@ -42,27 +94,16 @@ def plan(
     Raises:
         SwitchrunError: One of its kinds; see `switchrun.errors`.
     """
-    from switchrun import folders, hardware
-    from switchrun.checkpoint import open_checkpoint
-    from switchrun.planning import make_plan, resolve_budgets
-    from switchrun.planning.device_map import read_device_map
-    from switchrun.planning.estimate import Bandwidth
-
-    checkpoint = open_checkpoint(
-        None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
-    )
-    bandwidth = Bandwidth(disk_bandwidth, "given") if disk_bandwidth else None
-    measured = hardware.known_bandwidth(checkpoint.path)
-    if bandwidth is None and measured:
-        bandwidth = Bandwidth(measured, "measured")
-    return make_plan(
-        checkpoint,
-        resolve_budgets(cpu_memory, gpu_memory),
+    return prepare(
+        model,
         dtype=dtype,
+        cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
+        offload_folder=offload_folder,
+        device_map=device_map,
         batch_size=batch_size,
         num_beams=num_beams,
-        device_map=None if device_map in (None, "auto") else read_device_map(device_map),
         input_tokens=input_tokens,
         output_tokens=output_tokens,
-        bandwidth=bandwidth,
-    )
+        disk_bandwidth=disk_bandwidth,
+    ).plan

@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path
 
 from switchrun.checkpoint.stamps import FileStamp, stamp
 from switchrun.checkpoint.table import Kind, TensorTable
+from switchrun.folders import cache_folder
 
 _VERSION = 1
 
 
 def default_cache_dir() -> Path:
     """The folder for indexes: `index` in `SWITCHRUN_CACHE`, or in the user's cache folder."""
-    base = os.environ.get("SWITCHRUN_CACHE")
-    if base:
-        return Path(base) / "index"
-    import platformdirs
-
-    return platformdirs.user_cache_path("switchrun") / "index"
+    return cache_folder() / "index"
 
 
 def read_cache(cache_dir: Path, folder: Path, entry: str) -> tuple[TensorTable, tuple[FileStamp, ...]] | None:
@@ -80,7 +75,7 @@ def write_cache(cache_dir: Path, folder: Path, entry: str, tensors: TensorTable,
         handle, temporary = tempfile.mkstemp(dir=cache_dir, suffix=".tmp")
         with open(handle, "wb") as file_object:
             file_object.write(_checksum(text) + b"\n" + text)
-        os.replace(temporary, _cache_file(cache_dir, folder))
+        Path(temporary).replace(_cache_file(cache_dir, folder))
     except (OSError, ValueError):
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

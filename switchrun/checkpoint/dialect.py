@@ -65,6 +65,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
     repairs.change("model_type", _MODEL_TYPE, "the checkpoint has a Switch Transformer's experts")
+    repairs.change("is_encoder_decoder", True, "the checkpoint has both stacks")
     sparse_blocks = _repair_geometry(repairs, survey, index, location.id)
     dense = _dense(repairs, sparse_blocks, index)
     experts = Experts(tensors, sparse_blocks, repairs.config["num_experts"])
@@ -194,6 +195,12 @@ def _dense(repairs: Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], ind
             raise missing_tensor(index.entry, source)
         check_tensor(tensors, source, shape)
         dense[name] = tensors[source]
+    if head is not None:
+        # With an untied head transformers 5 lets the stacks have embeddings of their own, and saves them.
+        for name in EMBEDDINGS:
+            if name in tensors and tensors[name] != dense[SHARED]:
+                check_tensor(tensors, name, dense[SHARED].shape)
+                dense[name] = tensors[name]
     return dense
 
 

@@ -42,15 +42,24 @@ def find_snapshot(repo: str, revision: str | None) -> Path:
         ModelError: The Hub has no such model or revision, refuses it, or the disk is too small for it.
         NetworkError: The Hub could not be reached, and the model is not in the local cache.
     """
+    from huggingface_hub import HfApi, snapshot_download
+
+    # Exception and no less: huggingface_hub's HTTP library, and so what it raises, changes with its version.
     try:
-        return _download(repo, revision)
-    except SwitchrunError:
-        raise
-    except Exception as error:  # huggingface_hub's HTTP library, and so its errors, changes with its version.
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+    except Exception as error:
         # A model that is here already needs no Hub. Whether it is complete, the index tells.
         cached = _cached(repo, revision)
         if cached is not None:
             return cached
+        raise _explain(repo, revision, error) from error
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    files = choose_files(sizes)
+    _check_space(repo, info.sha, {name: sizes[name] for name in files})
+    try:
+        # The branch and not the commit: snapshot_download then notes it, which is how it is found offline.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
+    except Exception as error:
         raise _explain(repo, revision, error) from error
 
 
@@ -63,17 +72,6 @@ def choose_files(names: Iterable[str]) -> list[str]:
         if weights:
             return sorted({*chosen, *weights, *({index} & set(top))})
     return sorted(chosen)
-
-
-def _download(repo: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    files = choose_files(sizes)
-    _check_space(repo, info.sha, {name: sizes[name] for name in files})
-    # The branch and not the commit: snapshot_download then notes it, which is how it is found offline.
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
 
 
 def _check_space(repo: str, commit: str | None, sizes: dict[str, int]) -> None:
@@ -121,7 +119,7 @@ def _explain(repo: str, revision: str | None, error: Exception) -> SwitchrunErro
     if isinstance(error, OSError) and not isinstance(error, (errors.HfHubHTTPError, ConnectionError, TimeoutError)):
         return ModelError(f"{repo} cannot be stored in the Hub's local cache: {reason}")
     return NetworkError(
-        f"{repo} is not in the local cache, and the Hub could not be reached: {reason}",
+        f"{repo} is not complete in the local cache, and the Hub could not be reached: {reason}",
         "check the connection, or give --model a folder",
     )
 

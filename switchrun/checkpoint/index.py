@@ -115,7 +115,10 @@ def _shards(entry: Path, weight_map: dict[str, str] | None) -> list[Path]:
     if weight_map is None:
         return [entry]
     files = [entry.parent / name for name in sorted(set(weight_map.values()))]
-    missing = [path for path in files if not path.exists()]
+    try:
+        missing = [path for path in files if not path.exists()]
+    except OSError as error:  # A name that is longer than the system allows, or a folder that must not be entered.
+        raise unreadable(Path(error.filename or entry), error) from error
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CorruptCheckpointError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.files import open_weights, read_exactly
-from switchrun.checkpoint.table import Entry
+from switchrun.checkpoint.table import Entry, plausible
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError
 
@@ -58,7 +58,7 @@ def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpointError(f"{path}: the header's entry for tensor {name} is malformed") from error
-    if type(dtype) is not str or any(type(n) is not int or n < 0 for n in (*shape, begin, end)) or begin > end:
+    if type(dtype) is not str or not plausible((*shape, begin, end)) or begin > end:
         raise CorruptCheckpointError(f"{path}: the header's entry for tensor {name} is malformed")
     itemsize = STORED_ITEMSIZE.get(dtype)
     # A dtype unknown here is no weight's; a tensor that the model needs is refused later, by its dtype.

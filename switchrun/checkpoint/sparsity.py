@@ -11,8 +11,8 @@ from switchrun.checkpoint.types import Stack
 def configured_step(config: Mapping[str, Any], stack: Stack, num_layers: int) -> int:
     """The step that transformers would take: the configuration's own key, or else what it computes.
 
-    Source: SwitchTransformersConfig.__post_init__, whose unknown keys override what it has computed. Its edges are kept:
-    no sparse layers gives a step of `num_layers`, more sparse layers than layers gives 0.
+    Source: SwitchTransformersConfig.__post_init__, where unknown keys override what has been computed. Its edges are
+    kept: no sparse layers gives a step of `num_layers`, more sparse layers than layers gives 0.
     """
     own = config.get(f"{stack}_sparse_step")
     if type(own) is int and own >= 0:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from switchrun.checkpoint.types import TensorSlice
+
+
+def plausible(numbers: Iterable[object]) -> bool:
+    """Whether a header's sizes and offsets are whole numbers that a tensor can have.
+
+    Files are not to be trusted: beyond 64 bits even to print a number can fail.
+    """
+    values = list(numbers)
+    return len(values) < 100 and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
 class Entry(NamedTuple):

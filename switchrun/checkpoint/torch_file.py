@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from switchrun.checkpoint.files import open_weights, read_exactly
-from switchrun.checkpoint.table import Entry
+from switchrun.checkpoint.table import Entry, plausible
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError
 
@@ -53,7 +53,7 @@ def read_torch(path: Path) -> dict[str, Entry]:
             with zipfile.ZipFile(file) as archive:
                 # The entries' places are read from `infos`; ZipFile.open is not used, for it checks a CRC over it all.
                 infos = {info.filename: info for info in archive.infolist()}
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError) as error:
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError) as error:
             raise CorruptCheckpointError(
                 f"{path}: the file is truncated or damaged: its zip directory cannot be read ({error})",
                 "download it again",
@@ -95,8 +95,7 @@ class _RebuildTensor:
     __slots__ = ()
 
     def __call__(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> _Tensor:
-        numbers = (offset, *shape, *stride)
-        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        if not isinstance(storage, _Storage) or not plausible((offset, *shape, *stride)):
             raise pickle.UnpicklingError("a tensor is made of something other than a storage and whole numbers")
         if len(shape) != len(stride):
             raise pickle.UnpicklingError("a tensor's shape and strides differ in length")
@@ -140,7 +139,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
-class _Unpickler(pickle.Unpickler):
+# The unpickler written in Python: the one in C can be made to take 64 GiB by a single opcode (a memo index of 32 bits).
+class _Unpickler(pickle._Unpickler):
     def __init__(self, path: Path, data: bytes) -> None:
         super().__init__(io.BytesIO(data))
         self._path = path
@@ -247,10 +247,9 @@ class _Archive:
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
         # The local header's name and extra field may differ in length from the central directory's: torch pads there.
-        try:
-            header = read_exactly(self._file, info.header_offset, 30)
-        except (EOFError, OSError, ValueError):
-            raise self._truncated() from None
+        if not 0 <= info.header_offset <= self._size - 30:
+            raise self._truncated()
+        header = read_exactly(self._file, info.header_offset, 30)
         if header[:4] != _ZIP_MAGIC:
             raise CorruptCheckpointError(f"{self._path}: the archive's entries are not where its directory says")
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])

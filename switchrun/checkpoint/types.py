@@ -63,7 +63,7 @@ class SwitchCheckpoint:
         config: `config.json`, repaired: plain transformers builds the right model of it.
         repairs: What was wrong in the checkpoint's configuration or names, one sentence each.
         dense: Every tensor that is not an expert's, by its canonical name in transformers. `lm_head.weight` is
-            there only when the head is not tied; the two `embed_tokens` are never there.
+            there only when the head is not tied, the two `embed_tokens` only when they are not `shared.weight`.
         experts: The slices of every expert.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
         fingerprint: Changes when any file of the checkpoint does (names, sizes, modification times).

@@ -221,7 +221,6 @@ class ExpertCache:
     def close(self) -> None:
         """Wait for reads in flight and close the files; the slots go when the last view of them does."""
         self._reader.close()
-        self._entries.clear()
 
     def __enter__(self) -> ExpertCache:
         return self

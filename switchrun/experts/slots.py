@@ -13,9 +13,6 @@ from switchrun.experts.reader import PAGE, Segment
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-#: Two matrices that lie this near to each other in a file are brought by one read.
-_MAX_GAP = PAGE
-
 
 class Buffers:
     """One mapping of anonymous memory, cut into equal page-aligned buffers.
@@ -72,7 +69,9 @@ def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
     page = PAGE if direct else 64
     first, second = sorted(slices, key=lambda tensor: (str(tensor.file), tensor.offset))
     gap = second.offset - (first.offset + first.nbytes)
-    groups = [(first, second)] if first.file == second.file and 0 <= gap <= _MAX_GAP else [(first,), (second,)]
+    # A gap is read along where that is no more than alignment costs anyway.
+    near = first.file == second.file and 0 <= gap <= (PAGE if direct else 0)
+    groups = [(first, second)] if near else [(first,), (second,)]
     segments, begins, cursor = [], {}, 0
     for group in groups:
         begin, end = group[0].offset, group[-1].offset + group[-1].nbytes

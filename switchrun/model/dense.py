@@ -61,9 +61,8 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def __init__(self, slices: Mapping[str, TensorSlice], dtype: torch.dtype) -> None:
         self._slices = dict(slices)
         self._dtype = dtype
-        self.aliases = {"encoder.embed_tokens.weight": "shared.weight", "decoder.embed_tokens.weight": "shared.weight"}
-        if "lm_head.weight" not in slices:
-            self.aliases["lm_head.weight"] = "shared.weight"
+        names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+        self.aliases = {name: "shared.weight" for name in names if name not in slices}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = read_tensor(self._slices[self.aliases.get(name, name)]).to(self._dtype)
@@ -110,7 +109,7 @@ def place_dense_weights(
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)
     if any(tier != "cpu" for tier in tiers.values()):
-        _attach_hooks(model, weights, device_map, tiers)
+        _attach_hooks(model, weights, tiers)
 
 
 def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
@@ -124,18 +123,30 @@ def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers
         set_module_tensor_to_device(model, alias, _device(tiers[alias]), value=weights[alias])
 
 
-def _attach_hooks(
-    model: nn.Module, weights: DenseWeights, device_map: Mapping[str, Tier], tiers: Mapping[str, Tier]
-) -> None:
+def _attach_hooks(model: nn.Module, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
     """Move inputs to where each module's weights are, and bring the weights that stay on disk in and out."""
     gpus = sorted(tier for tier in tiers.values() if isinstance(tier, int))
-    main = torch.device("cuda", gpus[0]) if gpus else torch.device("cpu")
-    modules = {name: tier for name, tier in device_map.items() if ".mlp.experts" not in name}
+    main = _device(gpus[0] if gpus else "cpu")
+    modules = dict(_whole_modules(model, "", tiers))
     devices = {name: main if tier == "disk" else _device(tier) for name, tier in modules.items()}
     offload = {name: tier == "disk" for name, tier in modules.items()}
-    devices.setdefault("", main)
-    offload.setdefault("", False)
-    attach_align_device_hook_on_blocks(model, execution_device=devices, offload=offload, weights_map=weights)
+    attach_align_device_hook_on_blocks(
+        model,
+        execution_device={"": main} | devices,
+        offload=offload,
+        weights_map=weights,
+    )
+
+
+def _whole_modules(model: nn.Module, name: str, tiers: Mapping[str, Tier]) -> Iterator[tuple[str, Tier]]:
+    """Yield the largest modules whose weights are all on one tier: accelerate's hooks must not lie in one another."""
+    prefix = f"{name}." if name else ""
+    inside = {tier for weight, tier in tiers.items() if weight.startswith(prefix)}
+    if len(inside) == 1 and name:
+        yield name, inside.pop()
+    elif inside:
+        for child, _ in model.get_submodule(name).named_children():
+            yield from _whole_modules(model, prefix + child, tiers)
 
 
 def _device(tier: Tier) -> torch.device:

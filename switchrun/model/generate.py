@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
 
 from switchrun.experts.module import RoutingContext
@@ -119,6 +119,8 @@ def _decode(
         input_ids,
         attention_mask=attention_mask,
         encoder_outputs=EncoderOutput(last_hidden_state=encoded),
+        # Without a configuration a cache grows as needed; transformers' own has as many layers as the encoder.
+        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         max_new_tokens=options.max_new_tokens,
         num_beams=options.num_beams,
         do_sample=options.sample,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from switchrun.planning.types import TierUse
+if TYPE_CHECKING:
+    from switchrun.planning.types import TierUse
 
 SCHEMA_VERSION = 1
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from switchrun import folders, hardware
-from switchrun.checkpoint import open_checkpoint
+from switchrun import hardware
+from switchrun._plan import Prepared, prepare
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Dtype
 from switchrun.errors import BudgetError, InputError
@@ -36,9 +36,8 @@ from switchrun.model.records import (
 )
 from switchrun.model.sentinels import check_sentinels, fill_in, parse_spans, sentinel
 from switchrun.model.tokenizer import load_tokenizer
-from switchrun.planning import Plan, make_plan, resolve_budgets
+from switchrun.planning import Plan
 from switchrun.planning import memory as needs
-from switchrun.planning.device_map import read_device_map
 from switchrun.units import format_bytes
 
 #: A fill is a fair measurement of the disk from this many bytes on.
@@ -55,14 +54,30 @@ class Session:
     """
 
     def __init__(
-        self, checkpoint: SwitchCheckpoint, plan: Plan, progress: ProgressCallback | None, tokenizer: str | None
+        self,
+        prepared: Prepared,
+        *,
+        tokenizer: str | None = None,
+        progress: ProgressCallback | None = None,
+        started: float | None = None,
     ) -> None:
-        start = time.perf_counter()
-        self.checkpoint = checkpoint
+        """Build what was planned; `Session.open` is the usual way.
+
+        Args:
+            prepared: The checkpoint and its plan.
+            tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
+            progress: Called while the session works.
+            started: `time.perf_counter()` when opening began; now if None.
+
+        Raises:
+            SwitchrunError: One of its kinds; see `switchrun.errors`.
+        """
+        started = time.perf_counter() if started is None else started
+        self.checkpoint = checkpoint = prepared.checkpoint
         self._progress = progress
         self._context = RoutingContext()
         self._tokenizer = load_tokenizer(checkpoint, tokenizer)
-        self.plan = plan = _fit_to_runtime(plan, checkpoint)
+        self.plan = plan = _fit_to_runtime(prepared.plan, checkpoint)
         dtype = getattr(torch, Dtype(plan.dtype).torch_name)
         with ExitStack() as stack:
             self._cache = stack.enter_context(_make_cache(checkpoint, plan, dtype))
@@ -71,7 +86,7 @@ class Session:
             self._stack = stack.pop_all()
         self._inputs = self._output_tokens = self._later_tokens = 0
         self._fill_seconds = self._ttft_seconds = self._later_seconds = 0.0
-        self.open_seconds = time.perf_counter() - start
+        self.open_seconds = time.perf_counter() - started
 
     @classmethod
     def open(
@@ -105,21 +120,18 @@ class Session:
         Raises:
             SwitchrunError: One of its kinds; see `switchrun.errors`.
         """
-        start = time.perf_counter()
-        checkpoint = open_checkpoint(
-            None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
-        )
-        plan = make_plan(
-            checkpoint,
-            resolve_budgets(cpu_memory, gpu_memory),
+        started = time.perf_counter()
+        prepared = prepare(
+            model,
             dtype=dtype,
+            cpu_memory=cpu_memory,
+            gpu_memory=gpu_memory,
+            offload_folder=offload_folder,
+            device_map=device_map,
             batch_size=batch_size,
             num_beams=num_beams,
-            device_map=None if device_map in (None, "auto") else read_device_map(device_map),
         )
-        session = cls(checkpoint, plan, progress, tokenizer)
-        session.open_seconds = time.perf_counter() - start
-        return session
+        return cls(prepared, tokenizer=tokenizer, progress=progress, started=started)
 
     def check(self, text: str) -> None:
         """Check that a text can be filled.

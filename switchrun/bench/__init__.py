@@ -1,0 +1,1 @@
+"""Workloads and measurements: synthetic checkpoints of real geometries."""

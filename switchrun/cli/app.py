@@ -1,0 +1,112 @@
+"""The `switchrun` command: its subcommands, and what becomes of an exception."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from switchrun import __version__
+from switchrun.cli.fill import fill
+from switchrun.cli.libraries import debugging
+from switchrun.cli.plan import plan
+from switchrun.cli.signals import SIGNALS, Interrupted
+from switchrun.cli.streams import drop_stdout, prepare_output, report, write_answer
+from switchrun.errors import BudgetError, SwitchrunError, UsageError
+
+EXIT_BROKEN_PIPE = 141
+
+#: Without rich the help is plain, and there five times as soon.
+app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command()(fill)
+app.command()(plan)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        write_answer(f"switchrun {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def switchrun(
+    context: typer.Context,
+    _version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Run Switch Transformers that are larger than memory."""
+    if context.invoked_subcommand is None:
+        raise UsageError("a command is missing", "see: switchrun --help")
+
+
+def main() -> NoReturn:
+    """Run the command line; the entry of the console script."""
+    prepare_output()
+    try:
+        SIGNALS.install()
+        code = run(sys.argv[1:])
+    except Interrupted as interrupted:
+        code = interrupted.exit_code
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and turn whatever it raises into a line on stderr and an exit code.
+
+    Args:
+        arguments: The words after `switchrun`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came.
+    """
+    try:
+        code: int | None = app(arguments, prog_name="switchrun", standalone_mode=False)
+        return code or 0
+    except SystemExit as end:
+        # Typer ends the program itself when a pipe breaks, with exit code 1.
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        drop_stdout()
+        return EXIT_BROKEN_PIPE
+    except typer.TyperException as error:
+        report(_describe_usage(error))
+        return error.exit_code
+    except SwitchrunError as error:
+        _show_traceback()
+        report(str(error))
+        return error.exit_code
+    except Exception as error:
+        _show_traceback()
+        if _out_of_memory(error):
+            report(
+                f"out of memory: {error or 'the system gave no more'} (allow less with --cpu-memory or --gpu-memory)"
+            )
+            return BudgetError.exit_code
+        report(f"internal error: {type(error).__name__}: {error} (set SWITCHRUN_DEBUG=1 to see where)")
+        return SwitchrunError.exit_code
+
+
+def _describe_usage(error: typer.TyperException) -> str:
+    context: typer.Context | None = getattr(error, "ctx", None)
+    command = context.command_path if context else "switchrun"
+    return f"{error.format_message()} (see: {command} --help)"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out, also in torch, which is not to be imported for the question."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _show_traceback() -> None:
+    if debugging():
+        traceback.print_exc()

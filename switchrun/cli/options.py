@@ -1,0 +1,127 @@
+"""Option types that several commands share, each with its environment variable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from switchrun.dtypes import DtypeChoice
+from switchrun.errors import UsageError
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="SWITCHRUN_MODEL",
+        metavar="PATH|ID[@REVISION]",
+        show_default="the demo model",
+        help="A folder with a checkpoint, or an id on the Hugging Face Hub.",
+    ),
+]
+Dtype = Annotated[
+    DtypeChoice,
+    typer.Option(
+        "--dtype",
+        envvar="SWITCHRUN_DTYPE",
+        help="What to compute in; auto is as stored.",
+    ),
+]
+CpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--cpu-memory",
+        envvar="SWITCHRUN_CPU_MEMORY",
+        metavar="SIZE",
+        show_default="80 % of what is free",
+        help="Memory that the whole process may use, like 6GiB.",
+    ),
+]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        envvar="SWITCHRUN_GPU_MEMORY",
+        metavar="SIZE",
+        show_default="no GPU",
+        help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB.",
+    ),
+]
+OffloadFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload-folder",
+        envvar="SWITCHRUN_OFFLOAD_FOLDER",
+        metavar="DIR",
+        show_default="./offload if it exists, else in the user's cache",
+        help="Where switchrun keeps what it writes itself.",
+    ),
+]
+DeviceMap = Annotated[
+    str,
+    typer.Option(
+        "--device-map",
+        envvar="SWITCHRUN_DEVICE_MAP",
+        metavar="auto|FILE",
+        help="Which weights go where: a JSON file from `switchrun plan --format json`, or one in accelerate's format.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        envvar="SWITCHRUN_TOKENIZER",
+        metavar="PATH|ID",
+        show_default="the model's own",
+        help="Where the tokenizer is, for a checkpoint that carries none.",
+    ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(
+        "--batch-size",
+        envvar="SWITCHRUN_BATCH_SIZE",
+        min=1,
+        help="Inputs filled together; an expert they share is read once.",
+    ),
+]
+NumBeams = Annotated[
+    int,
+    typer.Option(
+        "--num-beams",
+        envvar="SWITCHRUN_NUM_BEAMS",
+        min=1,
+        help="Beams of the search; 1 is greedy.",
+    ),
+]
+
+
+def device_map_path(value: str) -> Path | None:
+    """Give the file that `--device-map` names; None for `auto`.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    if value == "auto":
+        return None
+    path = Path(value)
+    if not path.is_file():
+        raise UsageError(f"--device-map: there is no file '{value}'", "write one with: switchrun plan --format json")
+    return path
+
+
+def check_memory(cpu_memory: str | None, gpu_memory: str | None) -> None:
+    """Refuse what is not a size before anything slow is done.
+
+    Raises:
+        UsageError: One of them is not a size.
+    """
+    from switchrun.planning.budgets import resolve_budgets
+
+    for option, sizes in (("--cpu-memory", (cpu_memory, None)), ("--gpu-memory", (None, gpu_memory))):
+        try:
+            resolve_budgets(*sizes)
+        except UsageError as error:
+            raise UsageError(f"{option}: {error.message}", error.hint) from None

@@ -1,0 +1,82 @@
+"""`switchrun plan`: which weights go where and why, and what a fill will cost; from headers alone."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+import switchrun
+from switchrun.cli import options
+from switchrun.cli.streams import write_answer
+from switchrun.dtypes import DtypeChoice
+from switchrun.errors import UsageError
+from switchrun.output.sinks import format_record
+from switchrun.units import parse_bytes
+
+
+class PlanFormat(StrEnum):
+    """What `switchrun plan --format` takes."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+def plan(
+    model: options.Model = None,
+    dtype: options.Dtype = DtypeChoice.AUTO,
+    cpu_memory: options.CpuMemory = None,
+    gpu_memory: options.GpuMemory = None,
+    offload_folder: options.OffloadFolder = None,
+    device_map: options.DeviceMap = "auto",
+    batch_size: options.BatchSize = 1,
+    num_beams: options.NumBeams = 1,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an input, for the estimate.")] = 24,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated, for the estimate.")] = 12,
+    disk_bandwidth: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATE",
+            show_default="as last measured by a fill, else 1GB/s",
+            help="Read bandwidth of the disk, like 1.8GB/s.",
+        ),
+    ] = None,
+    style: Annotated[
+        PlanFormat,
+        typer.Option("--format", help="table: to read; json: to process, and a file for --device-map."),
+    ] = PlanFormat.TABLE,
+) -> None:
+    """Tell which weights go to which tier and why, and what a fill will cost."""
+    options.check_memory(cpu_memory, gpu_memory)
+    map_path = options.device_map_path(device_map)
+    bandwidth = _parse_rate(disk_bandwidth) if disk_bandwidth is not None else None
+    made = switchrun.plan(
+        model,
+        dtype=dtype.value,
+        cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
+        offload_folder=offload_folder,
+        device_map=map_path,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        disk_bandwidth=bandwidth,
+    )
+    if style is PlanFormat.JSON:
+        write_answer(format_record(made.as_record(), indent=True))
+    else:
+        from switchrun.output.plan_tables import render_plan
+
+        write_answer(render_plan(made))
+
+
+def _parse_rate(text: str) -> float:
+    try:
+        rate = parse_bytes(text.strip().removesuffix("/s"))
+    except UsageError:
+        rate = 0
+    if rate <= 0:
+        raise UsageError(f"--disk-bandwidth: '{text}' is not a rate", "write it like 1.8GB/s or 500MB/s")
+    return float(rate)

@@ -1,0 +1,63 @@
+"""SIGINT and SIGTERM end the program by an exception, but never in the middle of a line of the answer."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal asked the program to end; not an `Exception`, so that no library takes it for a failure of its own."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class SignalGuard:
+    """Turns the first SIGINT or SIGTERM into `Interrupted`; the second one kills the process at once.
+
+    Masking the signals would not do: they could still be delivered to another thread, and Python would then run the
+    handler in the main thread between the two halves of a partial write.
+    """
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+        self._holding = False
+
+    def install(self) -> None:
+        """Take over the signals, except one that was ignored when the program was started (as `nohup` and `&` do)."""
+        for signum in _SIGNALS:
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                signal.signal(signum, self._handle)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold a signal back for as long as the block runs.
+
+        Raises:
+            Interrupted: At the end of the block, if a signal came meanwhile, or earlier and some library swallowed it.
+        """
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+        if self._received is not None:
+            raise Interrupted(self._received)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        for each in _SIGNALS:
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                signal.signal(each, signal.SIG_DFL)
+        self._received = signum
+        if not self._holding:
+            raise Interrupted(signum)
+
+
+#: Handlers belong to the whole process, so there is one guard. It does nothing until `install` is called.
+SIGNALS = SignalGuard()

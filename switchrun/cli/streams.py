@@ -1,0 +1,139 @@
+"""What comes in on stdin and goes out on stdout and stderr: whole lines, UTF-8, one input a line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, TextIO
+
+from switchrun.cli.signals import SIGNALS
+from switchrun.errors import InputError, SwitchrunError, UsageError
+from switchrun.units import MIB
+
+#: A longer line is refused instead of read: a file without line breaks must not break the promise on memory.
+MAX_LINE_BYTES = MIB
+
+_NOT_UTF8_HINT = "convert it, for example with: iconv -f LATIN1 -t UTF-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One input as it came in.
+
+    Attributes:
+        id: Its position, from 0.
+        text: The input without its line end; where it is not UTF-8, with U+FFFD for the bytes that are wrong.
+        error: Why it cannot be used; None if it is readable.
+    """
+
+    id: int
+    text: str
+    error: InputError | None = None
+
+
+def read_arguments(texts: Iterable[str]) -> Iterator[Entry]:
+    """Give each TEXT argument as an entry."""
+    for position, text in enumerate(texts):
+        # Python hands bytes that are not UTF-8 to a program as lone surrogates.
+        yield _decode(position, os.fsencode(text))
+
+
+def read_lines(stream: BinaryIO) -> Iterator[Entry]:
+    r"""Give each line of a stream as an entry, as soon as it is there; blocks while it waits for the next.
+
+    A line ends with `\n` or `\r\n`; the last one may have no end. A byte order mark at the start is dropped.
+    """
+    position = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            error = InputError(f"the line is longer than {MAX_LINE_BYTES // MIB} MiB", "put one input on each line")
+            yield Entry(position, "", error)
+        else:
+            if position == 0:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            yield _decode(position, line.removesuffix(b"\n").removesuffix(b"\r"))
+        position += 1
+
+
+def stdin_lines() -> Iterator[Entry]:
+    """Give each line of stdin as an entry.
+
+    Raises:
+        UsageError: stdin is closed.
+    """
+    if sys.stdin is None:
+        raise UsageError("there is no TEXT, and stdin is closed", "give TEXT, or pipe lines in")
+    return read_lines(sys.stdin.buffer)
+
+
+def prepare_output() -> None:
+    """Make stdout and stderr UTF-8 whatever the locale says, and give a closed stderr a place to write to."""
+    if sys.stderr is None:
+        # Else `print(..., file=sys.stderr)` in any library would write to stdout.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_answer(lines: str) -> None:
+    """Write whole lines to stdout and flush them; a signal waits until they are out.
+
+    Args:
+        lines: Text that ends with a newline.
+
+    Raises:
+        BrokenPipeError: Nobody reads any more.
+        SwitchrunError: stdout is closed, or the disk is full.
+        Interrupted: A signal came; the lines are written.
+    """
+    if sys.stdout is None:
+        raise UsageError("stdout is closed, so there is nowhere to write the answer to")
+    with SIGNALS.held():
+        try:
+            _write_all(sys.stdout, lines)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            drop_stdout()
+            raise SwitchrunError(f"cannot write the answer to stdout: {error.strerror}") from error
+
+
+def drop_stdout() -> None:
+    """Send what is left in stdout's buffer nowhere, so that Python does not fail a second time when it exits."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+def report(message: str) -> None:
+    """Write one line for a human to stderr: `switchrun: message`."""
+    report_lines(f"switchrun: {' '.join(message.split())}\n")
+
+
+def report_lines(lines: str) -> None:
+    """Write lines for a human to stderr. If stderr takes nothing, go on without it."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(lines)
+        sys.stderr.flush()
+
+
+def _write_all(stream: TextIO, lines: str) -> None:
+    # Under PYTHONUNBUFFERED a text stream drops what a write had not taken when a signal cut it short.
+    stream.flush()
+    data = memoryview(lines.encode("utf-8", "backslashreplace"))
+    while data:
+        data = data[stream.buffer.write(data) :]
+    stream.buffer.flush()
+
+
+def _decode(position: int, raw: bytes) -> Entry:
+    try:
+        return Entry(position, raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        message = f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}"
+        return Entry(position, raw.decode("utf-8", "replace"), InputError(message, _NOT_UTF8_HINT))

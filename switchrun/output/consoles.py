@@ -1,0 +1,53 @@
+"""Consoles for tables: no colour and a fixed width where nobody looks at a terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+#: Of what is not a terminal, unless COLUMNS says otherwise.
+DEFAULT_WIDTH = 80
+
+
+def render(stream: TextIO, parts: Iterable[RenderableType]) -> str:
+    """Draw tables and lines of text, with an empty line between them, as lines to be written to a stream.
+
+    `NO_COLOR` and `COLUMNS` are honoured. `FORCE_COLOR` is not: it would put colours into files.
+
+    Args:
+        stream: Where the lines will go; it is only asked whether it is a terminal.
+        parts: What to draw.
+    """
+    terminal = stream.isatty()
+    columns = os.environ.get("COLUMNS", "")
+    width = int(columns) if columns.isdigit() and int(columns) else None if terminal else DEFAULT_WIDTH
+    console = Console(file=stream, force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        for position, part in enumerate(parts):
+            if position:
+                console.print()
+            console.print(part)
+    return "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def make_table(title: str, *columns: str, text_columns: int = 1) -> Table:
+    """Give an empty table whose first columns are text, and the others numbers, aligned to the right."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for position, column in enumerate(columns):
+        number = position >= text_columns
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    return table
+
+
+def make_list(title: str) -> Table:
+    """Give an empty table of two columns without a head: what it is, and how much."""
+    table = make_table(title, "", "", text_columns=2)
+    table.show_header = False
+    return table

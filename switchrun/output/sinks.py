@@ -1,0 +1,56 @@
+"""The formats of an answer: each gives whole lines, ready to be written to stdout."""
+
+from __future__ import annotations
+
+import json
+import re
+from enum import StrEnum
+from typing import Any
+
+from switchrun.errors import InputError
+from switchrun.model.records import SCHEMA_VERSION, FillResult
+
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+
+
+class FillFormat(StrEnum):
+    """What `switchrun fill --format` takes."""
+
+    TEXT = "text"
+    RAW = "raw"
+    JSON = "json"
+    JSONL = "jsonl"
+
+
+def format_result(result: FillResult, style: FillFormat) -> str:
+    """Write an answer as whole lines; one line, except in `json`."""
+    if style is FillFormat.TEXT:
+        return _one_line(result.text)
+    if style is FillFormat.RAW:
+        return _one_line(result.raw)
+    return format_record(result.as_record(), indent=style is FillFormat.JSON)
+
+
+def format_failure(position: int, text: str, error: InputError, style: FillFormat) -> str:
+    """Write what stands in the place of an answer that could not be given.
+
+    For `text` and `raw` that is an empty line, so that line n of the output still belongs to line n of the input.
+    """
+    if style in (FillFormat.TEXT, FillFormat.RAW):
+        return "\n"
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "id": position,
+        "input": text,
+        "error": {"kind": error.kind, "message": error.message, "hint": error.hint},
+    }
+    return format_record(record, indent=style is FillFormat.JSON)
+
+
+def format_record(record: dict[str, Any], *, indent: bool) -> str:
+    """Write a record as JSON in UTF-8, indented or on one line, with a newline at the end."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2 if indent else None) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return _LINE_BREAK.sub(" ", text) + "\n"

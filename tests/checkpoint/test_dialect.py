@@ -1,0 +1,335 @@
+"""From raw tensors to a Switch model: what transformers would build of it is the oracle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors.torch import load_file, save_file
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+from switchrun.checkpoint import open_checkpoint
+from switchrun.checkpoint.types import ExpertKey
+from switchrun.errors import CorruptCheckpointError, ModelError
+from tests.support.checkpoints import oracle_state, random_model, read_tensor, save_checkpoint, tiny_config
+from tests.support.strategies import CheckpointSpec, checkpoint_specs
+
+EXPERT = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(folder: Path, remove: tuple[str, ...] = (), **values: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in remove}))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_checkpoint(random_model(tiny_config(tie_word_embeddings=False)), tmp_path / "m")
+
+
+def check_against(spec: CheckpointSpec, folder: Path) -> None:
+    model = spec.model()
+    spec.save(model, folder)
+    checkpoint = open_checkpoint(str(folder), cache_dir=folder / "cache")
+    state = oracle_state(model)
+    found = {name: read_tensor(where) for name, where in checkpoint.dense.items()}
+    for (stack, block, expert), slices in checkpoint.experts.items():
+        prefix = f"{stack}.block.{block}.layer.{1 if stack == 'encoder' else 2}.mlp.experts.expert_{expert}"
+        found |= {f"{prefix}.wi.weight": read_tensor(slices.wi), f"{prefix}.wo.weight": read_tensor(slices.wo)}
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    # Plain transformers, given the repaired configuration, builds a model with just these weights.
+    config = SwitchTransformersConfig.from_dict(dict(checkpoint.config))
+    with torch.device("meta"):
+        built = SwitchTransformersForConditionalGeneration(config)
+    if spec.dialect != "own-embeddings":
+        built.encoder.embed_tokens = built.decoder.embed_tokens = built.shared
+    assert {n: t.shape for n, t in oracle_state(built).items()} == {n: t.shape for n, t in state.items()}
+    assert config.tie_word_embeddings == spec.tied
+    assert checkpoint.stored_dtype == {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[spec.dtype]
+    assert checkpoint.num_experts == spec.experts
+    assert checkpoint.total_bytes == sum(t.nbytes for t in state.values())
+    assert bool(checkpoint.repairs) == (spec.dialect in ("hub-switch-c", "alias-embedding"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(spec=checkpoint_specs(max_experts=12))
+def test_every_checkpoint_opens_as_its_model(spec: CheckpointSpec) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_against(spec, Path(folder))
+
+
+def test_64_experts(tmp_path: Path) -> None:
+    check_against(CheckpointSpec(container="torch", sharded=True, experts=64), tmp_path)
+
+
+@pytest.mark.parametrize("container", ["safetensors", "torch"])
+def test_switch_c_as_it_lies_on_the_hub(tmp_path: Path, container: str) -> None:
+    config = tiny_config(
+        num_layers=15, num_decoder_layers=15, num_sparse_encoder_layers=15, num_sparse_decoder_layers=15, num_experts=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = random_model(config, dtype=torch.bfloat16)
+    folder = save_checkpoint(model, tmp_path / "m", container=container, sharded=True, dialect="hub-switch-c")
+    edit_config(folder, num_decoder_layers=12)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.repairs == (
+        "num_decoder_layers 12 → 15: the checkpoint has 15 decoder blocks",
+        "decoder.lm_head.weight → lm_head.weight: transformers knows the head by this name",
+        "tie_word_embeddings → false: the checkpoint has a head of its own",
+    )
+    assert checkpoint.sparse_blocks == {"encoder": tuple(range(15)), "decoder": tuple(range(15))}
+    assert len(checkpoint.experts) == 60
+    # 7 and 12 dense tensors a block; two position biases, two final norms, the embedding and the head.
+    assert len(checkpoint.dense) == 15 * (7 + 12) + 6
+    assert checkpoint.config["dtype"] == "bfloat16"
+    expected = {"architectures": ["SwitchTransformersForConditionalGeneration"], "decoder_start_token_id": 0}
+    assert expected.items() <= checkpoint.config.items()
+    wi, wo = checkpoint.experts[ExpertKey("decoder", 14, 1)]
+    assert wi.file != wo.file
+
+
+def test_experts_are_a_mapping(folder: Path) -> None:
+    experts = open_checkpoint(str(folder)).experts
+    assert list(experts) == [ExpertKey(s, 1, n) for s in ("encoder", "decoder") for n in range(4)]  # type: ignore[arg-type]
+    assert ExpertKey("encoder", 1, 3) in experts
+    for absent in (("encoder", 1, 4), ("encoder", 0, 0), ("encoder", 1, -1), ("encoder", 1), 7):
+        assert absent not in experts
+    with pytest.raises(KeyError):
+        experts[ExpertKey("encoder", 1, 4)]
+
+
+# The head
+
+
+def test_head_that_differs_unties(folder: Path) -> None:
+    edit_config(folder, tie_word_embeddings=True)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config["tie_word_embeddings"] is False
+    assert "lm_head.weight" in checkpoint.dense
+    assert checkpoint.repairs == ("tie_word_embeddings true → false: lm_head.weight differs from shared.weight",)
+    edit_config(folder, remove=("tie_word_embeddings",))
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.repairs == ("tie_word_embeddings → false: lm_head.weight differs from shared.weight",)
+
+
+def test_copied_head_stays_when_the_config_says_untied(tmp_path: Path) -> None:
+    folder = save_checkpoint(random_model(tiny_config()), tmp_path / "m", dialect="copied-head")
+    assert "lm_head.weight" not in open_checkpoint(str(folder)).dense
+    edit_config(folder, tie_word_embeddings=False)
+    checkpoint = open_checkpoint(str(folder))
+    assert "lm_head.weight" in checkpoint.dense
+    assert checkpoint.repairs == ()
+
+
+def test_no_head_is_a_tied_head(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.pop("lm_head.weight"))
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config["tie_word_embeddings"] is True
+    assert checkpoint.repairs == ("tie_word_embeddings false → true: the checkpoint has no head of its own",)
+
+
+# Geometry
+
+
+def test_counts_are_taken_from_the_tensors(folder: Path) -> None:
+    edit_config(folder, num_layers=7, num_decoder_layers=1, num_experts=9)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config["num_layers"] == checkpoint.config["num_decoder_layers"] == 2
+    assert checkpoint.num_experts == 4
+    assert len(checkpoint.repairs) == 3
+    assert "num_experts 9 → 4: the checkpoint has 4 experts in a sparse block" in checkpoint.repairs
+
+
+@pytest.mark.parametrize(("layers", "sparse"), [(1, 1), (1, 2), (2, 0), (2, 3), (3, 2), (4, 1), (5, 2), (5, 7), (6, 4)])
+def test_every_pattern_that_transformers_builds(tmp_path: Path, layers: int, sparse: int) -> None:
+    config = tiny_config(num_layers=layers, num_sparse_encoder_layers=sparse, num_experts=2)
+    model = random_model(config)
+    expected = tuple(i for i, block in enumerate(model.encoder.block) if block.is_sparse)
+    folder = save_checkpoint(model, tmp_path / "m")
+    right = open_checkpoint(str(folder))
+    assert (right.sparse_blocks["encoder"], right.repairs) == (expected, ())
+    edit_config(folder, encoder_sparse_step=0 if expected else 1, num_sparse_encoder_layers=1)
+    wrong = open_checkpoint(str(folder))
+    assert wrong.repairs
+    rebuilt = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig.from_dict(dict(wrong.config)))
+    assert tuple(i for i, block in enumerate(rebuilt.encoder.block) if block.is_sparse) == expected
+
+
+def test_irregular_pattern(tmp_path: Path) -> None:
+    config = tiny_config(num_layers=4, num_sparse_encoder_layers=4)
+    folder = save_checkpoint(random_model(config), tmp_path / "m")
+    dense = "encoder.block.2.layer.1.mlp."
+
+    def make_dense(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith(dense)]:
+            del tensors[name]
+        tensors |= {dense + "wi.weight": torch.zeros(32, 16), dense + "wo.weight": torch.zeros(16, 32)}
+
+    edit(folder, make_dense)
+    with pytest.raises(ModelError, match="experts in encoder blocks 0, 1, 3 of 4, which is not supported"):
+        open_checkpoint(str(folder))
+
+
+def test_router_bias_is_taken_from_the_tensors(tmp_path: Path) -> None:
+    folder = save_checkpoint(random_model(tiny_config(router_bias=True)), tmp_path / "m")
+    edit_config(folder, router_bias=False)
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config["router_bias"] is True
+    assert "encoder.block.1.layer.1.mlp.router.classifier.bias" in checkpoint.dense
+    assert len(checkpoint.repairs) == 1
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_is_taken_from_the_tensors(folder: Path, key: str) -> None:
+    edit_config(folder, ("dtype",))
+    edit_config(folder, **{key: "bfloat16"})
+    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config["dtype"] == "float32"
+    assert "torch_dtype" not in checkpoint.config
+    assert checkpoint.repairs == ('dtype "bfloat16" → "float32": the experts are stored so',)
+
+
+def test_a_minimal_config(folder: Path) -> None:
+    needed = ("d_model", "d_kv", "d_ff", "num_heads", "vocab_size", "relative_attention_num_buckets", "num_layers")
+    kept = {key: json.loads((folder / "config.json").read_text())[key] for key in needed}
+    (folder / "config.json").write_text(json.dumps(kept))
+    checkpoint = open_checkpoint(str(folder))
+    tokens = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+    assert tokens.items() <= checkpoint.config.items()
+    config = SwitchTransformersConfig.from_dict(dict(checkpoint.config))
+    aliases = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    built = SwitchTransformersForConditionalGeneration(config).state_dict().keys() - aliases
+    assert built - {"lm_head.weight"} == load_file(folder / "model.safetensors").keys() - {"lm_head.weight"}
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (EXPERT, "is missing"),
+        ("encoder.block.1.layer.1.mlp.experts.expert_3.wo.weight", "is missing"),
+        ("shared.weight", "is missing"),
+        ("decoder.block.1.layer.1.EncDecAttention.k.weight", "is missing"),
+        ("decoder.final_layer_norm.weight", "is missing"),
+        ("encoder.block.1.layer.1.mlp.router.classifier.weight", "is missing"),
+    ],
+)
+def test_missing_tensors(folder: Path, name: str, message: str) -> None:
+    edit(folder, lambda tensors: tensors.pop(name))
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        open_checkpoint(str(folder))
+    assert name in caught.value.message
+    assert str(folder / "model.safetensors") in caught.value.message
+
+
+def test_missing_block(folder: Path) -> None:
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("encoder.block.0.")]:
+            del tensors[name]
+
+    edit(folder, lose)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight is missing"
+    ):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        (EXPERT, torch.zeros(16, 32), r"has the shape \[16, 32\]; by config.json it must be \[32, 16\]"),
+        ("shared.weight", torch.zeros(100, 16), r"has the shape \[100, 16\]; by config.json it must be \[128, 16\]"),
+        ("encoder.final_layer_norm.weight", torch.zeros(16).long(), "is stored as I64, not as one of BF16, F16, F32"),
+        (EXPERT, torch.zeros(32, 16).double(), "is stored as F64"),
+        (EXPERT, torch.zeros(32, 16).half(), "is stored as F16, and other experts as F32"),
+        ("encoder.block.1.layer.1.mlp.router.classifier.weight", torch.zeros(3, 16), r"must be \[4, 16\]"),
+        ("encoder.block.1.layer.1.mlp.router.classifier.weight", torch.zeros(()), r"must be \[4, 16\]"),
+    ],
+)
+def test_wrong_tensors(folder: Path, name: str, tensor: torch.Tensor, message: str) -> None:
+    edit(folder, lambda tensors: tensors.update({name: tensor}))
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        open_checkpoint(str(folder))
+    assert name in caught.value.message
+    assert str(folder / "model.safetensors") in caught.value.message
+
+
+@pytest.mark.parametrize("config", [{"d_ff": 64}, {"d_model": 0}, {"vocab_size": "many"}, {"num_heads": True}])
+def test_a_config_that_contradicts_the_tensors(folder: Path, config: dict[str, object]) -> None:
+    edit_config(folder, **config)
+    with pytest.raises(CorruptCheckpointError, match=r"by config\.json it must be|not a positive whole number"):
+        open_checkpoint(str(folder))
+
+
+def test_gated_models_are_refused(folder: Path) -> None:
+    edit_config(folder, is_gated_act=True)
+    with pytest.raises(ModelError, match="gated experts"):
+        open_checkpoint(str(folder))
+    edit_config(folder, is_gated_act=False)
+
+    def gate(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".wi.weight")]:
+            tensor = tensors.pop(name)
+            tensors[name.replace(".wi.", ".wi_0.")] = tensor
+            tensors[name.replace(".wi.", ".wi_1.")] = tensor.clone()
+
+    edit(folder, gate)
+    with pytest.raises(ModelError, match=r"gated experts \(wi_0, wi_1\), as switch-xxl-128"):
+        open_checkpoint(str(folder))
+
+
+def test_int8_is_refused(folder: Path) -> None:
+    edit(folder, lambda tensors: tensors.update({EXPERT: torch.zeros(32, 16).char()}))
+    with pytest.raises(ModelError, match="stored in int8, which is not supported yet"):
+        open_checkpoint(str(folder))
+
+
+def only(prefix: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def keep(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if not name.startswith(prefix)]:
+            del tensors[name]
+
+    return keep
+
+
+def test_other_models_are_refused(folder: Path) -> None:
+    edit_config(folder, model_type="t5")
+    with_experts = open_checkpoint(str(folder))
+    assert with_experts.config["model_type"] == "switch_transformers"
+    edit(folder, only("encoder.block.0"))
+    with pytest.raises(ModelError, match=r"is not a Switch Transformers model \(model_type t5\)"):
+        open_checkpoint(str(folder))
+    edit_config(folder, model_type="switch_transformers")
+    with pytest.raises(ModelError, match="none of its tensors belongs to an expert"):
+        open_checkpoint(str(folder))
+
+
+def test_an_encoder_alone_is_refused(folder: Path) -> None:
+    edit(folder, only("encoder."))
+    with pytest.raises(ModelError, match="has no decoder blocks"):
+        open_checkpoint(str(folder))
+
+
+def test_a_damaged_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"d_model": ')
+    with pytest.raises(CorruptCheckpointError, match=r"config\.json: not valid JSON"):
+        open_checkpoint(str(folder))

@@ -1,0 +1,69 @@
+"""The command line inside the test's own process, with a fake session."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from switchrun.cli.app import run
+from tests.cli.fakes import FakeSession
+
+
+@dataclass
+class Outcome:
+    """What a run of the command line gave."""
+
+    code: int
+    stdout: str
+    stderr: str
+    sessions: list[FakeSession] = field(default_factory=list)
+
+
+class _Stdin(io.TextIOWrapper):
+    def __init__(self, data: bytes, terminal: bool) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+class _Stderr(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+Invoke = Callable[..., Outcome]
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Give a function that runs the command line with `FakeSession`; keywords `input` (bytes) and `terminal`."""
+
+    def call(*args: str, input: bytes = b"", terminal: bool = False) -> Outcome:  # noqa: A002 - as subprocess
+        sessions: list[FakeSession] = []
+
+        def open_session(model: str | None, **settings: Any) -> FakeSession:
+            sessions.append(FakeSession(model, **settings))
+            return sessions[-1]
+
+        monkeypatch.setattr("switchrun.cli.fill.open_session", open_session)
+        monkeypatch.setattr("switchrun.cli.fill.quieten_libraries", lambda: None)
+        stdout, stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), _Stderr(terminal)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", _Stdin(input, terminal))
+            patch.setattr(sys, "stdout", stdout)
+            patch.setattr(sys, "stderr", stderr)
+            code = run(list(args))
+        return Outcome(code, stdout.buffer.getvalue().decode(), stderr.getvalue(), sessions)
+
+    return call

@@ -1,0 +1,111 @@
+"""A session without a model, and the command with that session in the place of the real one.
+
+Run as `python -m tests.cli.fakes fill …` it is the `switchrun` command with `FakeSession`, for tests of signals and
+pipes that need a process of their own but no torch. `FAKE_DELAY` is the time that a fill takes, in seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import switchrun.cli.fill
+from switchrun.errors import BudgetError, InputError
+from switchrun.model.records import (
+    ExpertCounts,
+    FillResult,
+    GenerationOptions,
+    MemoryPeak,
+    ModelInfo,
+    Progress,
+    ProgressCallback,
+    Span,
+    Timing,
+    TokenCounts,
+)
+from switchrun.model.sentinels import check_sentinels
+
+REPAIR = "num_decoder_layers is 12, but there are 15 decoder blocks"
+
+
+@dataclass(frozen=True)
+class FakeCheckpoint:
+    """What `fill` asks of a checkpoint."""
+
+    repairs: tuple[str, ...] = (REPAIR,)
+
+
+class FakeSession:
+    """Answers every sentinel with `word`; keeps what it was asked for.
+
+    A text with `TOO LONG` is refused by `check`; one with `CRASH`, `OOM` or `BUDGET` makes `fill` fail.
+    """
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        self.model = model
+        self.settings = settings
+        self.progress: ProgressCallback | None = settings.get("progress")
+        self.checkpoint = FakeCheckpoint()
+        self.batches: list[list[str]] = []
+        self.options: list[GenerationOptions] = []
+        self.closed = False
+
+    def __enter__(self) -> FakeSession:
+        self._tell(Progress("open", 1000, 2000, 0))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.closed = True
+
+    def check(self, text: str) -> None:
+        """Refuse what the real session would refuse."""
+        check_sentinels(text)
+        if "TOO LONG" in text:
+            raise InputError("the text has 600 tokens, the model takes 512", "shorten it")
+
+    def fill(self, texts: Sequence[str], options: GenerationOptions) -> list[FillResult]:
+        """Answer each text, or fail as its words ask for."""
+        self.batches.append(list(texts))
+        self.options.append(options)
+        self._tell(Progress("decode", 3, 64, 5_000_000))
+        time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
+        return [self._answer(text) for text in texts]
+
+    def _tell(self, progress: Progress) -> None:
+        if self.progress is not None:
+            self.progress(progress)
+
+    def _answer(self, text: str) -> FillResult:
+        if "CRASH" in text:
+            raise ZeroDivisionError("division by zero\nin the second line")
+        if "OOM" in text:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        if "BUDGET" in text:
+            raise BudgetError("this batch needs 2 GiB", "use --batch-size 1")
+        return FillResult(
+            id=0,
+            input=text,
+            text=text.replace("<extra_id_0>", "wörd\n[x]"),
+            raw="<pad> <extra_id_0> wörd\n[x]</s>",
+            output_ids=(0, 32099, 5, 1),
+            spans=(Span("<extra_id_0>", "wörd\n[x]"),),
+            finish_reason="stop",
+            tokens=TokenCounts(6, 4, 0),
+            timing=Timing(0.5, 0.1, None, 0.2),
+            experts=ExpertCounts(0, 0, 0, 0, 0.0),
+            memory=MemoryPeak(10**9, None),
+            model=ModelInfo(self.model or "demo", None, "bf16"),
+        )
+
+
+if __name__ == "__main__":
+    from switchrun.cli.app import main
+
+    switchrun.cli.fill.open_session = FakeSession  # type: ignore[assignment]
+    main()

@@ -1,0 +1,239 @@
+"""`fill` with a fake session: formats, batches, inputs that fail, options that contradict each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from switchrun.model.records import GenerationOptions
+from tests.cli.conftest import Invoke
+from tests.cli.fakes import REPAIR
+from tests.conftest import validate
+
+GOOD = "A <extra_id_0> b"
+ANSWER = "A wörd [x] b\n"
+
+
+def test_one_text(invoke: Invoke) -> None:
+    outcome = invoke("fill", GOOD)
+    assert (outcome.code, outcome.stdout) == (0, ANSWER)
+    assert outcome.stderr == f"switchrun: note: {REPAIR}\n"
+    assert outcome.sessions[0].closed
+
+
+def test_texts_keep_their_order(invoke: Invoke) -> None:
+    outcome = invoke("fill", "1 <extra_id_0>", "2 <extra_id_0>", "-q")
+    assert outcome.stdout == "1 wörd [x]\n2 wörd [x]\n"
+    assert outcome.stderr == ""
+    assert outcome.sessions[0].batches == [["1 <extra_id_0>"], ["2 <extra_id_0>"]]
+
+
+def test_raw_is_one_line(invoke: Invoke) -> None:
+    assert invoke("fill", GOOD, "--format", "raw").stdout == "<pad> <extra_id_0> wörd [x]</s>\n"
+
+
+def test_jsonl_is_a_valid_record_a_line(invoke: Invoke) -> None:
+    outcome = invoke("fill", GOOD, "no sentinel", GOOD, "--format", "jsonl")
+    records = [json.loads(line) for line in outcome.stdout.splitlines()]
+    for record in records:
+        validate(record, "fill")
+    assert [record["id"] for record in records] == [0, 1, 2]
+    assert records[1]["error"]["kind"] == "input"
+    assert records[1]["input"] == "no sentinel"
+    assert records[2]["text"] == "A wörd\n[x] b"
+    assert "wörd" in outcome.stdout
+    assert outcome.code == 3
+
+
+def test_json_is_a_stream_of_indented_objects(invoke: Invoke) -> None:
+    stdout = invoke("fill", GOOD, GOOD, "--format", "json").stdout
+    first, end = json.JSONDecoder().raw_decode(stdout)
+    second = json.loads(stdout[end:])
+    validate(first, "fill")
+    assert (first["id"], second["id"]) == (0, 1)
+    assert stdout.startswith('{\n  "schema_version"')
+
+
+def test_a_single_bad_text_leaves_stdout_empty(invoke: Invoke) -> None:
+    for style in ("text", "raw", "json", "jsonl"):
+        outcome = invoke("fill", "no sentinel", "--format", style)
+        assert (outcome.code, outcome.stdout) == (4, "")
+        assert outcome.stderr.startswith("switchrun: the text has no sentinel")
+        assert "quote" in outcome.stderr
+        assert outcome.stderr.count("\n") == 1
+        assert outcome.sessions == [], "a bad text must not cost the opening of the model"
+
+
+def test_a_text_that_only_the_tokenizer_refuses(invoke: Invoke) -> None:
+    outcome = invoke("fill", "TOO LONG <extra_id_0>", "-q")
+    assert (outcome.code, outcome.stdout) == (4, "")
+    assert outcome.stderr == "switchrun: the text has 600 tokens, the model takes 512 (shorten it)\n"
+
+
+def test_a_stream_answers_the_good_lines(invoke: Invoke) -> None:
+    lines = b"1 <extra_id_0>\r\nbad\n\xff <extra_id_0>\nTOO LONG <extra_id_0>\n<extra_id_1>\n6 <extra_id_0>"
+    outcome = invoke("fill", "-q", input=lines)
+    assert outcome.code == 3
+    assert outcome.stdout == "1 wörd [x]\n\n\n\n\n6 wörd [x]\n"
+    messages = outcome.stderr.splitlines()
+    assert [message.split(":")[1] for message in messages] == [" line 2", " line 3", " line 4", " line 5"]
+    assert "not UTF-8: byte 0xff at offset 0" in messages[1]
+
+
+def test_a_stream_with_nothing_good(invoke: Invoke) -> None:
+    outcome = invoke("fill", "-", "--format", "jsonl", input=b"bad\n\xff\n")
+    assert outcome.code == 4
+    records = [json.loads(line) for line in outcome.stdout.splitlines()]
+    for record in records:
+        validate(record, "fill")
+    assert [record["input"] for record in records] == ["bad", "\ufffd"]
+
+
+def test_an_empty_stream_is_no_error(invoke: Invoke) -> None:
+    outcome = invoke("fill", input=b"")
+    assert (outcome.code, outcome.stdout) == (0, "")
+
+
+def test_batches_hold_lines_until_they_are_full(invoke: Invoke) -> None:
+    lines = b"bad\n1 <extra_id_0>\nbad\n2 <extra_id_0>\n3 <extra_id_0>\n"
+    outcome = invoke("fill", "--batch-size", "2", "-q", "--format", "jsonl", input=lines)
+    assert outcome.sessions[0].batches == [["1 <extra_id_0>", "2 <extra_id_0>"], ["3 <extra_id_0>"]]
+    assert [json.loads(line)["id"] for line in outcome.stdout.splitlines()] == [0, 1, 2, 3, 4]
+    assert outcome.code == 3
+
+
+def test_blanks(invoke: Invoke) -> None:
+    outcome = invoke("fill", "A ___ b", "--blank", "___", "--format", "jsonl")
+    assert json.loads(outcome.stdout)["input"] == GOOD
+    outcome = invoke("fill", "A ___ <extra_id_0>", "--blank", "___")
+    assert (outcome.code, outcome.stdout) == (4, "")
+
+
+def test_what_ends_the_whole_run(invoke: Invoke) -> None:
+    outcome = invoke("fill", "-q", input=b"1 <extra_id_0>\nBUDGET <extra_id_0>\n3 <extra_id_0>\n")
+    assert outcome.code == 6
+    assert outcome.stdout == "1 wörd [x]\n"
+    assert outcome.stderr == "switchrun: this batch needs 2 GiB (use --batch-size 1)\n"
+    assert outcome.sessions[0].closed
+
+
+def test_memory_that_ran_out(invoke: Invoke) -> None:
+    outcome = invoke("fill", "-q", "OOM <extra_id_0>")
+    assert (outcome.code, outcome.stdout) == (6, "")
+    assert outcome.stderr.startswith("switchrun: out of memory:")
+
+
+def test_a_bug_is_one_line(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = invoke("fill", "-q", "CRASH <extra_id_0>")
+    assert (outcome.code, outcome.stdout) == (1, "")
+    assert outcome.stderr == (
+        "switchrun: internal error: ZeroDivisionError: division by zero in the second line "
+        "(set SWITCHRUN_DEBUG=1 to see where)\n"
+    )
+    monkeypatch.setenv("SWITCHRUN_DEBUG", "1")
+    assert "Traceback" in invoke("fill", "-q", "CRASH <extra_id_0>").stderr
+
+
+def test_a_terminal_sees_progress_and_it_is_erased(invoke: Invoke) -> None:
+    outcome = invoke("fill", GOOD, terminal=True)
+    assert "open: 1000 B of 1.95 KiB" in outcome.stderr
+    assert "decode: 3 of 64 tokens, 4.77 MiB read" in outcome.stderr
+    assert outcome.stderr.endswith("\r\x1b[2K")
+    assert outcome.stdout == ANSWER
+    assert "\x1b" not in invoke("fill", GOOD, "-q", terminal=True).stderr
+
+
+def test_no_cursor_codes_without_a_terminal(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in invoke("fill", GOOD, "--stats").stderr
+
+
+def test_a_person_is_told_how_to_end(invoke: Invoke) -> None:
+    assert "Ctrl-D" in invoke("fill", terminal=True, input=b"").stderr
+    assert "Ctrl-D" not in invoke("fill", input=b"").stderr
+    assert "Ctrl-D" not in invoke("fill", GOOD, terminal=True).stderr
+
+
+def test_options_reach_the_session(invoke: Invoke, tmp_path: Path) -> None:
+    map_file = tmp_path / "map.json"
+    map_file.write_text('{"": "cpu"}')
+    sampling = ["--sample", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--seed", "3"]
+    limits = ["--max-new-tokens", "9", "--num-beams", "2", "--batch-size", "4"]
+    memory = ["--cpu-memory", "6GiB", "--gpu-memory", "1GiB", "--offload-folder", "o", "--device-map", str(map_file)]
+    outcome = invoke("fill", GOOD, "-m", "M", "--dtype", "fp32", "--tokenizer", "T", *sampling, *limits, *memory)
+    session = outcome.sessions[0]
+    assert session.options == [GenerationOptions(9, 2, True, 0.5, 0.9, 7, 3)]
+    settings = {name: value for name, value in session.settings.items() if name != "progress"}
+    assert session.model == "M"
+    assert settings == {
+        "dtype": "fp32",
+        "cpu_memory": "6GiB",
+        "gpu_memory": "1GiB",
+        "offload_folder": Path("o"),
+        "device_map": map_file,
+        "tokenizer": "T",
+        "batch_size": 4,
+        "num_beams": 2,
+    }
+
+
+def test_options_from_the_environment(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "MODEL": "M",
+        "DTYPE": "bf16",
+        "CPU_MEMORY": "1GiB",
+        "GPU_MEMORY": "2GiB",
+        "OFFLOAD_FOLDER": "o",
+        "TOKENIZER": "T",
+        "BATCH_SIZE": "4",
+        "MAX_NEW_TOKENS": "9",
+        "NUM_BEAMS": "2",
+        "FORMAT": "raw",
+        "DEVICE_MAP": "auto",
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(f"SWITCHRUN_{name}", value)
+    outcome = invoke("fill", GOOD)
+    session = outcome.sessions[0]
+    assert outcome.stdout.startswith("<pad>")
+    assert session.model == "M"
+    assert session.settings["cpu_memory"] == "1GiB"
+    assert session.settings["device_map"] is None
+    assert session.options == [GenerationOptions(9, 2)]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch-size", "0"], "'--batch-size'"),
+        (["--max-new-tokens", "0"], "'--max-new-tokens'"),
+        (["--num-beams", "x"], "'--num-beams'"),
+        (["--dtype", "fp8"], "'--dtype'"),
+        (["--format", "xml"], "'--format'"),
+        (["--temperature", "2"], "--temperature does nothing without --sample"),
+        (["--top-p", "0.5"], "--top-p does nothing without --sample"),
+        (["--top-k", "5"], "--top-k does nothing without --sample"),
+        (["--seed", "5"], "--seed does nothing without --sample"),
+        (["--sample", "--temperature", "0"], "--temperature must be above 0"),
+        (["--sample", "--temperature", "nan"], "--temperature must be above 0"),
+        (["--sample", "--temperature", "inf"], "--temperature must be above 0"),
+        (["--sample", "--top-p", "0"], "--top-p must be above 0"),
+        (["--sample", "--top-p", "1.5"], "--top-p must be above 0"),
+        (["--sample", "--top-k", "-1"], "'--top-k'"),
+        (["--sample", "--seed", "-1"], "'--seed'"),
+        (["--cpu-memory", "lots"], "--cpu-memory: 'lots' is not a size"),
+        (["--gpu-memory", "0=1GiB,0=2GiB"], "--gpu-memory"),
+        (["--device-map", "nowhere.json"], "--device-map: there is no file 'nowhere.json'"),
+        (["--blank", ""], "--blank"),
+        (["-"], "stdin"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_usage_errors_are_one_line(invoke: Invoke, args: list[str], message: str) -> None:
+    outcome = invoke("fill", GOOD, *args)
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert message in outcome.stderr
+    assert outcome.stderr.count("\n") == 1
+    assert outcome.sessions == []

@@ -1,0 +1,199 @@
+"""Pipes and signals: the command in a process of its own, with a fake session (so without torch)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.cli.fakes import REPAIR
+from tests.conftest import ROOT
+
+LINE = b"A <extra_id_0> b\n"
+ANSWER = "A wörd [x] b\n".encode()
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(hermetic: dict[str, str]) -> Iterator[Start]:
+    """Give a function that starts the fake command with pipes; what still runs at the end is killed."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def call(*args: str, delay: float = 0, **options: Any) -> subprocess.Popen[bytes]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = [sys.executable, "-m", "tests.cli.fakes", *args]
+        env = {**hermetic, "FAKE_DELAY": str(delay)}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=env, bufsize=0, **{**pipes, **options}))
+        return started[-1]
+
+    yield call
+    for process in started:
+        process.kill()
+        process.wait()
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None and not stream.closed:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+def test_each_line_is_answered_before_the_next_comes(start: Start) -> None:
+    process = start("fill", "-q")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for _ in range(3):
+        process.stdin.write(LINE)
+        process.stdin.flush()
+        assert process.stdout.readline() == ANSWER
+    process.stdin.close()
+    assert process.wait(10) == 0
+
+
+def test_utf8_whatever_the_locale(start: Start, monkeypatch: pytest.MonkeyPatch, hermetic: dict[str, str]) -> None:
+    hermetic |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    process = start("fill", "-q")
+    stdout, stderr = process.communicate("<extra_id_0> größer\n".encode(), timeout=10)
+    assert (stdout, stderr) == ("wörd [x] größer\n".encode(), b"")
+
+
+def test_a_text_argument_that_is_not_utf8(start: Start, hermetic: dict[str, str]) -> None:
+    command = [os.fsencode(sys.executable), b"-m", b"tests.cli.fakes", b"fill", b"\xff <extra_id_0>"]
+    done = subprocess.run(command, cwd=ROOT, env=hermetic, capture_output=True)
+    assert (done.returncode, done.stdout) == (4, b"")
+    assert b"not UTF-8" in done.stderr
+
+
+def test_head_ends_the_run_quietly(start: Start) -> None:
+    process = start("fill", "-q", delay=0.02)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(LINE * 200)
+    process.stdin.close()
+    assert process.stdout.readline() == ANSWER
+    process.stdout.close()
+    assert process.wait(10) == 141
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+
+
+def test_head_on_help(hermetic: dict[str, str]) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "switchrun", "fill", "--help"], env=hermetic, stdout=write_end, stderr=subprocess.PIPE
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_a_full_disk(start: Start) -> None:
+    with open("/dev/full", "wb") as full:
+        process = start("fill", "-q", LINE.decode(), stdout=full)
+        _, stderr = process.communicate(timeout=10)
+    assert process.returncode == 1
+    assert stderr == b"switchrun: cannot write the answer to stdout: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "message"),
+    [(0, 2, b"stdin is closed"), (1, 2, b"stdout is closed"), (2, 0, b"")],
+    ids=["stdin", "stdout", "stderr"],
+)
+def test_closed_streams(start: Start, closed: int, code: int, message: bytes) -> None:
+    process = start("fill", *([] if closed == 0 else ["<extra_id_0>"]), preexec_fn=lambda: os.close(closed))
+    stdout, stderr = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert message in stderr
+    assert stdout == (b"" if code else "wörd [x]\n".encode())
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_whole_lines(start: Start, signum: signal.Signals, code: int) -> None:
+    process = start("fill", "-q", delay=0.005)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(LINE * 2000)
+    process.stdin.flush()
+    first = process.stdout.readline()
+    process.send_signal(signum)
+    stdout, stderr = process.communicate(timeout=10)
+    assert process.returncode == code
+    assert set((first + stdout).splitlines(keepends=True)) == {ANSWER}
+    assert stderr == b""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_signal_while_the_reader_is_slow_leaves_whole_lines(
+    start: Start, unbuffered: str, hermetic: dict[str, str]
+) -> None:
+    hermetic |= {"PYTHONUNBUFFERED": unbuffered}
+    # The answer is larger than the pipe, so the signal meets a write that is half done.
+    long = "x" * 300_000
+    process = start("fill", "-q")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(f"{long} <extra_id_0>\n".encode())
+    process.stdin.flush()
+    start_of_line = process.stdout.read(10)
+    process.send_signal(signal.SIGTERM)
+    stdout, _ = process.communicate(timeout=10)
+    assert process.returncode == 143
+    lines = (start_of_line + stdout).splitlines(keepends=True)
+    assert set(lines) == {f"{long} wörd [x]\n".encode()}
+
+
+def test_a_second_signal_kills_at_once(start: Start) -> None:
+    # Nobody reads the answer, so the first signal waits for a write that cannot end.
+    process = start("fill", "-q")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"x" * 300_000 + b" <extra_id_0>\n")
+    process.stdin.flush()
+    process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == -signal.SIGINT
+
+
+def test_a_signal_while_waiting_for_a_person(start: Start) -> None:
+    process = start("fill", "-q")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(LINE)
+    process.stdin.flush()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 130
+
+
+def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> None:
+    ours, theirs = pty.openpty()
+    process = start("fill", stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert process.stdin is not None
+    process.stdin.write(LINE * 2)
+    process.stdin.close()
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # Linux says EIO when the other end is closed
+        pass
+    os.close(ours)
+    assert process.wait(10) == 0
+    assert b"decode: 3 of 64 tokens" in seen
+    # What is left on the screen once the erased parts are gone.
+    shown = re.sub(rb"[^\n]*\r\x1b\[2K", b"", seen).replace(b"\r\n", b"\n")
+    assert shown == f"switchrun: note: {REPAIR}\n".encode() + ANSWER * 2

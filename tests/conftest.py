@@ -1,0 +1,83 @@
+"""What all tests share: an environment that has nothing of the user's, and the command as a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# One thread for each test process, since many share few cores. It is read when torch is imported: so, first of all.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+from jsonschema import Draft202012Validator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+RunSwitchrun = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(autouse=True)
+def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Give every test a home, caches and terminal settings of its own, and no network; returns its environment."""
+    for name in list(os.environ):
+        if name.startswith(("SWITCHRUN_", "HF_", "TRANSFORMERS_", "XDG_")):
+            monkeypatch.delenv(name)
+    for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "LC_ALL", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    settings = {
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / "cache"),
+        "HF_HOME": str(home / "huggingface"),
+        "HF_HUB_OFFLINE": "1",
+        "SWITCHRUN_CACHE": str(home / "switchrun"),
+        "OMP_NUM_THREADS": "1",
+        # The tests also run where switchrun is not installed.
+        "PYTHONPATH": str(ROOT),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return dict(os.environ)
+
+
+@pytest.fixture
+def run_switchrun(tmp_path: Path, hermetic: dict[str, str]) -> RunSwitchrun:
+    """Give a function that runs the command in a child process, in an empty folder.
+
+    Its keywords: `input` (text or bytes for stdin; none by default), `env` (variables to add) and `timeout`.
+    """
+    folder = tmp_path / "work"
+    folder.mkdir()
+
+    def run(
+        args: Sequence[str],
+        *,
+        input: str | bytes | None = None,  # noqa: A002 - as subprocess.run calls it
+        env: Mapping[str, str] | None = None,
+        timeout: float = 60,
+    ) -> subprocess.CompletedProcess[str]:
+        data = input.encode() if isinstance(input, str) else input
+        done = subprocess.run(
+            [sys.executable, "-m", "switchrun", *args],
+            input=data if data is not None else b"",
+            capture_output=True,
+            cwd=folder,
+            env={**hermetic, **(env or {})},
+            timeout=timeout,
+        )
+        return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    return run
+
+
+def validate(record: Any, schema: str) -> None:
+    """Check a record against `docs/schemas/<schema>.schema.json`."""
+    document = json.loads((ROOT / "docs" / "schemas" / f"{schema}.schema.json").read_text(encoding="utf-8"))
+    Draft202012Validator.check_schema(document)
+    Draft202012Validator(document).validate(record)

@@ -1,0 +1,103 @@
+"""Memory is a promise: the process stays within --cpu-memory, and what cannot be kept is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from switchrun.bench.synthetic import Geometry, make_checkpoint
+from switchrun.units import MIB
+from tests.conftest import RunSwitchrun
+from tests.support.checkpoints import save_tiny_tokenizer
+
+#: 24 GiB of experts, all but two layers' worth of it holes: reading them is real, storing them costs nothing.
+BIG = Geometry(d_model=1024, d_ff=4096, d_kv=64, num_heads=16, num_layers=2, num_experts=384, vocab_size=128)
+TEXT = "the <extra_id_0> sat on the <extra_id_1> . " + "a man walks into a bar and orders a beer with salt " * 30
+
+#: Runs the command and tells its peak resident set.
+MEASURE = """
+import resource, subprocess, sys
+code = subprocess.call([sys.executable, "-m", "switchrun", *sys.argv[1:]])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("big") / "model"
+    make_checkpoint(folder, BIG)
+    return save_tiny_tokenizer(folder)
+
+
+def minimum_of(run_switchrun: RunSwitchrun, model: Path, *options: str) -> int:
+    done = run_switchrun(["plan", "--model", str(model), "--cpu-memory", "64GiB", "--format", "json", *options])
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout)["minimum_cpu_bytes"])
+
+
+def peak_of(env: dict[str, str], *arguments: str) -> tuple[int, int]:
+    """Run the command; give its exit code and peak resident set."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.returncode, int(done.stderr.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room_mib", [0, 200, 1024])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_process_stays_within_the_budget(
+    big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str, room_mib: int
+) -> None:
+    """From the minimum that `plan` states upwards; the checkpoint is at least eight times as large."""
+    budget = minimum_of(run_switchrun, big, "--dtype", dtype) + room_mib * MIB
+    assert sum(file.stat().st_size for file in big.iterdir()) >= 8 * budget
+    for threads in ("1", "2"):
+        _, peak = peak_of(
+            hermetic | {"OMP_NUM_THREADS": threads},
+            *("fill", "--model", str(big), "--dtype", dtype, "--cpu-memory", str(budget)),
+            *("--max-new-tokens", "4", TEXT),
+        )
+        assert peak <= budget, f"{peak / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_a_batch_with_beams_stays_within_the_budget(
+    big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], tmp_path: Path
+) -> None:
+    options = ("--batch-size", "4", "--num-beams", "3")
+    budget = minimum_of(run_switchrun, big, *options) + 64 * MIB
+    _, peak = peak_of(
+        hermetic,
+        *("fill", "--model", str(big), "--cpu-memory", str(budget), *options, "--max-new-tokens", "3"),
+        *(TEXT, TEXT, TEXT, "a <extra_id_0> walks"),
+    )
+    assert peak <= budget, f"{peak / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
+
+
+def test_below_the_minimum_nothing_is_loaded(big: Path, run_switchrun: RunSwitchrun) -> None:
+    minimum = minimum_of(run_switchrun, big)
+    for command in (["plan"], ["fill", TEXT]):
+        done = run_switchrun([*command, "--model", str(big), "--cpu-memory", str(minimum - 1)])
+        assert done.returncode == 6
+        assert done.stdout == ""
+        named = -(-minimum // MIB)
+        assert f"needs at least {named} MiB of CPU memory" in done.stderr
+        assert f"--cpu-memory {named}MiB or more" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_peak_in_a_record_is_the_systems(big: Path, run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
+    from switchrun import hardware
+
+    assert abs(hardware.peak_rss_bytes() - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) < 4 * MIB
+    assert 0 < hardware.rss_bytes() <= hardware.peak_rss_bytes()
+    assert os.sysconf("SC_PAGE_SIZE") == 4096

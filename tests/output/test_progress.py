@@ -1,0 +1,83 @@
+"""The progress line: only on terminals, one line that fits, erased without a trace."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from switchrun.model.records import Progress
+from switchrun.output import progress
+from switchrun.output.progress import ProgressLine
+
+ERASE = "\r\x1b[2K"
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Give the time that the progress line sees, as a list of one number."""
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setenv("TERM", "xterm")
+    return now
+
+
+def test_stages(clock: list[float]) -> None:
+    stream = _Terminal()
+    line = ProgressLine(stream)
+    line(Progress("open", 10**9, 2 * 10**9, 0))
+    line(Progress("encode", 1, 15, 0))
+    clock[0] += 2
+    line(Progress("encode", 2, 15, 3 * 10**9))
+    line(Progress("decode", 1, 64, 3 * 10**9))
+    assert stream.getvalue().split(ERASE)[1:] == [
+        "open: 954 MiB of 1.86 GiB",
+        "encode: 1 of 15 layers, 0 B read",
+        "encode: 2 of 15 layers, 2.79 GiB read, 1.50 GB/s",
+        "decode: 1 of 64 tokens, 2.79 GiB read",
+    ]
+
+
+def test_it_is_not_drawn_too_often(clock: list[float]) -> None:
+    stream = _Terminal()
+    line = ProgressLine(stream)
+    for token in range(10):
+        line(Progress("decode", token, 64, 0))
+        clock[0] += progress.REDRAW_SECONDS / 4
+    assert stream.getvalue().count("decode") == 3
+
+
+def test_it_fits_into_the_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "12")
+    stream = _Terminal()
+    ProgressLine(stream)(Progress("decode", 1, 64, 0))
+    assert stream.getvalue() == ERASE + "decode: 1 o"
+
+
+def test_clear_erases_what_is_shown_and_only_that(clock: list[float]) -> None:
+    stream = _Terminal()
+    line = ProgressLine(stream)
+    line.clear()
+    assert stream.getvalue() == ""
+    line(Progress("decode", 1, 64, 0))
+    line.clear()
+    line.clear()
+    assert stream.getvalue().endswith("read" + ERASE)
+    assert stream.getvalue().count(ERASE) == 2
+    line(Progress("decode", 2, 64, 0))
+    assert "decode: 2" in stream.getvalue(), "after an erasure the line comes back at once"
+
+
+def test_nothing_where_nobody_looks(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    pipe, unwanted, dumb = io.StringIO(), _Terminal(), _Terminal()
+    ProgressLine(pipe)(Progress("decode", 1, 64, 0))
+    ProgressLine(unwanted, wanted=False)(Progress("decode", 1, 64, 0))
+    monkeypatch.setenv("TERM", "dumb")
+    ProgressLine(dumb)(Progress("decode", 1, 64, 0))
+    assert pipe.getvalue() + unwanted.getvalue() + dumb.getvalue() == ""

@@ -1,0 +1,132 @@
+"""Tables: 80 columns on a pipe, COLUMNS and NO_COLOR honoured, nothing of a model's name taken for markup."""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import replace
+
+import pytest
+
+from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
+from switchrun.output.plan_tables import render_plan
+from switchrun.output.stats_tables import render_stats
+from switchrun.planning.types import Estimate, Placement, Plan, TierUse
+from switchrun.units import GIB, MIB
+
+EVERY = "used for every generated token"
+PLACEMENTS = (
+    Placement("shared", "cpu", 133 * MIB, EVERY),
+    Placement("decoder.block.0.layer.0.SelfAttention.q.weight", "cpu", 70 * MIB, EVERY),
+    *(Placement(f"decoder.block.{n}", "cpu", 70 * MIB, EVERY) for n in range(1, 15)),
+    *(Placement(f"encoder.block.{n}", "disk" if n in (3, 5, 6) else "cpu", 40 * MIB, "once") for n in range(15)),
+)
+PLAN = Plan(
+    model_id="google/[bold]switch-c-2048",
+    revision="0123456789abcdef0123456789abcdef01234567",
+    path="/data/models/" + "long/" * 20,
+    dtype="bf16",
+    stored_dtype="BF16",
+    repairs=("num_decoder_layers is 12 in config.json, but the checkpoint's tensors have 15 decoder blocks: took 15",),
+    num_experts=61440,
+    expert_bytes=51_118_080,
+    total_bytes=3_143_000_000_000,
+    batch_size=1,
+    num_beams=1,
+    device_map={},
+    placements=PLACEMENTS,
+    tiers=(
+        TierUse("gpu:0", 999 * MIB, 999 * MIB, 0, 999 * MIB, 0, 999 * MIB, 0, 999 * MIB),
+        TierUse("cpu", 999 * GIB, 999 * GIB, 61440, 49 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * GIB),
+        TierUse("disk", None, 0, 0, 0, 3_141_000_000_000, 0, 0, 3_141_000_000_000),
+    ),
+    minimum_cpu_bytes=int(1.1 * GIB) + 1,
+    resident_cpu_bytes=3_143_000_000_000,
+    estimate=Estimate(24, 12, 352, 180, 27_000_000_000, 0, 1.8e9, "measured", 15.0),
+)
+STATS = SessionStats(
+    tiers=PLAN.tiers,
+    memory=MemoryPeak(5 * GIB, None),
+    open_seconds=4.2,
+    inputs=2,
+    output_tokens=24,
+    fill_seconds=12.0,
+    ttft_seconds=3.5,
+    itl_seconds=0.4,
+    experts=ExpertCounts(400, 100, 300, 15_000_000_000, 10.0),
+    wait_seconds=8.0,
+)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_plan_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    text = render_plan(PLAN)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "\x1b" not in text
+    assert "google/[bold]switch-c-2048" in text
+    assert "1127 MiB (1.1 GiB)" in text, "a minimum is rounded up, so that it can be given as an option"
+    assert "decoder.block 0-14" in text
+    assert "encoder.block 0-2, 4, 7-14" in text
+    assert "encoder.block 3, 5-6" in text
+    assert "27" in text
+    assert "1.80 GB/s (measured)" in text
+    assert "- num_decoder_layers is 12" in text
+
+
+def test_a_plan_without_repairs_says_nothing_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert "Repairs" not in render_plan(replace(PLAN, repairs=()))
+
+
+@pytest.mark.parametrize("columns", ["40", "120"])
+def test_columns_is_honoured(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setenv("COLUMNS", columns)
+    widest = max(len(line) for line in render_plan(PLAN).splitlines())
+    assert widest <= int(columns)
+    assert columns == "40" or widest > 80
+
+
+@pytest.mark.parametrize("columns", ["", "0", "wide"])
+def test_columns_without_a_meaning_are_80(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setenv("COLUMNS", columns)
+    assert 70 < max(len(line) for line in render_plan(PLAN).splitlines()) <= 80
+
+
+def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stdout", _Terminal())
+    assert "\x1b[1m" in render_plan(PLAN)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b" not in render_plan(PLAN)
+
+
+def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    text = render_stats(STATS)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for words in ("5 GiB", "4.20 s", "3.50 s", "400.0 ms", "2 tokens/s", "25.0%", "1.50 GB/s", "8.00 s"):
+        assert words in text
+    assert "GPU" not in text
+    assert "GPU" in render_stats(replace(STATS, memory=MemoryPeak(5 * GIB, GIB)))
+
+
+def test_statistics_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    nothing = replace(
+        STATS,
+        inputs=0,
+        output_tokens=0,
+        fill_seconds=0.0,
+        ttft_seconds=None,
+        itl_seconds=None,
+        experts=ExpertCounts(0, 0, 0, 0, 0.0),
+    )
+    assert "first token" not in render_stats(nothing)
