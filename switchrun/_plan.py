@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.types import SwitchCheckpoint
@@ -30,7 +30,7 @@ def prepare(
     num_beams: int = 1,
     input_tokens: int = 24,
     output_tokens: int = 12,
-    disk_bandwidth: float | None = None,
+    disk_bandwidth: float | Literal["measure"] | None = None,
 ) -> Prepared:
     """Open a checkpoint's headers and plan for it; the arguments and errors are those of `plan`."""
     from switchrun import folders, hardware
@@ -44,9 +44,15 @@ def prepare(
     checkpoint = open_checkpoint(
         None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
     )
-    bandwidth = Bandwidth(disk_bandwidth, "given") if disk_bandwidth else None
-    measured = hardware.known_bandwidth(checkpoint.path)
-    if bandwidth is None and measured:
+    expert_file = next(iter(checkpoint.experts.values())).wi.file
+    if disk_bandwidth == "measure":
+        _measure(checkpoint)
+        disk_bandwidth = None
+    measured = hardware.known_bandwidth(expert_file)
+    bandwidth = None
+    if disk_bandwidth:
+        bandwidth = Bandwidth(disk_bandwidth, "given")
+    elif measured:
         bandwidth = Bandwidth(measured, "measured")
     plan = make_plan(
         checkpoint,
@@ -62,6 +68,20 @@ def prepare(
     return Prepared(checkpoint, plan)
 
 
+def _measure(checkpoint: SwitchCheckpoint) -> None:
+    """Read experts here and there for half a second, and remember how fast that was."""
+    import random
+
+    from switchrun import hardware
+
+    keys = list(checkpoint.experts)
+    chosen = [checkpoint.experts[key] for key in random.sample(keys, min(len(keys), 200))]
+    ranges = [(tensor.file, tensor.offset, tensor.nbytes) for slices in chosen for tensor in slices]
+    rate = hardware.measure_read_bandwidth(ranges)
+    if rate is not None and not hardware.is_sparse(ranges[0][0]):
+        hardware.remember_bandwidth(ranges[0][0], rate)
+
+
 def plan(
     model: str | Path | None = None,
     *,
@@ -74,7 +94,7 @@ def plan(
     num_beams: int = 1,
     input_tokens: int = 24,
     output_tokens: int = 12,
-    disk_bandwidth: float | None = None,
+    disk_bandwidth: float | Literal["measure"] | None = None,
 ) -> Plan:
     """Say which weights of a model would go where and what a fill would cost, from its headers alone.
 
@@ -89,7 +109,8 @@ def plan(
         num_beams: Beams of each input.
         input_tokens: Tokens of an input, for the estimate.
         output_tokens: Tokens generated, for the estimate.
-        disk_bandwidth: Bytes per second; what was last measured on that disk if None, else an assumption.
+        disk_bandwidth: Bytes per second, or `measure` to read experts for half a second; if None, what was last
+            measured on that disk, else an assumption.
 
     Raises:
         SwitchrunError: One of its kinds; see `switchrun.errors`.

@@ -34,9 +34,10 @@ def _cgroup_limits() -> list[tuple[int, int]]:
     for line in lines:
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            root, limit_name, use_name = _CGROUP, "memory.max", "memory.current"
+            root, limit_name, use_name, cache_name = _CGROUP, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            root, limit_name, use_name = _CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            root, limit_name = _CGROUP / "memory", "memory.limit_in_bytes"
+            use_name, cache_name = "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
         folder = root / group.lstrip("/")
@@ -47,11 +48,18 @@ def _cgroup_limits() -> list[tuple[int, int]]:
             try:
                 limit = (place / limit_name).read_text().strip()
                 used = int((place / use_name).read_text())
+                statistics = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
             except (OSError, ValueError):
                 continue
             if limit != "max":
-                found.append((int(limit), used))
+                # The page cache counts as used, but the kernel gives it up before it kills anybody.
+                found.append((int(limit), used - int(statistics.get(cache_name, 0))))
     return found
+
+
+def process_age_seconds() -> float:
+    """Give the time since this process was started."""
+    return max(0.0, time.time() - psutil.Process().create_time())
 
 
 def peak_rss_bytes() -> int:
@@ -103,6 +111,12 @@ def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: flo
 def device_of(path: Path) -> str:
     """Name the block device that a path lies on, for figures that belong to a device."""
     return f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+
+
+def is_sparse(path: Path) -> bool:
+    """Tell whether a file has holes, which are read faster than any disk."""
+    status = path.stat()
+    return status.st_blocks * 512 < status.st_size * 0.9
 
 
 def remember_bandwidth(path: Path, bytes_per_second: float) -> None:

@@ -29,6 +29,8 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
             monkeypatch.delenv(name)
     for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "LC_ALL", "LANG"):
         monkeypatch.delenv(name, raising=False)
+    # An offload/ in the current folder would be taken for the offload folder.
+    monkeypatch.chdir(tmp_path)
     home = tmp_path / "home"
     home.mkdir()
     settings = {

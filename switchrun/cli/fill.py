@@ -145,7 +145,9 @@ def fill(
 
 def open_session(model: str | None, **settings: Any) -> Session:
     """Open the model; only here is torch imported. The tests put a session of their own in the place of this."""
-    started = time.perf_counter()
+    from switchrun import hardware
+
+    started = time.perf_counter() - hardware.process_age_seconds()
     tokenizer, progress = settings.pop("tokenizer"), settings.pop("progress")
     # A wrong model or budget is told before torch is imported, which takes seconds.
     prepared = prepare(model, **settings)

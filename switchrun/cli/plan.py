@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,9 +37,9 @@ def plan(
     disk_bandwidth: Annotated[
         str | None,
         typer.Option(
-            metavar="RATE",
-            show_default="as last measured by a fill, else 1GB/s",
-            help="Read bandwidth of the disk, like 1.8GB/s.",
+            metavar="RATE|measure",
+            show_default="as last measured, else 1GB/s",
+            help="Read bandwidth of the disk, like 1.8GB/s; measure: read experts for half a second.",
         ),
     ] = None,
     style: Annotated[
@@ -50,7 +50,9 @@ def plan(
     """Tell which weights go to which tier and why, and what a fill will cost."""
     options.check_memory(cpu_memory, gpu_memory)
     map_path = options.device_map_path(device_map)
-    bandwidth = _parse_rate(disk_bandwidth) if disk_bandwidth is not None else None
+    bandwidth: float | Literal["measure"] | None = None
+    if disk_bandwidth is not None:
+        bandwidth = "measure" if disk_bandwidth.strip() == "measure" else _parse_rate(disk_bandwidth)
     made = switchrun.plan(
         model,
         dtype=dtype.value,

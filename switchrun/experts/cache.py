@@ -6,14 +6,14 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
-from switchrun.experts.reader import FileReader
+from switchrun.experts.reader import FileReader, Segment
 from switchrun.experts.slots import Buffers, ExpertWeights, ReadPlan, SlotFormat
 
 
@@ -77,6 +77,9 @@ class ExpertCache:
         slot_bytes: Size of a slot.
         staging: Number and size of the buffers for experts that must be converted; (0, 0) if none must.
         direct: Read past the page cache.
+
+    Attributes:
+        on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
     """
 
     def __init__(
@@ -100,11 +103,17 @@ class ExpertCache:
         self._busy_lock = threading.Lock()
         self._busy, self._busy_since = 0, 0.0
         self._counters = CacheCounters()
+        self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
 
     @property
     def num_slots(self) -> int:
         """Experts that memory holds."""
         return self._slots.count
+
+    @property
+    def reads_past_page_cache(self) -> bool:
+        """Whether what was read came from the disk itself."""
+        return self._reader.reads_past_page_cache
 
     def counters(self) -> CacheCounters:
         """Give a snapshot of the counters."""
@@ -164,6 +173,8 @@ class ExpertCache:
             self._in_flight += 1
             self._note_busy(+1)
             buffer = self._slots.view(slot) if staging is None else self._staging.view(staging)
+            if self.on_load is not None:
+                self.on_load(key, load.plan.segments)
             self._counters.loads += 1
             self._counters.load_bytes += self._reader.submit(load.plan.segments, buffer, partial(self._finish, load))
 
@@ -217,6 +228,11 @@ class ExpertCache:
                 self._counters.load_seconds += now - self._busy_since
             self._busy += change
             self._busy_since = now
+
+    def clear(self) -> None:
+        """Forget every expert, so that each is read again; the slots keep their memory. Not while `stream` runs."""
+        self._free += [entry.slot for entry in self._entries.values()]
+        self._entries.clear()
 
     def close(self) -> None:
         """Wait for reads in flight and close the files; the slots go when the last view of them does."""

@@ -51,7 +51,7 @@ class OffloadedExperts(nn.Module):
         context: RoutingContext,
     ) -> None:
         super().__init__()
-        self._cache = cache
+        self.cache = cache
         self._stack: Stack = stack
         self._block = block
         self._activation = activation
@@ -83,7 +83,7 @@ class OffloadedExperts(nn.Module):
             for expert in sorted(set(experts.tolist()))
         }
         output = torch.zeros_like(hidden_states)
-        for key, weights in self._cache.stream(list(tokens_of)):
+        for key, weights in self.cache.stream(list(tokens_of)):
             rows = tokens_of[key].to(hidden_states.device)
             expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
             output.index_add_(0, rows, expert_output.to(output.dtype))

@@ -48,6 +48,12 @@ class FileReader:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="switchrun-reader")
 
+    @property
+    def reads_past_page_cache(self) -> bool:
+        """Whether all files opened so far are really read past the page cache."""
+        with self._lock:
+            return self._direct and all(direct for _, direct in self._files.values())
+
     def submit(
         self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
     ) -> int:

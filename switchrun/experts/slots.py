@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
 from switchrun.experts.reader import PAGE, Segment
+
+#: Buffers of this size on ask for huge pages.
+_HUGE_PAGE_BUFFERS = 4 * 1024**2
 
 _TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -24,7 +28,11 @@ class Buffers:
     def __init__(self, count: int, size: int) -> None:
         self.count = count
         self.size = size
-        self._memory = mmap.mmap(-1, max(count * size, PAGE))
+        self._memory = mmap.mmap(-1, max(count * size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if size >= _HUGE_PAGE_BUFFERS:
+            # Pinning 4 KiB pages for a direct read costs a slow core more time than the disk needs.
+            with contextlib.suppress(OSError, AttributeError):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
 
     def view(self, index: int) -> memoryview:

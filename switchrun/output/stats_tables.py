@@ -28,7 +28,9 @@ def _peaks(stats: SessionStats) -> Table:
 def _speed(stats: SessionStats) -> Table:
     table = make_list("Time")
     table.add_row("open", format_seconds(stats.open_seconds))
-    table.add_row(f"fill, {stats.inputs} inputs", format_seconds(stats.fill_seconds))
+    table.add_row(
+        f"fill, {stats.inputs} {'input' if stats.inputs == 1 else 'inputs'}", format_seconds(stats.fill_seconds)
+    )
     if stats.ttft_seconds is not None:
         table.add_row("time to first token, mean", format_seconds(stats.ttft_seconds))
     if stats.itl_seconds is not None:

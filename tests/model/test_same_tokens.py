@@ -67,6 +67,8 @@ def test_beam_search_ids(spec: CheckpointSpec, beams: int, slots: int | None) ->
         {"shared": "cpu", "lm_head": "disk", "encoder": "disk", "decoder": "cpu"},
         {"": "cpu", "decoder": "disk", "decoder.block.1.layer.0": "cpu", "encoder.block.0": "disk"},
         {"": "cpu", "shared": "disk"},
+        {"": "cpu", "encoder.embed_tokens": "disk"},
+        {"": "disk", "decoder.embed_tokens": "cpu", "lm_head": "cpu"},
     ],
 )
 @pytest.mark.parametrize("tied", [True, False])
