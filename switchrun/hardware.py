@@ -59,7 +59,7 @@ def _cgroup_limits() -> list[tuple[int, int]]:
 
 def process_age_seconds() -> float:
     """Give the time since this process was started."""
-    return max(0.0, time.time() - psutil.Process().create_time())
+    return max(0.0, time.time() - float(psutil.Process().create_time()))
 
 
 def peak_rss_bytes() -> int:

@@ -13,11 +13,27 @@ from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTrans
 from transformers.activations import ACT2FN
 
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import Dtype
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import OffloadedExperts, RoutingContext
+from switchrun.planning import Plan, memory
 
 _log = logging.getLogger(__name__)
+
+
+def build_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype) -> ExpertCache:
+    """Make the expert cache that a plan asks for; the caller closes it."""
+    use = plan.tier("cpu")
+    staging = memory.staging_bytes(checkpoint, Dtype(plan.dtype)) // memory.STAGING_BUFFERS
+    return ExpertCache(
+        checkpoint.experts,
+        dtype,
+        num_slots=use.expert_slots,
+        slot_bytes=use.slot_bytes,
+        staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
+        direct=checkpoint.expert_bytes >= memory.DIRECT_IO_BYTES,
+    )
 
 
 def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertCache, context: RoutingContext) -> Any:

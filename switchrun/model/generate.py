@@ -62,6 +62,8 @@ def generate_batch(
     attention_mask: torch.Tensor,
     options: GenerationOptions,
     on_token: Callable[[int], None],
+    *,
+    min_new_tokens: int = 0,
 ) -> list[RawOutput]:
     """Generate for one batch.
 
@@ -75,6 +77,7 @@ def generate_batch(
         attention_mask: `[rows, tokens]`, 0 for padding.
         options: How to generate.
         on_token: Called with the number of tokens generated so far.
+        min_new_tokens: The end of sequence is not let through before as many; for measurements of equal length.
     """
     rows = input_ids.shape[0]
     context.live = attention_mask.bool()
@@ -90,7 +93,14 @@ def generate_batch(
             outputs: list[RawOutput] = []
             for group in groups:
                 outputs += _decode(
-                    model, context, input_ids[group], attention_mask[group], encoded[group], options, on_token
+                    model,
+                    context,
+                    input_ids[group],
+                    attention_mask[group],
+                    encoded[group],
+                    options,
+                    on_token,
+                    min_new_tokens,
                 )
     finally:
         context.live = context.dropped = None
@@ -108,6 +118,7 @@ def _decode(
     encoded: torch.Tensor,
     options: GenerationOptions,
     on_token: Callable[[int], None],
+    min_new_tokens: int,
 ) -> list[RawOutput]:
     eos = _eos_ids(model.generation_config)
     context.live = None
@@ -122,6 +133,7 @@ def _decode(
         # Without a configuration a cache grows as needed; transformers' own has as many layers as the encoder.
         past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         max_new_tokens=options.max_new_tokens,
+        min_new_tokens=min_new_tokens or None,
         num_beams=options.num_beams,
         do_sample=options.sample,
         stopping_criteria=StoppingCriteriaList([watch]),

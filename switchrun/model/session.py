@@ -5,27 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from switchrun import hardware
 from switchrun._plan import Prepared, prepare
-from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Dtype
 from switchrun.errors import BudgetError, InputError
-from switchrun.experts.cache import CacheCounters, ExpertCache
+from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
-from switchrun.model.build import build_model
+from switchrun.model.build import build_cache, build_model
 from switchrun.model.dense import DenseWeights, place_dense_weights
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.records import (
     ExpertCounts,
     FillResult,
     GenerationOptions,
-    MemoryPeak,
     ModelInfo,
     Progress,
     ProgressCallback,
@@ -36,12 +33,20 @@ from switchrun.model.records import (
 )
 from switchrun.model.sentinels import check_sentinels, fill_in, parse_spans, sentinel
 from switchrun.model.tokenizer import load_tokenizer
-from switchrun.planning import Plan
-from switchrun.planning import memory as needs
-from switchrun.units import format_bytes
+from switchrun.model.totals import Totals, expert_counts, memory_peak
+from switchrun.planning.fit import fit_to_runtime
+from switchrun.planning.memory import max_input_tokens
 
 #: A fill is a fair measurement of the disk from this many bytes on.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
+
+
+class SessionParts(NamedTuple):
+    """What a session is made of, for measurements; not part of the public API."""
+
+    model: Any
+    cache: ExpertCache
+    context: RoutingContext
 
 
 class Session:
@@ -58,6 +63,7 @@ class Session:
         prepared: Prepared,
         *,
         tokenizer: str | None = None,
+        text: bool = True,
         progress: ProgressCallback | None = None,
         started: float | None = None,
     ) -> None:
@@ -66,6 +72,7 @@ class Session:
         Args:
             prepared: The checkpoint and its plan.
             tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
+            text: Whether texts will be filled. False needs no tokenizer, and allows nothing but measurements.
             progress: Called while the session works.
             started: `time.perf_counter()` when opening began; now if None.
 
@@ -76,16 +83,15 @@ class Session:
         self.checkpoint = checkpoint = prepared.checkpoint
         self._progress = progress
         self._context = RoutingContext()
-        self._tokenizer = load_tokenizer(checkpoint, tokenizer)
-        self.plan = plan = _fit_to_runtime(prepared.plan, checkpoint)
+        self._tokenizer: Any = load_tokenizer(checkpoint, tokenizer) if text else None
+        self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes())
         dtype = getattr(torch, Dtype(plan.dtype).torch_name)
         with ExitStack() as stack:
-            self._cache = stack.enter_context(_make_cache(checkpoint, plan, dtype))
+            self._cache = stack.enter_context(build_cache(checkpoint, plan, dtype))
             self._model = build_model(checkpoint, dtype, self._cache, self._context)
             self._place(DenseWeights(checkpoint.dense, dtype))
             self._stack = stack.pop_all()
-        self._inputs = self._output_tokens = self._later_tokens = 0
-        self._fill_seconds = self._ttft_seconds = self._later_seconds = 0.0
+        self._totals = Totals()
         self.open_seconds = time.perf_counter() - started
 
     @classmethod
@@ -133,6 +139,11 @@ class Session:
         )
         return cls(prepared, tokenizer=tokenizer, progress=progress, started=started)
 
+    @property
+    def parts(self) -> SessionParts:
+        """What the session is made of, for measurements; not part of the public API."""
+        return SessionParts(self._model, self._cache, self._context)
+
     def check(self, text: str) -> None:
         """Check that a text can be filled.
 
@@ -144,7 +155,7 @@ class Session:
         if last is None or last == self._tokenizer.unk_token_id:
             raise InputError(f"the vocabulary of this model has no {sentinel(count - 1)}", "use fewer sentinels")
         length = len(self._tokenizer(text).input_ids)
-        limit = needs.max_input_tokens(self.checkpoint)
+        limit = max_input_tokens(self.checkpoint)
         if length > limit:
             raise InputError(f"the text has {length} tokens, the model takes {limit}", "shorten or split it")
 
@@ -181,25 +192,11 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Give what the session took so far."""
-        counters = self._cache.counters()
-        return SessionStats(
-            tiers=self.plan.tiers,
-            memory=_memory_peak(),
-            open_seconds=self.open_seconds,
-            inputs=self._inputs,
-            output_tokens=self._output_tokens,
-            fill_seconds=self._fill_seconds,
-            ttft_seconds=self._ttft_seconds / self._inputs if self._inputs else None,
-            itl_seconds=self._later_seconds / self._later_tokens if self._later_tokens else None,
-            experts=_expert_counts(counters),
-            wait_seconds=counters.wait_seconds,
-        )
+        return self._totals.stats(self.plan.tiers, self.open_seconds, self._cache.counters())
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
-        counters = self._cache.counters()
-        if counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0:
-            hardware.remember_bandwidth(self.checkpoint.path, counters.load_bytes / counters.load_seconds)
+        self._remember_bandwidth()
         self._stack.close()
 
     def __enter__(self) -> Session:
@@ -207,6 +204,14 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _remember_bandwidth(self) -> None:
+        """Keep what this session's reads tell of the disk, for the estimates of `switchrun plan`."""
+        counters = self._cache.counters()
+        file = next(iter(self.checkpoint.experts.values())).wi.file
+        enough = counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0
+        if enough and self._cache.reads_past_page_cache and not hardware.is_sparse(file):
+            hardware.remember_bandwidth(file, counters.load_bytes / counters.load_seconds)
 
     def _place(self, weights: DenseWeights) -> None:
         total = sum(use.dense_bytes for use in self.plan.tiers if use.tier != "disk")
@@ -242,7 +247,7 @@ class Session:
             on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
         )
         end = time.perf_counter()
-        experts = _expert_counts(self._cache.counters().since(before))
+        experts = expert_counts(self._cache.counters().since(before))
         results = []
         for row, (text, output) in enumerate(zip(texts, outputs, strict=True)):
             tokens = TokenCounts(int(encoded.attention_mask[row].sum()), len(output.ids) - 1, output.dropped)
@@ -250,8 +255,8 @@ class Session:
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
             results.append(self._result(first_id + row, text, output, tokens, timing, experts))
-            self._count(tokens, timing)
-        self._fill_seconds += end - start
+            self._totals.add(tokens, timing)
+        self._totals.fill_seconds += end - start
         return results
 
     def _result(
@@ -273,70 +278,10 @@ class Session:
             tokens=tokens,
             timing=timing,
             experts=experts,
-            memory=_memory_peak(),
+            memory=memory_peak(),
             model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
         )
-
-    def _count(self, tokens: TokenCounts, timing: Timing) -> None:
-        self._inputs += 1
-        self._output_tokens += tokens.output
-        self._ttft_seconds += timing.ttft_seconds
-        if timing.itl_seconds is not None:
-            self._later_tokens += tokens.output - 1
-            self._later_seconds += timing.itl_seconds * (tokens.output - 1)
 
     def _tell(self, stage: Stage, done: int, total: int) -> None:
         if self._progress is not None:
             self._progress(Progress(stage, done, total, self._cache.counters().load_bytes))
-
-
-def _make_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype) -> ExpertCache:
-    use = plan.tier("cpu")
-    staging = needs.staging_bytes(checkpoint, Dtype(plan.dtype)) // needs.STAGING_BUFFERS
-    return ExpertCache(
-        checkpoint.experts,
-        dtype,
-        num_slots=use.expert_slots,
-        slot_bytes=use.slot_bytes,
-        staging=(needs.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=checkpoint.expert_bytes >= needs.DIRECT_IO_BYTES,
-    )
-
-
-def _fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint) -> Plan:
-    """Give up slots where the libraries take more memory on this machine than the plan reserved for them.
-
-    Raises:
-        BudgetError: Not a single slot would be left.
-    """
-    use = plan.tier("cpu")
-    expected = needs.RUNTIME_BYTES - needs.FIRST_RUN_BYTES
-    expected += needs.INDEX_BYTES_PER_TENSOR * (2 * len(checkpoint.experts) + len(checkpoint.dense))
-    spare = (use.budget_bytes or 0) - use.total_bytes
-    excess = hardware.rss_bytes() - expected - spare
-    if excess <= 0:
-        return plan
-    slots = use.expert_slots - -(-excess // use.slot_bytes)
-    if slots < 1:
-        missing = excess - (use.expert_slots - 1) * use.slot_bytes
-        raise BudgetError(
-            f"the libraries take {format_bytes(excess + spare)} more memory here than planned",
-            f"raise --cpu-memory by {format_bytes(missing)}",
-        )
-    smaller = replace(
-        use,
-        expert_slots=slots,
-        expert_bytes=slots * use.slot_bytes,
-        overhead_bytes=use.overhead_bytes + excess + spare,
-        total_bytes=use.total_bytes - (use.expert_slots - slots) * use.slot_bytes + excess + spare,
-    )
-    return replace(plan, tiers=tuple(smaller if tier is use else tier for tier in plan.tiers))
-
-
-def _expert_counts(counters: CacheCounters) -> ExpertCounts:
-    return ExpertCounts(counters.requests, counters.hits, counters.loads, counters.load_bytes, counters.load_seconds)
-
-
-def _memory_peak() -> MemoryPeak:
-    gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
-    return MemoryPeak(hardware.peak_rss_bytes(), gpu)

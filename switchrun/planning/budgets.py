@@ -48,7 +48,7 @@ def _parse_gpus(text: str) -> dict[int, int]:
     gpus: dict[int, int] = {}
     for part in text.split(","):
         number, _, size = part.partition("=")
-        if not number.strip().isdigit() or int(number) in gpus:
+        if not number.strip().isdecimal() or int(number) in gpus:
             raise UsageError(f"'{text}' is not a GPU budget", "write it like 6GiB or 0=6GiB,1=20GiB")
         gpus[int(number)] = parse_bytes(size)
     return gpus

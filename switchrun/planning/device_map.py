@@ -42,11 +42,11 @@ def _tier(module: str, value: Any) -> Tier:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     if isinstance(value, str):
-        name = value.removeprefix("cuda:").removeprefix("gpu:")
-        if name in ("cpu", "disk"):
-            return name
-        if name.isdigit():
-            return int(name)
+        if value in ("cpu", "disk"):
+            return value
+        number = value.removeprefix("cuda:").removeprefix("gpu:")
+        if number.isdecimal():
+            return int(number)
     raise UsageError(f"the device map puts '{module}' on {value!r}", "a tier is a GPU's number, cpu or disk")
 
 
