@@ -127,6 +127,7 @@ def fill(
             tokenizer=tokenizer,
             batch_size=batch_size,
             num_beams=num_beams,
+            output_tokens=max_new_tokens,
             progress=progress,
         ) as session:
             progress.clear()

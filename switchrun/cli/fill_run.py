@@ -109,7 +109,7 @@ class FillRun:
 
     def _answer(self, session: Session, entries: Sequence[Entry]) -> None:
         texts = [entry.text for entry in entries if entry.error is None]
-        results = iter(session.fill(texts, self._request.options) if texts else ())
+        results = iter(session.fill(texts, self._request.options, first_id=entries[0].id) if texts else ())
         for entry in entries:
             if entry.error is not None:
                 self._write_failure(entry, entry.error)

@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -120,7 +120,7 @@ class ExpertCache:
         with self._busy_lock:
             return replace(self._counters)
 
-    def stream(self, keys: Sequence[ExpertKey]) -> Iterator[tuple[ExpertKey, ExpertWeights]]:
+    def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
         """Give experts one after another, each as soon as it is in memory: first those that are, then arrivals.
 
         An expert's weights are valid until the next one is asked for. Reads of missing experts are all submitted at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import torch
 from torch import nn
@@ -83,10 +84,12 @@ class OffloadedExperts(nn.Module):
             for expert in sorted(set(experts.tolist()))
         }
         output = torch.zeros_like(hidden_states)
-        for key, weights in self.cache.stream(list(tokens_of)):
-            rows = tokens_of[key].to(hidden_states.device)
-            expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
-            output.index_add_(0, rows, expert_output.to(output.dtype))
+        # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
+        with closing(self.cache.stream(list(tokens_of))) as stream:
+            for key, weights in stream:
+                rows = tokens_of[key].to(hidden_states.device)
+                expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
+                output.index_add_(0, rows, expert_output.to(output.dtype))
         if self._context.on_layer is not None:
             self._context.on_layer()
         return output

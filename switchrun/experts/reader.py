@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -45,6 +46,7 @@ class FileReader:
     def __init__(self, direct: bool) -> None:
         self._direct = direct
         self._files: dict[Path, tuple[int, bool]] = {}
+        self._retired: list[int] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="switchrun-reader")
 
@@ -89,15 +91,17 @@ class FileReader:
             try:
                 count = os.preadv(descriptor, [target[got:]], piece.offset + got)
             except OSError as error:
+                if direct and error.errno == errno.EINVAL:
+                    # Some filesystems take the flag and refuse the read.
+                    descriptor, direct = self._open_buffered(piece.file)
+                    continue
                 raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
-            if count == 0:
+            got += count
+            # A direct read that stops within a page has met the end of the file; one that went on there would fail.
+            if count == 0 or (direct and got < piece.needed and got % PAGE):
                 raise CorruptCheckpointError(
                     f"{piece.file} ends at byte {piece.offset + got}, inside an expert", "the file was truncated"
                 )
-            got += count
-            if direct:
-                # A short direct read must go on at a multiple of the page.
-                got -= got % PAGE if got < piece.needed else 0
         if self._direct and not direct:
             with contextlib.suppress(OSError):
                 os.posix_fadvise(descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
@@ -109,13 +113,23 @@ class FileReader:
                 known = self._files[file] = _open_file(file, self._direct)
             return known
 
+    def _open_buffered(self, file: Path) -> tuple[int, bool]:
+        """Open a file anew, through the page cache; other threads may still be reading from the old descriptor."""
+        with self._lock:
+            descriptor, direct = self._files[file]
+            if direct:
+                self._retired.append(descriptor)
+                self._files[file] = _open_file(file, direct=False)
+            return self._files[file]
+
     def close(self) -> None:
         """Wait for reads in flight, end the threads and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=False)
         with self._lock:
-            for descriptor, _ in self._files.values():
+            for descriptor in [*self._retired, *(descriptor for descriptor, _ in self._files.values())]:
                 os.close(descriptor)
             self._files.clear()
+            self._retired.clear()
 
 
 class _Pending:

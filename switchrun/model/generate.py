@@ -64,6 +64,7 @@ def generate_batch(
     on_token: Callable[[int], None],
     *,
     min_new_tokens: int = 0,
+    seed: int = 0,
 ) -> list[RawOutput]:
     """Generate for one batch.
 
@@ -77,6 +78,7 @@ def generate_batch(
         attention_mask: `[rows, tokens]`, 0 for padding.
         options: How to generate.
         on_token: Called with the number of tokens generated so far.
+        seed: Seed of the draws, if there are any.
         min_new_tokens: The end of sequence is not let through before as many; for measurements of equal length.
     """
     rows = input_ids.shape[0]
@@ -88,7 +90,7 @@ def generate_batch(
         context.live = context.dropped = None
         with torch.random.fork_rng(enabled=options.sample):
             if options.sample:
-                torch.manual_seed(options.seed)
+                torch.manual_seed(seed)
             groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
             outputs: list[RawOutput] = []
             for group in groups:

@@ -15,7 +15,7 @@ from switchrun.model.records import Span
 #: T5's vocabularies end with this many sentinels.
 NUM_SENTINELS = 100
 
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_SENTINEL = re.compile(r"<extra_id_(\d{1,9})>", re.ASCII)
 
 
 def sentinel(number: int) -> str:
@@ -52,7 +52,11 @@ def check_sentinels(text: str) -> int:
     Raises:
         InputError: There is none, or they are out of order or repeated.
     """
-    numbers = [int(number) for number in _SENTINEL.findall(text)]
+    found = _SENTINEL.findall(text)
+    numbers = [int(digits) for digits in found]
+    for digits, number in zip(found, numbers, strict=True):
+        if digits != str(number):
+            raise InputError(f"<extra_id_{digits}> is not a sentinel", f"write {sentinel(number)}")
     if not numbers:
         raise InputError(
             "the text has no sentinel, so there is nothing to fill in",

@@ -35,7 +35,7 @@ from switchrun.model.sentinels import check_sentinels, fill_in, parse_spans, sen
 from switchrun.model.tokenizer import load_tokenizer
 from switchrun.model.totals import Totals, expert_counts, memory_peak
 from switchrun.planning.fit import fit_to_runtime
-from switchrun.planning.memory import max_input_tokens
+from switchrun.planning.memory import max_input_tokens, max_output_tokens
 
 #: A fill is a fair measurement of the disk from this many bytes on.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
@@ -107,6 +107,7 @@ class Session:
         tokenizer: str | None = None,
         batch_size: int = 1,
         num_beams: int = 1,
+        max_new_tokens: int = 64,
         progress: ProgressCallback | None = None,
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
@@ -121,6 +122,7 @@ class Session:
             tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
             batch_size: Most inputs to run together; memory is reserved for as many.
             num_beams: Most beams that fills will ask for.
+            max_new_tokens: Most tokens that fills will generate for an input.
             progress: Called while the session works.
 
         Raises:
@@ -136,6 +138,7 @@ class Session:
             device_map=device_map,
             batch_size=batch_size,
             num_beams=num_beams,
+            output_tokens=max_new_tokens,
         )
         return cls(prepared, tokenizer=tokenizer, progress=progress, started=started)
 
@@ -174,7 +177,7 @@ class Session:
 
         Raises:
             InputError: A text cannot be filled.
-            BudgetError: More beams are asked for than memory was reserved for.
+            BudgetError: More beams or tokens are asked for than memory was reserved for.
         """
         options = options or GenerationOptions()
         for text in texts:
@@ -183,6 +186,12 @@ class Session:
             raise BudgetError(
                 f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
                 "open the session with num_beams",
+            )
+        most = max_output_tokens(self.checkpoint, self.plan.estimate.output_tokens)
+        if options.max_new_tokens > most:
+            raise BudgetError(
+                f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
+                "open the session with max_new_tokens",
             )
         results: list[FillResult] = []
         for start in range(0, len(texts), self.plan.batch_size):
@@ -245,6 +254,8 @@ class Session:
             encoded.attention_mask,
             options,
             on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
+            # Else the same text on two lines would get the same answer twice.
+            seed=options.seed + first_id,
         )
         end = time.perf_counter()
         experts = expert_counts(self._cache.counters().since(before))

@@ -74,15 +74,21 @@ def overhead_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The largest batch that memory is reserved for: `rows` sequences of `tokens` tokens in and out each."""
+    """The largest batch that memory is reserved for: `rows` sequences of `tokens` tokens in and `new_tokens` out."""
 
     rows: int
     tokens: int
+    new_tokens: int
 
 
 def max_input_tokens(checkpoint: SwitchCheckpoint) -> int:
     """Give the longest input that the model takes: the length that it was trained with, 512 for T5's family."""
     return int(checkpoint.config.get("n_positions") or 512)
+
+
+def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
+    """Give how many new tokens memory is reserved for: as many as the longest input has, or more if they are wanted."""
+    return max(max_input_tokens(checkpoint), wanted)
 
 
 def activation_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype, shape: BatchShape, num_beams: int = 1) -> int:
@@ -106,9 +112,9 @@ def activation_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype, shape: BatchSha
 
     sequences = max(rows, num_beams)
     layers = c["num_decoder_layers"]
-    caches = 2 * 2 * sequences * tokens * inner * item * layers + positions * d_model * item * 2
+    caches = 2 * sequences * (tokens + shape.new_tokens) * inner * item * layers + positions * d_model * item * 2
     logits = 8 * sequences * c["vocab_size"] * 4
-    decoder = caches + logits + 4 * sequences * heads * tokens * item
+    decoder = caches + logits + 4 * sequences * heads * (tokens + shape.new_tokens) * item
     # Matrix kernels may repack a whole weight.
     largest = max(dense_bytes(name, tensor, dtype) for name, tensor in checkpoint.dense.items())
     scratch = max(largest, d_model * d_ff * item)

@@ -17,6 +17,7 @@ from switchrun.units import format_bytes
 
 _EVERY_TOKEN = "used for every generated token"
 _ONCE = "used once for each batch"
+_SHARED = "shared.weight"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def make_plan(
         num_beams: Beams of each input.
         device_map: Where dense weights go, instead of the planner's own choice.
         input_tokens: Tokens of an input, for the estimate.
-        output_tokens: Tokens generated, for the estimate.
+        output_tokens: Tokens generated, for the estimate; memory is reserved for more.
         bandwidth: Read bandwidth of the disk, for the estimate.
 
     Raises:
@@ -77,14 +78,14 @@ def make_plan(
         UsageError: The dtype or the device map makes no sense.
     """
     compute = resolve_dtype(dtype, checkpoint.stored_dtype)
-    needs = _needs(checkpoint, compute, batch_size, num_beams)
+    needs = _needs(checkpoint, compute, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
             f"{checkpoint.id} in {compute} needs at least {_mib_up(needs.minimum)} of CPU memory, "
             f"{format_bytes(budgets.cpu_bytes)} is allowed",
             f"use --cpu-memory {_mib_up(needs.minimum).replace(' ', '')} or more",
         )
-    reason: Mapping[str, str]
+    reason: dict[str, str]
     if device_map is None:
         placed = _place(needs, budgets)
         reason = {module: _why(module, tier) for module, tier in placed.items()}
@@ -92,7 +93,14 @@ def make_plan(
         check_device_map(device_map, checkpoint.dense)
         placed = {name: tier_of(name, device_map) for name in checkpoint.dense}
         reason = dict.fromkeys(placed, "by the given device map")
+    full_map = _with_aliases(device_map or placed, checkpoint)
     sizes = _sizes(checkpoint, compute, placed)
+    # Under another name a map may put the embedding on a second tier: that is a copy, and takes memory.
+    for alias in _aliases(checkpoint):
+        tier = tier_of(f"{alias}.weight", full_map)
+        if tier != tier_of(_SHARED, full_map):
+            placed[alias], reason[alias] = tier, "a copy of shared, by the given device map"
+            sizes[alias] = memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], compute)
     tiers = _tier_uses(checkpoint, compute, needs, budgets, placed, sizes)
     return Plan(
         model_id=checkpoint.id,
@@ -106,7 +114,7 @@ def make_plan(
         total_bytes=checkpoint.total_bytes,
         batch_size=batch_size,
         num_beams=num_beams,
-        device_map=_with_aliases(device_map or placed, untied="lm_head.weight" in checkpoint.dense),
+        device_map=full_map,
         placements=tuple(Placement(m, tier_name(t), sizes[m], reason[m]) for m, t in placed.items()),
         tiers=tiers,
         minimum_cpu_bytes=needs.minimum,
@@ -129,8 +137,9 @@ def module_of(name: str) -> str:
     return ".".join(parts[:3] if parts[1] == "block" else parts[:-1])
 
 
-def _needs(checkpoint: SwitchCheckpoint, dtype: Dtype, batch_size: int, num_beams: int) -> _Needs:
-    shape = memory.BatchShape(batch_size, memory.max_input_tokens(checkpoint))
+def _needs(checkpoint: SwitchCheckpoint, dtype: Dtype, batch_size: int, num_beams: int, output_tokens: int) -> _Needs:
+    tokens = memory.max_input_tokens(checkpoint)
+    shape = memory.BatchShape(batch_size, tokens, memory.max_output_tokens(checkpoint, output_tokens))
     sizes = {name: memory.dense_bytes(name, tensor, dtype) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
@@ -199,10 +208,11 @@ def _tier_uses(
     uses = []
     for number in sorted(tier for tier in on if isinstance(tier, int)):
         # An expert that computes on a GPU passes through one buffer there; slots of its own come with a later version.
-        activations = needs.activations + needs.slot
+        # A GPU that no module goes to is not used at all.
+        activations = needs.activations + needs.slot if on[number] else 0
         total = on[number] + activations
         budget = budgets.gpu_bytes.get(number)
-        if budget is not None and on[number] and total > budget:
+        if budget is not None and total > budget:
             raise BudgetError(
                 f"the device map needs {format_bytes(total)} on gpu:{number}, {format_bytes(budget)} is allowed"
             )
@@ -231,19 +241,30 @@ def _tier_uses(
 
 
 def _largest_on_disk(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Mapping[str, Tier]) -> int:
-    on_disk = [
+    def on_disk(*names: str) -> bool:
+        return next(placed[name] for name in names if name in placed) == "disk"
+
+    sizes = [
         memory.dense_bytes(name, tensor, dtype)
         for name, tensor in checkpoint.dense.items()
-        if placed.get(name, placed.get(module_of(name))) == "disk"
+        if on_disk(name, module_of(name))
     ]
-    return max(on_disk, default=0)
+    if any(placed.get(alias) == "disk" for alias in _aliases(checkpoint)):
+        sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], dtype))
+    return max(sizes, default=0)
 
 
-def _with_aliases(device_map: Mapping[str, Tier], *, untied: bool) -> dict[str, Tier]:
+def _aliases(checkpoint: SwitchCheckpoint) -> list[str]:
+    """Give the other names that `shared` goes by in this model."""
+    names = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+    return [name for name in names if f"{name}.weight" not in checkpoint.dense]
+
+
+def _with_aliases(device_map: Mapping[str, Tier], checkpoint: SwitchCheckpoint) -> dict[str, Tier]:
     """Add the names that `shared` also goes by, so that accelerate finds an entry for every module."""
     result = dict(device_map)
-    for alias in ("encoder.embed_tokens", "decoder.embed_tokens", *(() if untied else ("lm_head",))):
-        result.setdefault(alias, tier_of("shared", device_map))
+    for alias in _aliases(checkpoint):
+        result.setdefault(alias, tier_of(_SHARED, device_map))
     return result
 
 

@@ -69,7 +69,7 @@ class FakeSession:
         if "TOO LONG" in text:
             raise InputError("the text has 600 tokens, the model takes 512", "shorten it")
 
-    def fill(self, texts: Sequence[str], options: GenerationOptions) -> list[FillResult]:
+    def fill(self, texts: Sequence[str], options: GenerationOptions, *, first_id: int) -> list[FillResult]:
         """Answer each text, or fail as its words ask for."""
         self.batches.append(list(texts))
         self.options.append(options)

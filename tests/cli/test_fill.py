@@ -176,6 +176,7 @@ def test_options_reach_the_session(invoke: Invoke, tmp_path: Path) -> None:
         "tokenizer": "T",
         "batch_size": 4,
         "num_beams": 2,
+        "output_tokens": 9,
     }
 
 

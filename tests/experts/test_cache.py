@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -151,17 +153,38 @@ def test_a_stream_may_outlive_its_cache(checkpoint: SwitchCheckpoint) -> None:
     stream.close()
 
 
-def test_a_file_that_ends_too_early_is_named_and_the_cache_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_file_that_ends_too_early_is_named_and_the_cache_goes_on(tmp_path: Path, direct: bool) -> None:
     model = random_model(tiny_config(num_experts=4))
     folder = save_checkpoint(model, tmp_path / "model")
     opened = open_checkpoint(str(folder), cache_dir=tmp_path / "index")
     last = max(opened.experts, key=lambda key: opened.experts[key].wo.offset)
     others = [key for key in opened.experts if key.stack == last.stack and key != last]
     os.truncate(folder / "model.safetensors", opened.experts[last].wo.offset + 4)
-    with make_cache(opened, 2) as cache:
+    with make_cache(opened, 2, direct=direct) as cache:
         with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors ends at byte \d+, inside an expert"):
             list(cache.stream([last]))
         assert len(list(cache.stream(others[:1]))) == 1
+
+
+def test_a_filesystem_that_refuses_direct_reads_is_read_through_the_page_cache(
+    checkpoint: SwitchCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+    refused = []
+
+    def refuse_direct(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.append(offset)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return preadv(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse_direct)
+    with make_cache(checkpoint, 3, direct=True) as cache:
+        for key, weights in cache.stream(keys(*range(NUM_EXPERTS))):
+            assert torch.equal(weights.wi, stored(checkpoint.experts[key].wi))
+        assert refused
+        assert not cache.reads_past_page_cache
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
