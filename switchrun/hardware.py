@@ -138,6 +138,7 @@ def known_bandwidth(path: Path) -> float | None:
 def _known_bandwidths() -> dict[str, float]:
     try:
         known = json.loads((cache_folder() / "bandwidth.json").read_text(encoding="utf-8"))
-        return {str(device): float(value) for device, value in known.items()}
+        rates = {str(device): float(value) for device, value in known.items()}
+        return {device: rate for device, rate in rates.items() if 0 < rate < float("inf")}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}

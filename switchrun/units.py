@@ -38,7 +38,10 @@ def parse_bytes(text: str) -> int:
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise UsageError(f"'{text}' is not a size", "write it like 6GiB, 512MiB or 800MB")
-    return int(float(match[1]) * factor)
+    size = float(match[1]) * factor
+    if size >= 1 << 63:
+        raise UsageError(f"'{text[:40]}' is more than any machine has", "write it like 6GiB, 512MiB or 800MB")
+    return int(size)
 
 
 def format_bytes(size: float) -> str:
@@ -59,9 +62,10 @@ def format_rate(bytes_per_second: float) -> str:
 
 def format_seconds(seconds: float) -> str:
     """Write a duration: `4.8 ms`, `2.31 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 1:
+    # As in `format_bytes`: what would be rounded up to the next unit is shown in it.
+    if seconds < 0.99995:
         return f"{seconds * 1e3:.1f} ms"
-    if seconds < 120:
+    if seconds < 119.995:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 120:

@@ -1,1 +1,1 @@
-"""Workloads and measurements: synthetic checkpoints of real geometries."""
+"""Measuring: workloads, the processes that run them, statistics, and records that describe themselves."""

@@ -110,6 +110,7 @@ def make_checkpoint(
     container: Container = "safetensors",
     materialize: Callable[[ExpertKey], bool] | None = None,
     on_bytes: Callable[[int], None] | None = None,
+    routed: int | None = None,
 ) -> int:
     """Write a synthetic checkpoint.
 
@@ -119,6 +120,7 @@ def make_checkpoint(
         container: `torch` (as the Hub has switch-c-2048) or `safetensors`.
         materialize: Tells which experts get real bytes; None is none of them.
         on_bytes: Called with the number of real bytes after each write.
+        routed: Routers choose among so many first experts of every layer, at least 2; None is among all.
 
     Returns:
         The number of tensors.
@@ -131,7 +133,7 @@ def make_checkpoint(
     stem, suffix = ("pytorch_model", ".bin") if container == "torch" else ("model", ".safetensors")
     shards = list(_split(geometry))
     weight_map: dict[str, str] = {}
-    fill = _Filler(geometry, on_bytes or (lambda _: None))
+    fill = _Filler(geometry, on_bytes or (lambda _: None), routed)
     for number, shapes in enumerate(shards, 1):
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
         offsets = write(path, shapes)
@@ -225,12 +227,13 @@ class _Filler:
 
     _POOL = 1 << 24
 
-    def __init__(self, geometry: Geometry, on_bytes: Callable[[int], None]) -> None:
+    def __init__(self, geometry: Geometry, on_bytes: Callable[[int], None], routed: int | None) -> None:
         generator = torch.Generator().manual_seed(0)
         self._normal = torch.randn(self._POOL, generator=generator)
         self._pools: dict[float, bytes] = {}
         self._geometry = geometry
         self._on_bytes = on_bytes
+        self._routed = routed
         self._turn = 0
 
     def write(self, path: Path, shapes: Shapes, offsets: Mapping[str, int]) -> None:
@@ -238,7 +241,21 @@ class _Filler:
             for name, shape in shapes.items():
                 nbytes = 2 * torch.Size(shape).numel()
                 self._write_tensor(file.fileno(), name, nbytes, offsets[name])
+                if ".router." in name and self._routed is not None:
+                    self._restrict(file.fileno(), nbytes // shape[0], nbytes, offsets[name])
                 self._on_bytes(nbytes)
+
+    def _restrict(self, descriptor: int, row_bytes: int, nbytes: int, offset: int) -> None:
+        """Let a router never choose an expert from number `routed` on.
+
+        Their rows are 0, and the last row before them is the first one's negative: one of the two gives a logit
+        above 0, whatever comes in.
+        """
+        assert self._routed is not None
+        first = torch.frombuffer(bytearray(os.pread(descriptor, row_bytes, offset)), dtype=torch.bfloat16)
+        negative = (-first).view(torch.uint8).numpy().tobytes()
+        rest = bytes(nbytes - self._routed * row_bytes)
+        os.pwrite(descriptor, negative + rest, offset + (self._routed - 1) * row_bytes)
 
     def _write_tensor(self, descriptor: int, name: str, nbytes: int, offset: int) -> None:
         if "layer_norm" in name:

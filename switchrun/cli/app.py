@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from switchrun import __version__
+from switchrun.cli.bench import bench
 from switchrun.cli.fill import fill
 from switchrun.cli.libraries import debugging
 from switchrun.cli.plan import plan
@@ -22,6 +23,7 @@ EXIT_BROKEN_PIPE = 141
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(fill)
 app.command()(plan)
+app.command()(bench)
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,6 +50,7 @@ def main() -> NoReturn:
     try:
         SIGNALS.install()
         code = run(sys.argv[1:])
+        SIGNALS.release()
     except Interrupted as interrupted:
         code = interrupted.exit_code
     sys.exit(code)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 EXIT_SOME_FAILED = 3
 
+#: So many unreadable entries may wait for a batch to be full: each may be as long as a line can be.
+_MOST_UNREADABLE = 8
+
 
 @dataclass(frozen=True, slots=True)
 class FillRequest:
@@ -87,14 +90,15 @@ class FillRun:
             SwitchrunError: The model failed, not an input; nothing more can be answered.
         """
         waiting: list[Entry] = []
+        readable = 0
         for entry in entries:
             entry = _check_length(session, entry)
             waiting.append(entry)
-            readable = [each for each in waiting if each.error is None]
+            readable += entry.error is None
             # An unreadable entry is answered at once, unless answers of earlier entries must come first.
-            if len(readable) in (0, self._request.batch_size):
+            if readable in (0, self._request.batch_size) or len(waiting) == self._request.batch_size + _MOST_UNREADABLE:
                 self._answer(session, waiting)
-                waiting = []
+                waiting, readable = [], 0
         self._answer(session, waiting)
 
     def _write_failure(self, entry: Entry, error: InputError) -> None:

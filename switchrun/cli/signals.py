@@ -35,6 +35,12 @@ class SignalGuard:
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 signal.signal(signum, self._handle)
 
+    def release(self) -> None:
+        """Let signals kill the process from now on: it is about to end, and nobody would catch an exception."""
+        for signum in _SIGNALS:
+            if signal.getsignal(signum) == self._handle:
+                signal.signal(signum, signal.SIG_DFL)
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold a signal back for as long as the block runs.

@@ -140,6 +140,7 @@ class ExpertCache:
         for key in hits:
             self._entries[key].in_use = True
             self._entries.move_to_end(key)
+        finished = False
         try:
             self._submit(missing)
             for key in hits:
@@ -157,8 +158,10 @@ class ExpertCache:
                 yield key, weights
                 self._entries[key].in_use = False
                 self._submit(missing)
+            finished = True
         finally:
-            self._settle(keys)
+            if not finished:
+                self._recover(keys)
 
     def _submit(self, missing: deque[ExpertKey]) -> None:
         """Start as many reads as there are slots that nobody uses."""
@@ -195,7 +198,7 @@ class ExpertCache:
         self._arrived.put((load.key, weights, error))
 
     def _take_slot(self) -> int | None:
-        """Give a free slot, or that of the least recently used expert that is not in use."""
+        """Give a free slot, or that of the least recently used expert that is not in use; None if all are."""
         if self._free:
             return self._free.pop()
         for key, entry in self._entries.items():
@@ -213,13 +216,26 @@ class ExpertCache:
             self._free.append(self._entries.pop(key).slot)
         return key, weights, error
 
-    def _settle(self, keys: Sequence[ExpertKey]) -> None:
-        """Leave nothing in flight and nothing in use, also when the caller stopped early or a read failed."""
-        while self._in_flight:
-            self._next_arrival()
-        for key in keys:
+    def _recover(self, keys: Sequence[ExpertKey]) -> None:
+        """Leave nothing in flight and nothing in use: a read failed, the caller stopped early, or a signal came.
+
+        A signal may have come between any two steps, so the books are made anew from what is there.
+        """
+        self._reader.wait()
+        while not self._arrived.empty():
+            key, weights, _ = self._arrived.get()
             if key in self._entries:
-                self._entries[key].in_use = False
+                self._entries[key].weights = weights
+        for key in keys:
+            entry = self._entries.get(key)
+            if entry is not None and entry.weights is None:
+                del self._entries[key]
+            elif entry is not None:
+                entry.in_use = False
+        taken = {entry.slot for entry in self._entries.values()}
+        self._free = [slot for slot in range(self._slots.count) if slot not in taken]
+        self._free_staging = list(range(self._staging.count))
+        self._in_flight = 0
 
     def _note_busy(self, change: int) -> None:
         with self._busy_lock:

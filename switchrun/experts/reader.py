@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
@@ -48,13 +49,15 @@ class FileReader:
         self._files: dict[Path, tuple[int, bool]] = {}
         self._retired: list[int] = []
         self._lock = threading.Lock()
+        self._outstanding = 0
+        self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="switchrun-reader")
 
     @property
     def reads_past_page_cache(self) -> bool:
         """Whether all files opened so far are really read past the page cache."""
         with self._lock:
-            return self._direct and all(direct for _, direct in self._files.values())
+            return bool(self._files) and all(direct for _, direct in self._files.values())
 
     def submit(
         self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
@@ -70,10 +73,32 @@ class FileReader:
             The bytes that will be read.
         """
         pieces = [piece for segment in segments for piece in _cut(segment)]
-        pending = _Pending(len(pieces), done)
-        for piece in pieces:
-            self._pool.submit(self._read, piece, buffer, pending)
+        pending = _Pending(len(pieces), partial(self._end, done))
+        submitted = 0
+        with self._idle:
+            self._outstanding += 1
+        try:
+            for piece in pieces:
+                self._pool.submit(self._read, piece, buffer, pending)
+                submitted += 1
+        except BaseException as error:
+            for _ in pieces[submitted:]:
+                pending.finish(error)
+            raise
         return sum(piece.length for piece in pieces)
+
+    def wait(self) -> None:
+        """Block until everything that was submitted has ended and has been told."""
+        with self._idle:
+            self._idle.wait_for(lambda: self._outstanding == 0)
+
+    def _end(self, done: Callable[[BaseException | None], None], error: BaseException | None) -> None:
+        try:
+            done(error)
+        finally:
+            with self._idle:
+                self._outstanding -= 1
+                self._idle.notify_all()
 
     def _read(self, piece: Segment, buffer: memoryview, pending: _Pending) -> None:
         try:

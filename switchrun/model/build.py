@@ -55,6 +55,8 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
         A `SwitchTransformersForConditionalGeneration` in eval mode, its dense weights still on the meta device.
     """
     config = _config(checkpoint)
+    if config.dense_act_fn not in ACT2FN:
+        raise ModelError(f"transformers knows no activation function '{config.dense_act_fn}' (dense_act_fn)")
     with torch.device("meta"):
         model: Any = SwitchTransformersForConditionalGeneration(config)
     model.to(dtype)
@@ -91,7 +93,11 @@ def _generation_config(path: Path, config: Any) -> GenerationConfig:
     """Take the checkpoint's own generation settings where it has any, as plain transformers does."""
     if (path / "generation_config.json").is_file():
         try:
-            return GenerationConfig.from_pretrained(path)
+            own = GenerationConfig.from_pretrained(path)
+            for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+                if getattr(own, name) is None:
+                    setattr(own, name, getattr(config, name))
+            return own
         except Exception as error:  # as above; the settings of config.json then serve as well
             _log.warning("ignoring %s: %s", path / "generation_config.json", error)
     return GenerationConfig.from_model_config(config)

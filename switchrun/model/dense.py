@@ -12,7 +12,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from switchrun.checkpoint.types import TensorSlice
-from switchrun.errors import CorruptCheckpointError
+from switchrun.errors import CorruptCheckpointError, UsageError
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_router
 from switchrun.planning.types import Tier
@@ -79,6 +79,20 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def names(self) -> tuple[str, ...]:
         """The tensors themselves, without aliases."""
         return tuple(self._slices)
+
+
+def check_gpus(device_map: Mapping[str, Tier]) -> None:
+    """Refuse a device map with GPUs that this machine does not have.
+
+    Raises:
+        UsageError: It names such a GPU.
+    """
+    wanted = max((tier for tier in device_map.values() if isinstance(tier, int)), default=-1)
+    there = torch.cuda.device_count()
+    if wanted >= there:
+        raise UsageError(
+            f"gpu:{wanted} is asked for, and torch finds {there} GPUs here", "leave out --gpu-memory, or change the map"
+        )
 
 
 def place_dense_weights(

@@ -138,6 +138,10 @@ def _decode(
         min_new_tokens=min_new_tokens or None,
         num_beams=options.num_beams,
         do_sample=options.sample,
+        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, one for each input.
+        num_return_sequences=1,
+        return_dict_in_generate=False,
+        use_cache=True,
         stopping_criteria=StoppingCriteriaList([watch]),
         **sampling,
     )

@@ -62,16 +62,16 @@ def check_sentinels(text: str) -> int:
             "the text has no sentinel, so there is nothing to fill in",
             'write <extra_id_0> for the first blank, and quote the text for the shell: "A <extra_id_0> walks in"',
         )
+    if len(numbers) > NUM_SENTINELS:
+        raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")
     for expected, number in enumerate(numbers):
-        if number in numbers[:expected]:
+        if number < expected:
             raise InputError(f"{sentinel(number)} is there twice", "use each sentinel once")
         if number != expected:
             raise InputError(
                 f"{sentinel(number)} stands where {sentinel(expected)} should",
                 "number the sentinels 0, 1, 2, … in order",
             )
-    if len(numbers) > NUM_SENTINELS:
-        raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")
     return len(numbers)
 
 

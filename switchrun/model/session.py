@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from switchrun.errors import BudgetError, InputError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
 from switchrun.model.build import build_cache, build_model
-from switchrun.model.dense import DenseWeights, place_dense_weights
+from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.records import (
     ExpertCounts,
@@ -39,6 +39,10 @@ from switchrun.planning.memory import max_input_tokens, max_output_tokens
 
 #: A fill is a fair measurement of the disk from this many bytes on.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
+
+
+#: No vocabulary has longer words by far; a text that is longer than this cannot fit.
+_MAX_CHARACTERS_PER_TOKEN = 64
 
 
 class SessionParts(NamedTuple):
@@ -85,6 +89,7 @@ class Session:
         self._context = RoutingContext()
         self._tokenizer: Any = load_tokenizer(checkpoint, tokenizer) if text else None
         self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes())
+        check_gpus(plan.device_map)
         dtype = getattr(torch, Dtype(plan.dtype).torch_name)
         with ExitStack() as stack:
             self._cache = stack.enter_context(build_cache(checkpoint, plan, dtype))
@@ -157,8 +162,11 @@ class Session:
         last = self._tokenizer.convert_tokens_to_ids(sentinel(count - 1))
         if last is None or last == self._tokenizer.unk_token_id:
             raise InputError(f"the vocabulary of this model has no {sentinel(count - 1)}", "use fewer sentinels")
-        length = len(self._tokenizer(text).input_ids)
         limit = max_input_tokens(self.checkpoint)
+        if len(text) > limit * _MAX_CHARACTERS_PER_TOKEN:
+            # Not tokenised: that takes memory which is not reserved.
+            raise InputError(f"the text has {len(text)} characters, the model takes {limit} tokens", "split it")
+        length = len(self._tokenizer(text).input_ids)
         if length > limit:
             raise InputError(f"the text has {length} tokens, the model takes {limit}", "shorten or split it")
 
@@ -205,8 +213,11 @@ class Session:
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
-        self._remember_bandwidth()
-        self._stack.close()
+        try:
+            with suppress(OSError):  # the checkpoint may be gone by now
+                self._remember_bandwidth()
+        finally:
+            self._stack.close()
 
     def __enter__(self) -> Session:
         return self

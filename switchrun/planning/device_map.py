@@ -27,7 +27,7 @@ def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
             raw = json.loads(Path(source).read_text(encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"cannot read the device map {source}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"the device map {source} is not JSON: {error}") from None
     if isinstance(raw, Mapping) and isinstance(raw.get("device_map"), Mapping):
         raw = raw["device_map"]

@@ -145,6 +145,41 @@ def test_counters_agree_with_a_model_of_lru(
             assert not any(entry.in_use for entry in cache._entries.values())
 
 
+class Stop(BaseException):
+    """As a signal's exception, it may come anywhere."""
+
+
+@pytest.mark.parametrize("where", ["before the read", "while it is being cut into pieces", "after an arrival"])
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("dtype", [Dtype.FP32, Dtype.BF16])
+def test_a_signal_in_the_middle_neither_hangs_nor_loses_slots(
+    checkpoint: SwitchCheckpoint, monkeypatch: pytest.MonkeyPatch, where: str, slots: int, dtype: Dtype
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stop
+
+    with make_cache(checkpoint, slots, dtype) as cache:
+        list(cache.stream(keys(0)))
+        with monkeypatch.context() as patched:
+            if where == "before the read":
+                cache.on_load = stop
+            elif where == "while it is being cut into pieces":
+                patched.setattr(cache._reader._pool, "submit", stop)
+            else:
+                arrive = cache._next_arrival
+                patched.setattr(cache, "_next_arrival", lambda: stop(arrive()))
+            with pytest.raises(Stop):
+                list(cache.stream(keys(1, 2, 3)))
+        cache.on_load = None
+        for _ in range(2):
+            seen = {key: weights.wi.clone() for key, weights in cache.stream(keys(*range(NUM_EXPERTS)))}
+            assert sorted(seen) == keys(*range(NUM_EXPERTS))
+            for key, wi in seen.items():
+                assert torch.equal(wi, stored(checkpoint.experts[key].wi).to(wi.dtype))
+        assert len(cache._free) + len(cache._entries) == slots
+        assert not any(entry.in_use for entry in cache._entries.values())
+
+
 def test_a_stream_may_outlive_its_cache(checkpoint: SwitchCheckpoint) -> None:
     """As it does when Ctrl-C stops a fill: the traceback keeps the stream until long after the session is closed."""
     with make_cache(checkpoint, 2) as cache:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from switchrun.bench.synthetic import Geometry, make_checkpoint
 from switchrun.units import MIB
@@ -93,6 +94,22 @@ def test_below_the_minimum_nothing_is_loaded(big: Path, run_switchrun: RunSwitch
         assert f"needs at least {named} MiB of CPU memory" in done.stderr
         assert f"--cpu-memory {named}MiB or more" in done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_refused(big: Path, run_switchrun: RunSwitchrun) -> None:
+    done = run_switchrun(["fill", TEXT, "--model", str(big), "--gpu-memory", "4GiB"])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "gpu:0 is asked for, and torch finds 0 GPUs here" in done.stderr
+
+
+def test_a_line_that_cannot_fit_is_refused_before_it_takes_memory(
+    big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str]
+) -> None:
+    line = "the <extra_id_0> " + "a b c d " * 60_000
+    done = run_switchrun(["fill", "--model", str(big)], input=line + "\n")
+    assert (done.returncode, done.stdout) == (4, "\n")
+    assert "line 1: the text has 480017 characters, the model takes 512 tokens" in done.stderr
 
 
 def test_the_peak_in_a_record_is_the_systems(big: Path, run_switchrun: RunSwitchrun, tmp_path: Path) -> None:

@@ -1,0 +1,224 @@
+"""One fill, measured from outside: torch's own hooks around the sparse layers, and the cache's counters."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from switchrun import hardware
+from switchrun.bench.process import io_read_bytes
+from switchrun.bench.replay import Range
+from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.experts.cache import CacheCounters
+from switchrun.experts.module import OffloadedExperts
+from switchrun.experts.reader import Segment
+from switchrun.experts.slots import ExpertWeights
+from switchrun.model.generate import generate_batch
+from switchrun.model.records import GenerationOptions
+from switchrun.model.session import Session
+
+STACKS: tuple[Stack, ...] = ("encoder", "decoder")
+
+
+@dataclass(slots=True)
+class StageTimes:
+    """What the encoder step, or all decoder steps together, took.
+
+    Attributes:
+        seconds: From its start to its end.
+        expert_layer_seconds: Of that, spent in sparse layers after the router: waiting and computing.
+        counters: What the expert cache did meanwhile.
+    """
+
+    seconds: float = 0.0
+    expert_layer_seconds: float = 0.0
+    counters: CacheCounters = field(default_factory=CacheCounters)
+
+
+@dataclass(slots=True)
+class Measured:
+    """One fill.
+
+    Attributes:
+        seconds: All of it.
+        token_seconds: When each token was there, from the start on.
+        stages: The encoder step and the decoder steps.
+        output_ids: What was generated, for each row.
+        io_read_bytes: What the process read from disks meanwhile, by the system's count.
+        peak_rss_bytes: The process's peak so far.
+        peak_gpu_bytes: The same of GPU memory; None without a GPU.
+    """
+
+    seconds: float
+    token_seconds: list[float]
+    stages: dict[Stack, StageTimes]
+    output_ids: list[list[int]]
+    io_read_bytes: int | None
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None
+
+    def as_record(self) -> dict[str, Any]:
+        """Give it as plain values for JSON."""
+        return asdict(self)
+
+
+class Probe:
+    """Watches a session: which experts its layers ask for, what is read for them, and for how long they run.
+
+    A context manager: leaving it takes the hooks off.
+
+    Attributes:
+        reads: For each stack, the reads since the last `start`, in order.
+        use: How many calls asked for each expert.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._parts = session.parts
+        self._layers = {
+            module: name.split(".") for name, module in self._parts.model.named_modules() if _is_experts(module)
+        }
+        self._forced: Iterator[torch.Tensor] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Forget what was seen so far."""
+        self.reads: dict[Stack, list[Range]] = {stack: [] for stack in STACKS}
+        self._routes: list[tuple[list[ExpertKey], torch.Tensor]] = []
+        self.use: Counter[ExpertKey] = Counter()
+        self._inside: dict[Stack, float] = dict.fromkeys(STACKS, 0.0)
+        self._encoder_end = 0.0
+        self._encoder_counters = CacheCounters()
+
+    def __enter__(self) -> Probe:
+        self._hooks = ExitStack()
+        for module in self._layers:
+            for handle in (module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)):
+                self._hooks.callback(handle.remove)
+        self._hooks.callback(self._parts.model.encoder.register_forward_hook(self._end_of_encoder).remove)
+        self._parts.cache.on_load = self._note_load
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._parts.cache.on_load = None
+        self._hooks.close()
+
+    def fill(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
+        """Generate exactly so many tokens for each row of ids, all rows of one length; blocks until it is done."""
+        self.start()
+        ids = torch.tensor(rows)
+        options = GenerationOptions(max_new_tokens=output_tokens)
+        times: list[float] = []
+        io, before = io_read_bytes(), self._parts.cache.counters()
+        start = time.perf_counter()
+        outputs = generate_batch(
+            self._parts.model,
+            self._parts.context,
+            ids,
+            torch.ones_like(ids),
+            options,
+            on_token=lambda _: times.append(time.perf_counter() - start),
+            min_new_tokens=output_tokens,
+        )
+        end = time.perf_counter()
+        after, io_after = self._parts.cache.counters(), io_read_bytes()
+        return Measured(
+            seconds=end - start,
+            token_seconds=times,
+            stages={
+                "encoder": StageTimes(
+                    self._encoder_end - start, self._inside["encoder"], self._encoder_counters.since(before)
+                ),
+                "decoder": StageTimes(
+                    end - self._encoder_end, self._inside["decoder"], after.since(self._encoder_counters)
+                ),
+            },
+            output_ids=[list(output.ids) for output in outputs],
+            io_read_bytes=None if io is None or io_after is None else io_after - io,
+            peak_rss_bytes=hardware.peak_rss_bytes(),
+            peak_gpu_bytes=int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None,
+        )
+
+    def compute_only(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
+        """Measure the last fill's steps without any read: the same tokens go to experts of the same shapes.
+
+        The experts that are in memory stand in for all others, and the routing is that of the last fill. What is
+        generated means nothing.
+        """
+        cache = self._parts.cache
+        latest = dict.fromkeys(key for keys, _ in reversed(self._routes) for key in keys)
+        stand_ins = _StandIns([weights for _, weights in cache.stream(list(latest)[: cache.num_slots])])
+        self._forced = iter([route for _, route in self._routes])
+        try:
+            for module in self._layers:
+                module.cache = stand_ins
+            return self.fill(rows, output_tokens)
+        finally:
+            self._forced = None
+            for module in self._layers:
+                module.cache = cache
+
+    def _enter(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden, selected, weights = args
+        stack, _, block, *_ = self._layers[module]
+        if self._forced is not None:
+            selected = _one_hot(next(self._forced), selected)
+        else:
+            kept, chosen = selected.squeeze(1).max(dim=-1)
+            route = torch.where(kept.bool(), chosen, -1)
+            keys = [ExpertKey(_stack(stack), int(block), expert) for expert in set(route.tolist()) - {-1}]
+            self._routes.append((keys, route))
+            self.use.update(keys)
+        self._entered = time.perf_counter()
+        return hidden, selected, weights
+
+    def _leave(self, module: Any, *_: Any) -> None:
+        self._inside[_stack(self._layers[module][0])] += time.perf_counter() - self._entered
+
+    def _end_of_encoder(self, *_: Any) -> None:
+        self._encoder_end = time.perf_counter()
+        self._encoder_counters = self._parts.cache.counters()
+
+    def _note_load(self, key: ExpertKey, segments: tuple[Segment, ...]) -> None:
+        self.reads[key.stack] += [Range(each.file, each.offset, each.length) for each in segments]
+
+
+class _StandIns:
+    """In the place of the cache: gives the same few experts again and again, whatever is asked for."""
+
+    def __init__(self, weights: Sequence[ExpertWeights]) -> None:
+        self._weights = itertools.cycle(weights)
+
+    def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
+        """Give an expert for each key at once."""
+        yield from zip(keys, self._weights, strict=False)
+
+
+def used_experts(use: Mapping[ExpertKey, int]) -> dict[str, dict[str, int]]:
+    """Give the counts by layer (`encoder.3`) and expert, in order, as JSON has them."""
+    result: dict[str, dict[str, int]] = {}
+    for key in sorted(use, key=lambda key: (STACKS.index(key.stack), key.block, key.expert)):
+        result.setdefault(f"{key.stack}.{key.block}", {})[str(key.expert)] = use[key]
+    return result
+
+
+def _is_experts(module: Any) -> bool:
+    return isinstance(module, OffloadedExperts)
+
+
+def _stack(name: str) -> Stack:
+    return "encoder" if name == "encoder" else "decoder"
+
+
+def _one_hot(route: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Give `[tokens, 1, num_experts]` of each token's expert, all zero for -1."""
+    result = torch.zeros_like(like)
+    kept = (route >= 0).nonzero().squeeze(1)
+    result[kept, 0, route[kept]] = 1
+    return result

@@ -1,0 +1,34 @@
+"""A child that does what its task says: answers, fails, crashes, or sleeps."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from switchrun.bench.cell import main
+from switchrun.errors import BudgetError
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    if "pid_file" in task:
+        Path(task["pid_file"]).write_text(str(os.getpid()))
+    if task["do"] == "budget":
+        raise BudgetError("too small", "more")
+    if task["do"] == "crash":
+        raise ZeroDivisionError("a bug")
+    if task["do"] == "die":
+        os.kill(os.getpid(), 9)
+    if task["do"] == "sleep":
+        time.sleep(60)
+    if task["do"] == "groups":
+        return {"groups": Path("/proc/self/cgroup").read_text(), "peak": Path(task["group_peak_file"]).read_text()}
+    print("a library talks")  # noqa: T201
+    sys.stdout.flush()
+    return {"answer": task["value"]}
+
+
+if __name__ == "__main__":
+    main(work)

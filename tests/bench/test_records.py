@@ -1,0 +1,149 @@
+"""Records of real measurements are valid in every format; comparison; the runner's order of things."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from switchrun.bench import baseline, runner
+from switchrun.bench import cell as cell_process
+from switchrun.bench.cells import Cell
+from switchrun.bench.children import ChildError
+from switchrun.bench.records import compare, read_records
+from switchrun.bench.runner import Bench
+from switchrun.checkpoint import open_checkpoint
+from switchrun.errors import UsageError
+from switchrun.output.bench_tables import BenchFormat, format_records
+from tests.conftest import validate
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Run children in this process; gives their names, in order."""
+    seen: list[str] = []
+
+    def run_child(module: str, task: dict[str, Any], memory_limit: int | None, timeout: float | None = None) -> Any:
+        seen.append(module.rpartition(".")[2])
+        if task["batch_size"] == 7:
+            raise ChildError("crashed", "do better")
+        work = cell_process.measure if seen[-1] == "cell" else baseline.measure
+        return json.loads(json.dumps(work(task)))
+
+    monkeypatch.setattr(runner, "run_child", run_child)
+    return seen
+
+
+def bench(cell: Cell, tmp_path: Path, **options: Any) -> Bench:
+    return Bench(open_checkpoint(cell.model), tmp_path / "offload", options.get("synthetic"), 60, lambda _: None)
+
+
+def test_every_format_of_real_records(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    cells = [replace(cell, baseline="accelerate"), replace(cell, batch_size=7)]
+    records = list(bench(cell, tmp_path).run(cells))
+    # The baseline takes turns with the cell; a crash does not keep the others from running.
+    assert calls == ["cell", "baseline", "cell", "baseline", "cell"]
+    assert [record["status"] for record in records] == ["ok", "failed"]
+    assert records[0]["baseline"]["same_tokens"]
+    assert len(records[0]["metrics"]["fill_seconds"]["samples"]) == 2
+    assert not list((tmp_path / "offload").glob("baseline-*"))
+
+    document = json.loads(format_records(records, BenchFormat.JSON))
+    validate(document, "bench")
+    for line in format_records(records, BenchFormat.JSONL).splitlines():
+        validate(json.loads(line), "bench")
+    rows = list(csv.DictReader(io.StringIO(format_records(records, BenchFormat.CSV))))
+    assert [row["batch_size"] for row in rows] == ["1", "7"]
+    assert float(rows[0]["fill_seconds.median"]) > 0
+    assert rows[1]["error"] == "crashed"
+    markdown = format_records(records, BenchFormat.MD)
+    assert "| time to first token |" in markdown
+    table = format_records(records, BenchFormat.TABLE)
+    assert "accelerate ÷ switchrun" in table
+    assert max(map(len, table.splitlines())) <= 80
+
+    pytest.importorskip("matplotlib")
+    from switchrun.output.plots import draw
+    from switchrun.output.report import render_page
+
+    for name in ("plot.png", "plot.svg"):
+        draw(records, tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+    page = render_page(records)
+    assert "<svg" in page
+    assert "accelerate" in page
+    assert "src=" not in page
+    assert "https://" not in page.replace("https://matplotlib.org", "")
+    assert "<svg" not in render_page(records[1:])
+
+
+def test_a_warm_cell_runs_once_and_drops_its_warmup(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    (record,) = bench(cell, tmp_path).run([replace(cell, cache="warm", warmup=1)])
+    assert calls == ["cell"]
+    assert len(record["metrics"]["fill_seconds"]["samples"]) == 2
+    assert len(record["metrics"]["open_seconds"]["samples"]) == 1
+    assert record["metrics"]["second_pass_seconds"] is None
+    validate(record, "bench")
+
+
+def test_cold_warmup_processes_are_thrown_away(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    (record,) = bench(cell, tmp_path).run([replace(cell, warmup=1, repeats=1)])
+    assert calls == ["cell", "cell"]
+    assert len(record["metrics"]["open_seconds"]["samples"]) == 1
+
+
+def test_finished_cells_are_not_run_again(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    cells = [replace(cell, repeats=1), replace(cell, repeats=1, seed=9)]
+    first = list(bench(cell, tmp_path).run(cells[:1]))
+    file = tmp_path / "records.jsonl"
+    file.write_text(format_records(first, BenchFormat.JSONL))
+    both = list(bench(cell, tmp_path).run(cells, read_records(file)))
+    assert both[0] == read_records(file)[0]
+    assert calls == ["cell", "cell"]
+
+
+def test_synthetic_weights_are_named_everywhere(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    description = {"geometry": "g", "num_experts": 4, "materialized_experts": 0, "note": "the weights are synthetic"}
+    records = list(bench(cell, tmp_path, synthetic=description).run([replace(cell, repeats=1)]))
+    validate(records[0], "bench")
+    for style in BenchFormat:
+        assert "the weights are synthetic" in format_records(records, style)
+
+
+def test_a_checkpoint_that_transformers_cannot_load_is_said_so(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    base = bench(cell, tmp_path)
+    mended = replace(base.checkpoint, repairs=("num_decoder_layers is 12",))
+    (record,) = replace(base, checkpoint=mended).run([replace(cell, repeats=1, baseline="accelerate")])
+    assert calls == ["cell"]
+    assert "num_decoder_layers is 12" in record["baseline"]["error"]["message"]
+    validate(record, "bench")
+    assert "plain transformers cannot load" in " ".join(format_records([record], BenchFormat.TABLE).split())
+
+
+def test_comparison_is_new_by_old(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    (record,) = bench(cell, tmp_path).run([replace(cell, repeats=1)])
+    old = json.loads(json.dumps(record))
+    old["metrics"]["fill_seconds"]["median"] *= 4
+    old["knobs"]["repeats"] = 5
+    (compared,) = compare([record], [old], "old.json")
+    assert compared["comparison"]["ratios"]["fill_seconds"] == pytest.approx(0.25)
+    assert compared["comparison"]["ratios"]["load_bytes"] == 1
+    validate(compared, "bench")
+    assert "Now ÷ old.json" in format_records([compared], BenchFormat.TABLE)
+    old["knobs"]["seed"] = 77
+    assert compare([record], [old], "old.json") == [record]
+
+
+@pytest.mark.parametrize("text", ["", "no json", '{"a": 1}', "[]", "{\n"])
+def test_files_without_records_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "file").write_text(text)
+    if not text:
+        assert read_records(tmp_path / "file") == []
+        return
+    with pytest.raises(UsageError, match="holds no records"):
+        read_records(tmp_path / "file")

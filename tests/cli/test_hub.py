@@ -1,0 +1,51 @@
+"""Models by Hub id, with the command and no network: `tests/checkpoint/test_locate.py` has the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.test_locate import COMMIT, put_into_cache
+from tests.conftest import RunSwitchrun
+from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> Path:
+    folder = save_checkpoint(random_model(tiny_config()), tmp_path / "m")
+    save_tiny_tokenizer(folder)
+    return put_into_cache(folder)
+
+
+@pytest.mark.parametrize("model", ["org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"])
+def test_plan_from_the_cache(model: str, snapshot: Path, run_switchrun: RunSwitchrun) -> None:
+    done = run_switchrun(["plan", "--model", model, "--format", "json"])
+    assert (done.returncode, done.stderr) == (0, "")
+    record = json.loads(done.stdout)
+    assert (record["model_id"], record["revision"], record["path"]) == ("org/tiny", COMMIT, str(snapshot))
+
+
+def test_fill_from_the_cache(snapshot: Path, run_switchrun: RunSwitchrun) -> None:
+    args = ["fill", "the <extra_id_0> sat", "--format", "json", "--max-new-tokens", "2"]
+    done = run_switchrun(args, env={"SWITCHRUN_MODEL": "org/tiny"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["model"] == {"id": "org/tiny", "revision": COMMIT, "dtype": "fp32"}
+
+
+@pytest.mark.parametrize("model", ["org/other", "org/tiny@v9", "org/tiny@" + "f" * 40])
+def test_what_is_not_in_the_cache(model: str, snapshot: Path, run_switchrun: RunSwitchrun) -> None:
+    done = run_switchrun(["plan", "--model", model])
+    assert (done.returncode, done.stdout) == (8, "")
+    assert done.stderr.startswith(f"switchrun: {model.partition('@')[0]} is not in the local cache")
+    assert "HF_HUB_OFFLINE" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_snapshot_that_lacks_its_weights(snapshot: Path, run_switchrun: RunSwitchrun) -> None:
+    (snapshot / "model.safetensors").unlink()
+    done = run_switchrun(["plan", "--model", "org/tiny"])
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "there are no weights" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,168 @@
+"""Whatever the budgets: what is promised holds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from switchrun import hardware
+from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.errors import BudgetError, UsageError
+from switchrun.planning import Budgets, Plan, make_plan, resolve_budgets
+from switchrun.planning.planner import module_of
+from switchrun.units import GIB, MIB
+from tests.planning.made_up import checkpoints, made_up_checkpoint
+
+PLENTY = 1 << 50
+SHAPES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["auto", "fp32", "bf16"]),
+        "batch_size": st.integers(1, 4),
+        "num_beams": st.integers(1, 4),
+    }
+)
+
+
+def bounds(checkpoint: SwitchCheckpoint, **options: object) -> tuple[int, int]:
+    plan = make_plan(checkpoint, Budgets(PLENTY), **options)  # type: ignore[arg-type]
+    return plan.minimum_cpu_bytes, plan.resident_cpu_bytes
+
+
+def check_sums(plan: Plan, checkpoint: SwitchCheckpoint) -> None:
+    assert [use.tier for use in plan.tiers][-2:] == ["cpu", "disk"]
+    for use in plan.tiers[:-1]:
+        assert use.budget_bytes is not None
+        assert 0 <= use.total_bytes <= use.budget_bytes
+        assert use.expert_bytes == use.expert_slots * use.slot_bytes
+        parts = use.dense_bytes + use.expert_bytes + use.activation_bytes + use.overhead_bytes
+        assert use.total_bytes == parts
+    cpu, disk = plan.tier("cpu"), plan.tier("disk")
+    assert 1 <= cpu.expert_slots <= len(checkpoint.experts)
+    assert cpu.slot_bytes > 0
+    assert disk.expert_bytes == len(checkpoint.experts) * checkpoint.expert_bytes
+    # Every dense weight is somewhere, once.
+    assert sum(use.dense_bytes for use in plan.tiers) == sum(placed.bytes for placed in plan.placements)
+    assert {placed.module for placed in plan.placements} == {module_of(name) for name in checkpoint.dense}
+
+
+@given(checkpoint=checkpoints(), options=SHAPES, where=st.floats(0, 1.2), gpu=st.none() | st.floats(0, 1.5))
+def test_no_tier_is_over_its_budget(
+    checkpoint: SwitchCheckpoint, options: dict[str, object], where: float, gpu: float | None
+) -> None:
+    minimum, resident = bounds(checkpoint, **options)
+    cpu = minimum + int((resident - minimum) * where)
+    gpus = {} if gpu is None else {0: 1 + int(gpu * resident), 1: 1 + int(gpu * resident / 2)}
+    check_sums(make_plan(checkpoint, Budgets(cpu, gpus), **options), checkpoint)  # type: ignore[arg-type]
+
+
+@given(checkpoint=checkpoints(), options=SHAPES)
+def test_the_minimum_is_the_least_that_works(checkpoint: SwitchCheckpoint, options: dict[str, object]) -> None:
+    minimum, _ = bounds(checkpoint, **options)
+    plan = make_plan(checkpoint, Budgets(minimum), **options)  # type: ignore[arg-type]
+    check_sums(plan, checkpoint)
+    assert plan.minimum_cpu_bytes == minimum
+    with pytest.raises(BudgetError) as caught:
+        make_plan(checkpoint, Budgets(minimum - 1), **options)  # type: ignore[arg-type]
+    named = -(-minimum // MIB)
+    assert f"needs at least {named} MiB of CPU memory" in caught.value.message
+    assert f"--cpu-memory {named}MiB" in caught.value.hint
+    # What the message says must work when it is typed.
+    budgets = resolve_budgets(f"{named}MiB", None)
+    check_sums(make_plan(checkpoint, budgets, **options), checkpoint)  # type: ignore[arg-type]
+
+
+@given(checkpoint=checkpoints(), options=SHAPES)
+def test_resident_means_everything_is_in_memory(checkpoint: SwitchCheckpoint, options: dict[str, object]) -> None:
+    _, resident = bounds(checkpoint, **options)
+    plan = make_plan(checkpoint, Budgets(resident), **options)  # type: ignore[arg-type]
+    assert plan.tier("cpu").expert_slots == len(checkpoint.experts)
+    assert plan.tier("disk").dense_bytes == 0
+    assert plan.tier("cpu").total_bytes == resident
+    one_less = make_plan(checkpoint, Budgets(resident - 1), **options)  # type: ignore[arg-type]
+    less = one_less.tier("cpu").expert_slots < len(checkpoint.experts) or one_less.tier("disk").dense_bytes > 0
+    assert less
+
+
+@given(checkpoint=checkpoints(), first=st.floats(0, 1.2), second=st.floats(0, 1.2))
+def test_more_memory_never_gives_less(checkpoint: SwitchCheckpoint, first: float, second: float) -> None:
+    minimum, resident = bounds(checkpoint)
+    budgets = sorted(minimum + int((resident - minimum) * share) for share in (first, second))
+    small, large = (make_plan(checkpoint, Budgets(budget)) for budget in budgets)
+    assert large.tier("disk").dense_bytes <= small.tier("disk").dense_bytes
+    if small.tier("disk").dense_bytes == 0:
+        assert large.tier("cpu").expert_slots >= small.tier("cpu").expert_slots
+
+
+@given(checkpoint=checkpoints(), where=st.floats(0, 1))
+def test_under_pressure_the_encoder_leaves_memory_first(checkpoint: SwitchCheckpoint, where: float) -> None:
+    """Unlike accelerate, which fills memory in the order of the modules: the decoder is used for every token."""
+    minimum, resident = bounds(checkpoint)
+    plan = make_plan(checkpoint, Budgets(minimum + int((resident - minimum) * where)))
+    tiers = {placed.module: placed.tier for placed in plan.placements}
+    if any(tier == "disk" for module, tier in tiers.items() if not module.startswith("encoder")):
+        assert all(tier == "disk" for module, tier in tiers.items() if module.startswith("encoder"))
+    for stack in ("encoder", "decoder"):
+        blocks = sorted((int(m.split(".")[2]), tier) for m, tier in tiers.items() if m.startswith(f"{stack}.block"))
+        assert [tier for _, tier in blocks] == sorted(tier for _, tier in blocks)  # cpu before disk
+
+
+def test_some_pressure_does_move_the_encoder() -> None:
+    checkpoint = made_up_checkpoint(d_model=512, d_ff=2048)
+    whole = make_plan(checkpoint, Budgets(PLENTY), device_map={"": "cpu"}).tier("cpu")
+    # Dense weights, four slots, and a little less.
+    budget = whole.total_bytes - (whole.expert_slots - 4) * whole.slot_bytes - 1
+    plan = make_plan(checkpoint, Budgets(budget))
+    on_disk = [placed for placed in plan.placements if placed.tier == "disk"]
+    assert on_disk
+    assert all(placed.module.startswith("encoder") for placed in on_disk)
+    assert {placed.reason for placed in on_disk} == {"used once for each batch; no room in memory"}
+
+
+def test_a_gpu_too_small_for_anything_is_left_alone() -> None:
+    plan = make_plan(made_up_checkpoint(), Budgets(4 * GIB, {0: 1 * MIB}))
+    gpu = plan.tier("gpu:0")
+    assert (gpu.dense_bytes, gpu.total_bytes) == (0, 0)
+    assert all(placed.tier == "cpu" for placed in plan.placements)
+
+
+def test_gpus_are_filled_in_their_order() -> None:
+    checkpoint = made_up_checkpoint(d_model=512, d_ff=2048)
+    first = make_plan(checkpoint, Budgets(8 * GIB, {0: 8 * GIB})).tier("gpu:0")
+    assert first.dense_bytes > 0
+    half = first.total_bytes - first.dense_bytes // 2
+    plan = make_plan(checkpoint, Budgets(8 * GIB, {0: half, 1: half}))
+    check_sums(plan, checkpoint)
+    tiers = [placed.tier for placed in plan.placements]
+    assert tiers == sorted(tiers, key=["gpu:0", "gpu:1", "cpu", "disk"].index)
+    assert {"gpu:0", "gpu:1"} <= set(tiers)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gpu", "cpu_bytes", "gpu_bytes"),
+    [
+        ("6GiB", None, 6 * GIB, {}),
+        (123, None, 123, {}),
+        ("1G", "2GiB", GIB, {0: 2 * GIB}),
+        ("1G", 5, GIB, {0: 5}),
+        ("1G", "0", GIB, {}),
+        ("1G", 0, GIB, {}),
+        ("1G", "0=1GiB, 2=3GiB", GIB, {0: GIB, 2: 3 * GIB}),
+        ("1G", "1=1GiB,0=0", GIB, {1: GIB}),
+    ],
+)
+def test_options_become_budgets(
+    cpu: str | int, gpu: str | int | None, cpu_bytes: int, gpu_bytes: dict[int, int]
+) -> None:
+    assert resolve_budgets(cpu, gpu) == Budgets(cpu_bytes, gpu_bytes)
+
+
+@pytest.mark.parametrize("gpu", ["x", "0=", "=1GiB", "0=1GiB,0=2GiB", "0=1GiB,", "a=1GiB", "²=1GiB", "-1=1GiB", ""])
+def test_what_is_no_gpu_budget(gpu: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a GPU budget|is not a size"):
+        resolve_budgets("1GiB", gpu)
+
+
+def test_without_an_option_most_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 10 * GIB)
+    assert resolve_budgets(None, None) == Budgets(8 * GIB)
