@@ -123,8 +123,8 @@ def record(texts: Sequence[str], batch_size: int) -> Recording:
     """Fill texts with the demo model and note what its layers ask the cache for."""
     recording = Recording([], [], dict.fromkeys(STACKS, (0, 0)))
     with Session.open(batch_size=batch_size) as session:
-        early = _EarlyRouters(session.parts.model, recording)
-        stream = session.parts.cache.stream
+        early = _EarlyRouters(session.engine.model, recording)
+        stream = session.engine.cache.stream
 
         def recorded(keys: Sequence[ExpertKey]) -> Iterator[Any]:
             if keys:
@@ -133,7 +133,7 @@ def record(texts: Sequence[str], batch_size: int) -> Recording:
                 recording.foretold.append(tuple(ExpertKey(keys[0].stack, keys[0].block, expert) for expert in foretold))
             return stream(keys)
 
-        setattr(session.parts.cache, "stream", recorded)  # noqa: B010 (mypy allows no assignment to a method)
+        setattr(session.engine.cache, "stream", recorded)  # noqa: B010 (mypy allows no assignment to a method)
         for start in range(0, len(texts), batch_size):
             session.fill(texts[start : start + batch_size], GenerationOptions(max_new_tokens=32))
     return recording

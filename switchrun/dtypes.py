@@ -16,8 +16,8 @@ STORED_ITEMSIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
-#: The formats that a weight of a model may be stored in.
-WEIGHT_DTYPES = frozenset({"F32", "F16", "BF16"})
+#: The formats that a weight of a model may be stored in, and torch's names of them.
+WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Dtype(StrEnum):
@@ -39,7 +39,7 @@ class Dtype(StrEnum):
     @property
     def torch_name(self) -> str:
         """The name of the attribute of `torch`."""
-        return "float32" if self is Dtype.FP32 else "bfloat16"
+        return WEIGHT_DTYPES[self.stored]
 
 
 class DtypeChoice(StrEnum):

@@ -17,7 +17,7 @@ def measure(task: Task) -> Answer:
     from transformers import SwitchTransformersForConditionalGeneration
 
     from switchrun import hardware
-    from switchrun.bench.process import age_seconds, group_peak_bytes, io_read_bytes
+    from switchrun.bench.process import group_peak_bytes, io_read_bytes
     from switchrun.bench.workload import make_inputs
     from switchrun.planning.budgets import resolve_budgets
 
@@ -29,7 +29,11 @@ def measure(task: Task) -> Answer:
         max_memory={**budgets.gpu_bytes, "cpu": budgets.cpu_bytes},
         offload_folder=task["scratch"],
     )
-    answer: Answer = {"open_seconds": age_seconds(), "open_io_read_bytes": io_read_bytes(), "fills": []}
+    answer: Answer = {
+        "open_seconds": hardware.process_age_seconds(),
+        "open_io_read_bytes": io_read_bytes(),
+        "fills": [],
+    }
     for turn in range(task["fills"]):
         seed = task["seed"] if task["cold"] else task["seed"] + turn
         ids = torch.tensor(make_inputs(model.config.to_dict(), task["batch_size"], task["input_tokens"], seed))

@@ -41,13 +41,14 @@ def main(work: Callable[[Task], Answer]) -> None:
 
 def measure(task: Task) -> Answer:
     """Open the model and fill as often as the task says; see `switchrun.bench.runner` for its keys."""
-    from switchrun.bench.process import MemoryTimeline, age_seconds, group_peak_bytes, io_read_bytes, reset_peak_rss
+    from switchrun.bench.process import MemoryTimeline, group_peak_bytes, io_read_bytes, reset_peak_rss
 
     with MemoryTimeline() as timeline:
+        from switchrun import hardware
         from switchrun._plan import prepare
         from switchrun.bench.measure import Probe
         from switchrun.bench.workload import make_inputs
-        from switchrun.model.session import Session
+        from switchrun.model.engine import Engine
         from switchrun.planning.memory import max_input_tokens
 
         prepared = prepare(
@@ -63,11 +64,11 @@ def measure(task: Task) -> Answer:
         longest = max_input_tokens(prepared.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
-        with Session(prepared, text=False) as session, Probe(session) as probe:
+        with Engine(prepared) as engine, Probe(engine) as probe:
             answer: Answer = {
-                "open_seconds": age_seconds(),
+                "open_seconds": hardware.process_age_seconds(),
                 "open_io_read_bytes": io_read_bytes(),
-                "plan": _plan_record(session),
+                "plan": _plan_record(engine),
                 "fills": [],
             }
             for turn in range(task["fills"]):
@@ -77,13 +78,13 @@ def measure(task: Task) -> Answer:
                 first = probe.fill(rows, task["output_tokens"])
                 timeline.stop()
                 peak = {"peak_group_bytes": group_peak_bytes(task)}
-                answer["fills"].append(_examine(task, session, probe, rows, first) | peak)
+                answer["fills"].append(_examine(task, engine, probe, rows, first) | peak)
                 reset_peak_rss()
     answer["timeline"] = timeline.points
     return answer
 
 
-def _examine(task: Task, session: Any, probe: Any, rows: list[list[int]], first: Any) -> Answer:
+def _examine(task: Task, engine: Any, probe: Any, rows: list[list[int]], first: Any) -> Answer:
     """Measure what a fill is compared with: the raw disk, a second pass, and computing alone."""
     from switchrun.bench.measure import used_experts
     from switchrun.bench.page_cache import drop_page_cache
@@ -98,21 +99,21 @@ def _examine(task: Task, session: Any, probe: Any, rows: list[list[int]], first:
     ring.close()
     record: Answer = first.as_record() | {"raw": raw, "expert_use": use, "second_pass": None}
     if task["cold"]:
-        session.parts.cache.clear()
+        engine.cache.clear()
         drop_page_cache({each.file for stack in reads.values() for each in stack})
         record["second_pass"] = probe.fill(rows, task["output_tokens"]).as_record()
     record["compute"] = probe.compute_only(rows, task["output_tokens"]).as_record()
     return record
 
 
-def _plan_record(session: Any) -> Answer:
-    plan = session.plan
+def _plan_record(engine: Any) -> Answer:
+    plan = engine.plan
     use = plan.tier("cpu")
     return {
         "dtype": plan.dtype,
         "stored_dtype": plan.stored_dtype,
         "num_experts": plan.num_experts,
-        "experts_per_layer": session.checkpoint.num_experts,
+        "experts_per_layer": engine.checkpoint.num_experts,
         "expert_bytes": plan.expert_bytes,
         "total_bytes": plan.total_bytes,
         "expert_slots": use.expert_slots,

@@ -12,19 +12,18 @@ from typing import Any
 
 import torch
 
-from switchrun import hardware
 from switchrun.bench.process import io_read_bytes
 from switchrun.bench.replay import Range
+from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
 from switchrun.experts.cache import CacheCounters
 from switchrun.experts.module import OffloadedExperts
 from switchrun.experts.reader import Segment
 from switchrun.experts.slots import ExpertWeights
+from switchrun.model.engine import Engine
 from switchrun.model.generate import generate_batch
 from switchrun.model.records import GenerationOptions
-from switchrun.model.session import Session
-
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
+from switchrun.model.totals import memory_peak
 
 
 @dataclass(slots=True)
@@ -70,7 +69,7 @@ class Measured:
 
 
 class Probe:
-    """Watches a session: which experts its layers ask for, what is read for them, and for how long they run.
+    """Watches an engine: which experts its layers ask for, what is read for them, and for how long they run.
 
     A context manager: leaving it takes the hooks off.
 
@@ -79,10 +78,11 @@ class Probe:
         use: How many calls asked for each expert.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._parts = session.parts
-        self._layers = {
-            module: name.split(".") for name, module in self._parts.model.named_modules() if _is_experts(module)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        named = engine.model.named_modules()
+        self._layers: dict[Any, list[str]] = {
+            module: name.split(".") for name, module in named if isinstance(module, OffloadedExperts)
         }
         self._forced: Iterator[torch.Tensor] | None = None
         self.start()
@@ -101,12 +101,12 @@ class Probe:
         for module in self._layers:
             for handle in (module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave)):
                 self._hooks.callback(handle.remove)
-        self._hooks.callback(self._parts.model.encoder.register_forward_hook(self._end_of_encoder).remove)
-        self._parts.cache.on_load = self._note_load
+        self._hooks.callback(self._engine.model.encoder.register_forward_hook(self._end_of_encoder).remove)
+        self._engine.cache.on_load = self._note_load
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._parts.cache.on_load = None
+        self._engine.cache.on_load = None
         self._hooks.close()
 
     def fill(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
@@ -115,11 +115,11 @@ class Probe:
         ids = torch.tensor(rows)
         options = GenerationOptions(max_new_tokens=output_tokens)
         times: list[float] = []
-        io, before = io_read_bytes(), self._parts.cache.counters()
+        io, before = io_read_bytes(), self._engine.cache.counters()
         start = time.perf_counter()
         outputs = generate_batch(
-            self._parts.model,
-            self._parts.context,
+            self._engine.model,
+            self._engine.context,
             ids,
             torch.ones_like(ids),
             options,
@@ -127,7 +127,7 @@ class Probe:
             min_new_tokens=output_tokens,
         )
         end = time.perf_counter()
-        after, io_after = self._parts.cache.counters(), io_read_bytes()
+        after, io_after = self._engine.cache.counters(), io_read_bytes()
         return Measured(
             seconds=end - start,
             token_seconds=times,
@@ -141,8 +141,7 @@ class Probe:
             },
             output_ids=[list(output.ids) for output in outputs],
             io_read_bytes=None if io is None or io_after is None else io_after - io,
-            peak_rss_bytes=hardware.peak_rss_bytes(),
-            peak_gpu_bytes=int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None,
+            **asdict(memory_peak()),
         )
 
     def compute_only(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
@@ -151,7 +150,7 @@ class Probe:
         The experts that are in memory stand in for all others, and the routing is that of the last fill. What is
         generated means nothing.
         """
-        cache = self._parts.cache
+        cache = self._engine.cache
         latest = dict.fromkeys(key for keys, _ in reversed(self._routes) for key in keys)
         stand_ins = _StandIns([weights for _, weights in cache.stream(list(latest)[: cache.num_slots])])
         self._forced = iter([route for _, route in self._routes])
@@ -183,7 +182,7 @@ class Probe:
 
     def _end_of_encoder(self, *_: Any) -> None:
         self._encoder_end = time.perf_counter()
-        self._encoder_counters = self._parts.cache.counters()
+        self._encoder_counters = self._engine.cache.counters()
 
     def _note_load(self, key: ExpertKey, segments: tuple[Segment, ...]) -> None:
         self.reads[key.stack] += [Range(each.file, each.offset, each.length) for each in segments]
@@ -206,10 +205,6 @@ def used_experts(use: Mapping[ExpertKey, int]) -> dict[str, dict[str, int]]:
     for key in sorted(use, key=lambda key: (STACKS.index(key.stack), key.block, key.expert)):
         result.setdefault(f"{key.stack}.{key.block}", {})[str(key.expert)] = use[key]
     return result
-
-
-def _is_experts(module: Any) -> bool:
-    return isinstance(module, OffloadedExperts)
 
 
 def _stack(name: str) -> Stack:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,13 +11,6 @@ from typing import Any
 from switchrun import hardware
 
 _INTERVAL_SECONDS = 0.1
-
-
-def age_seconds() -> float:
-    """Give the time since this process was started, to a hundredth of a second."""
-    # After the command's name, which may hold spaces, `starttime` is field 22 of 52: the 20th.
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def io_read_bytes() -> int | None:
@@ -61,7 +52,7 @@ class MemoryTimeline:
 
     def _run(self) -> None:
         while True:
-            self.points.append((round(age_seconds(), 2), hardware.rss_bytes()))
+            self.points.append((round(hardware.process_age_seconds(), 2), hardware.rss_bytes()))
             if self._end.wait(_INTERVAL_SECONDS):
                 return
 

@@ -32,11 +32,11 @@ from switchrun.checkpoint.sparsity import configured_step, find_step
 from switchrun.checkpoint.stamps import fingerprint
 from switchrun.checkpoint.table import TensorTable
 from switchrun.checkpoint.types import Stack, SwitchCheckpoint, TensorSlice
+from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import ModelError
 
 _MODEL_TYPE = "switch_transformers"
 _GATED_EXPERT = re.compile(r"\.mlp\.experts\.expert_\d+\.wi_[01]\.weight")
-_TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LAYERS: dict[Stack, str] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
 
 
@@ -205,8 +205,8 @@ def _dense(repairs: Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], ind
 
 
 def _repair_dtype(repairs: Repairs, stored: str) -> None:
-    repairs.fill(dtype=_TORCH_DTYPES[stored])
-    repairs.change("dtype", _TORCH_DTYPES[stored], "the experts are stored so")
+    repairs.fill(dtype=WEIGHT_DTYPES[stored])
+    repairs.change("dtype", WEIGHT_DTYPES[stored], "the experts are stored so")
 
 
 def _count(number: int, noun: str) -> str:

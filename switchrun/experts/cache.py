@@ -236,6 +236,7 @@ class ExpertCache:
         self._free = [slot for slot in range(self._slots.count) if slot not in taken]
         self._free_staging = list(range(self._staging.count))
         self._in_flight = 0
+        self._note_busy(-self._busy)
 
     def _note_busy(self, change: int) -> None:
         with self._busy_lock:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
+from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.experts.reader import PAGE, Segment
 
 #: Buffers of this size on ask for huge pages.
 _HUGE_PAGE_BUFFERS = 4 * 1024**2
 
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: torch's dtypes by safetensors' names.
+TORCH_DTYPES: Mapping[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()}
 
 
 class Buffers:
@@ -106,7 +108,7 @@ class SlotFormat:
         self._slices = slices
         self._dtype = dtype
         self._direct = direct
-        self.converts = _TORCH[sample.wi.dtype] != dtype
+        self.converts = TORCH_DTYPES[sample.wi.dtype] != dtype
 
     def reads(self, key: ExpertKey) -> ReadPlan:
         """Give the reads that bring an expert into a slot or, if it must be converted, into a staging buffer."""
@@ -132,7 +134,7 @@ class SlotFormat:
 
 
 def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> torch.Tensor:
-    dtype = _TORCH[stored.dtype]
+    dtype = TORCH_DTYPES[stored.dtype]
     if stored.transposed:
         return buffers.tensor(index, position, dtype, stored.shape[::-1]).T
     return buffers.tensor(index, position, dtype, stored.shape)

@@ -13,11 +13,11 @@ from torch import nn
 
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.errors import CorruptCheckpointError, UsageError
+from switchrun.experts.slots import TORCH_DTYPES
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_router
 from switchrun.planning.types import Tier
 
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 #: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
 _READERS = 2
 
@@ -32,7 +32,7 @@ def read_tensor(stored: TensorSlice) -> torch.Tensor:
         CorruptCheckpointError: The file cannot be read, or ends too early.
     """
     shape = stored.shape[::-1] if stored.transposed else stored.shape
-    tensor = torch.empty(shape, dtype=_TORCH[stored.dtype])
+    tensor = torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
     target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
     try:
         with open(stored.file, "rb", buffering=0) as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,10 +106,7 @@ def generate_batch(
                 )
     finally:
         context.live = context.dropped = None
-    return [
-        RawOutput(o.ids, o.finished, o.first_token_at, o.last_token_at, d)
-        for o, d in zip(outputs, dropped, strict=True)
-    ]
+    return [replace(output, dropped=count) for output, count in zip(outputs, dropped, strict=True)]
 
 
 def _decode(

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from switchrun import hardware
 from switchrun._plan import Prepared, prepare
-from switchrun.dtypes import Dtype
 from switchrun.errors import BudgetError, InputError
-from switchrun.experts.cache import ExpertCache
-from switchrun.experts.module import RoutingContext
-from switchrun.model.build import build_cache, build_model
-from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
+from switchrun.model.engine import Engine
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.records import (
     ExpertCounts,
@@ -34,23 +26,10 @@ from switchrun.model.records import (
 from switchrun.model.sentinels import check_sentinels, fill_in, parse_spans, sentinel
 from switchrun.model.tokenizer import load_tokenizer
 from switchrun.model.totals import Totals, expert_counts, memory_peak
-from switchrun.planning.fit import fit_to_runtime
 from switchrun.planning.memory import max_input_tokens, max_output_tokens
-
-#: A fill is a fair measurement of the disk from this many bytes on.
-_BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
-
 
 #: No vocabulary has longer words by far; a text that is longer than this cannot fit.
 _MAX_CHARACTERS_PER_TOKEN = 64
-
-
-class SessionParts(NamedTuple):
-    """What a session is made of, for measurements; not part of the public API."""
-
-    model: Any
-    cache: ExpertCache
-    context: RoutingContext
 
 
 class Session:
@@ -60,6 +39,7 @@ class Session:
         checkpoint: The checkpoint, with the repairs that it needed.
         plan: What went where.
         open_seconds: How long opening took.
+        engine: The model itself, for measurements; not part of the public API.
     """
 
     def __init__(
@@ -67,7 +47,6 @@ class Session:
         prepared: Prepared,
         *,
         tokenizer: str | None = None,
-        text: bool = True,
         progress: ProgressCallback | None = None,
         started: float | None = None,
     ) -> None:
@@ -76,7 +55,6 @@ class Session:
         Args:
             prepared: The checkpoint and its plan.
             tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
-            text: Whether texts will be filled. False needs no tokenizer, and allows nothing but measurements.
             progress: Called while the session works.
             started: `time.perf_counter()` when opening began; now if None.
 
@@ -84,18 +62,10 @@ class Session:
             SwitchrunError: One of its kinds; see `switchrun.errors`.
         """
         started = time.perf_counter() if started is None else started
-        self.checkpoint = checkpoint = prepared.checkpoint
         self._progress = progress
-        self._context = RoutingContext()
-        self._tokenizer: Any = load_tokenizer(checkpoint, tokenizer) if text else None
-        self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes())
-        check_gpus(plan.device_map)
-        dtype = getattr(torch, Dtype(plan.dtype).torch_name)
-        with ExitStack() as stack:
-            self._cache = stack.enter_context(build_cache(checkpoint, plan, dtype))
-            self._model = build_model(checkpoint, dtype, self._cache, self._context)
-            self._place(DenseWeights(checkpoint.dense, dtype))
-            self._stack = stack.pop_all()
+        self._tokenizer = load_tokenizer(prepared.checkpoint, tokenizer)
+        self.engine = engine = Engine(prepared, on_dense_bytes=self._tell_open)
+        self.checkpoint, self.plan, self._cache = engine.checkpoint, engine.plan, engine.cache
         self._totals = Totals()
         self.open_seconds = time.perf_counter() - started
 
@@ -146,11 +116,6 @@ class Session:
             output_tokens=max_new_tokens,
         )
         return cls(prepared, tokenizer=tokenizer, progress=progress, started=started)
-
-    @property
-    def parts(self) -> SessionParts:
-        """What the session is made of, for measurements; not part of the public API."""
-        return SessionParts(self._model, self._cache, self._context)
 
     def check(self, text: str) -> None:
         """Check that a text can be filled.
@@ -213,36 +178,13 @@ class Session:
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
-        try:
-            with suppress(OSError):  # the checkpoint may be gone by now
-                self._remember_bandwidth()
-        finally:
-            self._stack.close()
+        self.engine.close()
 
     def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _remember_bandwidth(self) -> None:
-        """Keep what this session's reads tell of the disk, for the estimates of `switchrun plan`."""
-        counters = self._cache.counters()
-        file = next(iter(self.checkpoint.experts.values())).wi.file
-        enough = counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0
-        if enough and self._cache.reads_past_page_cache and not hardware.is_sparse(file):
-            hardware.remember_bandwidth(file, counters.load_bytes / counters.load_seconds)
-
-    def _place(self, weights: DenseWeights) -> None:
-        total = sum(use.dense_bytes for use in self.plan.tiers if use.tier != "disk")
-        done = 0
-
-        def on_tensor(tensor: torch.Tensor) -> None:
-            nonlocal done
-            done += tensor.nbytes
-            self._tell("open", done, total)
-
-        place_dense_weights(self._model, weights, self.plan.device_map, on_tensor)
 
     def _fill_batch(self, texts: Sequence[str], options: GenerationOptions, first_id: int) -> list[FillResult]:
         start = time.perf_counter()
@@ -257,10 +199,10 @@ class Session:
             if passed <= layers:
                 self._tell("encode", passed, layers)
 
-        self._context.on_layer = on_layer
+        self.engine.context.on_layer = on_layer
         outputs = generate_batch(
-            self._model,
-            self._context,
+            self.engine.model,
+            self.engine.context,
             encoded.input_ids,
             encoded.attention_mask,
             options,
@@ -303,6 +245,10 @@ class Session:
             memory=memory_peak(),
             model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
         )
+
+    def _tell_open(self, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(Progress("open", done, total, load_bytes=0))
 
     def _tell(self, stage: Stage, done: int, total: int) -> None:
         if self._progress is not None:

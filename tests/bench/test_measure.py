@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from switchrun import Session
 from switchrun._plan import prepare
 from switchrun.bench import baseline
 from switchrun.bench import cell as cell_process
@@ -16,6 +15,7 @@ from switchrun.bench.measure import Probe, used_experts
 from switchrun.bench.replay import WAYS, Range, Ring, replay
 from switchrun.bench.workload import make_inputs
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.model.engine import Engine
 from tests.bench.conftest import task_of
 
 
@@ -56,7 +56,7 @@ def test_plain_transformers_generates_the_same(cell: Cell, tmp_path: Path) -> No
 def test_forced_routing_is_that_of_the_fill_before(cell: Cell) -> None:
     prepared = prepare(cell.model, cpu_memory=cell.cpu_memory_bytes)
     rows = make_inputs(prepared.checkpoint.config, 2, 6, seed=3)
-    with Session(prepared, text=False) as session, Probe(session) as probe:
+    with Engine(prepared) as engine, Probe(engine) as probe:
         probe.fill(rows, 4)
         # What the experts are given, token by token, before and after.
         seen: list[torch.Tensor] = []

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from switchrun import Session
 from switchrun._plan import prepare
 from switchrun.bench import page_cache, synthetic, synthetic_model
 from switchrun.bench.measure import Probe
 from switchrun.bench.synthetic_model import make_synthetic
 from switchrun.bench.workload import make_inputs
 from switchrun.errors import BudgetError, UsageError
+from switchrun.model.engine import Engine
 
 EXPERT = 2 * 2 * 32 * 64
 
@@ -36,7 +36,7 @@ def test_routing_stays_among_real_experts(tmp_path: Path, name: str, layers: int
     assert "3 of 8" in made.description["note"]
     prepared = prepare(made.path, cpu_memory="4GiB")
     assert prepared.checkpoint.repairs == ()
-    with Session(prepared, text=False) as session, Probe(session) as probe:
+    with Engine(prepared) as engine, Probe(engine) as probe:
         probe.fill(make_inputs(prepared.checkpoint.config, 4, 32, 0), 4)
         assert {key.expert for key in probe.use} <= {0, 1, 2}
         assert len({(key.stack, key.block) for key in probe.use}) == layers

@@ -6,13 +6,13 @@ import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from switchrun.checkpoint.torch_file import read_torch
 from switchrun.errors import CorruptCheckpointError
+from tests.support.edits import Evil
 
 
 def test_strides_that_are_no_range(tmp_path: Path) -> None:
@@ -94,16 +94,6 @@ def test_directory_that_lies_about_places(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CorruptCheckpointError, match=r"not where its directory says|truncated"):
         read_torch(path)
-
-
-class Evil:
-    """Unpickled by the ordinary unpickler, it writes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def test_malicious_pickle_does_not_run(tmp_path: Path) -> None:

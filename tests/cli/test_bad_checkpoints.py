@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import RunSwitchrun
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from tests.support.edits import EXPERT, Evil
 
 SINGLE = "model.safetensors"
 BIN = "pytorch_model.bin"
 SHARD = "model-00002-of-00003.safetensors"
-EXPERT = "encoder.block.1.layer.1.mlp.experts.expert_2.wi.weight"
 DENSE = "decoder.block.1.layer.1.EncDecAttention.k.weight"
 
 
@@ -47,16 +47,6 @@ def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(originals[kind], tmp_path / "model"))
 
     return make
-
-
-class Evil:
-    """Unpickled by the ordinary unpickler, it writes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.marker,)
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -178,6 +178,10 @@ def test_a_signal_in_the_middle_neither_hangs_nor_loses_slots(
                 assert torch.equal(wi, stored(checkpoint.experts[key].wi).to(wi.dtype))
         assert len(cache._free) + len(cache._entries) == slots
         assert not any(entry.in_use for entry in cache._entries.values())
+        before = cache.counters().load_seconds
+        list(cache.stream(list(cache._entries)))
+        assert cache._busy == 0
+        assert cache.counters().load_seconds == before  # nothing was read, so no time was spent on reading
 
 
 def test_a_stream_may_outlive_its_cache(checkpoint: SwitchCheckpoint) -> None:

@@ -103,7 +103,7 @@ def test_finished_rows_load_nothing(tmp_path: Path, seed: int) -> None:
         rows = generate(oracle, session, TEXTS, max_new_tokens=STEPS)
         # Some token that only one row has becomes an end.
         ending = next(t for row in rows for t in row[1:-1] if sum(t in other for other in rows) == 1)
-        for model_ in (session._model, oracle):
+        for model_ in (session.engine.model, oracle):
             model_.generation_config.eos_token_id = [1, ending]
         needed, requests = needed_experts(oracle, session, TEXTS)
         results = session.fill(TEXTS, GenerationOptions(max_new_tokens=STEPS))

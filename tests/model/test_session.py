@@ -67,7 +67,7 @@ def test_why_an_answer_ends(folder: Path) -> None:
         full = session.fill([text], GenerationOptions(max_new_tokens=3))[0]
         assert (full.finish_reason, full.tokens.output) == ("length", 3)
         # The token that comes first becomes the end of sequence.
-        session.parts.model.generation_config.eos_token_id = full.output_ids[2]
+        session.engine.model.generation_config.eos_token_id = full.output_ids[2]
         ended = session.fill([text], GenerationOptions(max_new_tokens=3))[0]
         first = full.output_ids.index(full.output_ids[2], 1)
         assert (ended.finish_reason, ended.output_ids) == ("stop", full.output_ids[: first + 1])

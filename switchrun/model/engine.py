@@ -1,0 +1,92 @@
+"""The open model without its words: weights placed, cache and readers running; token ids in, token ids out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import torch
+
+from switchrun import hardware
+from switchrun._plan import Prepared
+from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import Dtype
+from switchrun.experts.cache import ExpertCache
+from switchrun.experts.module import RoutingContext
+from switchrun.model.build import build_cache, build_model
+from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
+from switchrun.planning import Plan
+from switchrun.planning.fit import fit_to_runtime
+
+#: So many bytes read are a fair measurement of the disk.
+_BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
+
+
+class Engine:
+    """A Switch model at work; owns its cache, threads and files. A context manager and not thread-safe.
+
+    Args:
+        prepared: The checkpoint and its plan.
+        on_dense_bytes: Called after each dense weight that was placed, with the bytes done and in all.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        plan: What went where.
+        model: transformers' model, its experts replaced.
+        cache: Where its experts come from.
+        context: What its sparse layers share.
+
+    Raises:
+        SwitchrunError: One of its kinds; see `switchrun.errors`.
+    """
+
+    checkpoint: SwitchCheckpoint
+    plan: Plan
+    model: Any
+    cache: ExpertCache
+    context: RoutingContext
+
+    def __init__(
+        self, prepared: Prepared, on_dense_bytes: Callable[[int, int], None] = lambda _done, _total: None
+    ) -> None:
+        self.checkpoint = checkpoint = prepared.checkpoint
+        self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes())
+        self.context = RoutingContext()
+        check_gpus(plan.device_map)
+        dtype = getattr(torch, Dtype(plan.dtype).torch_name)
+        total = sum(use.dense_bytes for use in plan.tiers if use.tier != "disk")
+        done = 0
+
+        def on_tensor(tensor: torch.Tensor) -> None:
+            nonlocal done
+            done += tensor.nbytes
+            on_dense_bytes(done, total)
+
+        with ExitStack() as stack:
+            self.cache = stack.enter_context(build_cache(checkpoint, plan, dtype))
+            self.model = build_model(checkpoint, dtype, self.cache, self.context)
+            place_dense_weights(self.model, DenseWeights(checkpoint.dense, dtype), plan.device_map, on_tensor)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Close files, end threads and give the memory back; closing twice does nothing."""
+        try:
+            with suppress(OSError):  # the checkpoint may be gone by now
+                self._remember_bandwidth()
+        finally:
+            self._stack.close()
+
+    def _remember_bandwidth(self) -> None:
+        """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""
+        counters = self.cache.counters()
+        file = next(iter(self.checkpoint.experts.values())).wi.file
+        enough = counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0
+        if enough and self.cache.reads_past_page_cache and not hardware.is_sparse(file):
+            hardware.remember_bandwidth(file, counters.load_bytes / counters.load_seconds)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
