@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
 
 from switchrun.experts.module import RoutingContext
 from switchrun.model.records import GenerationOptions
+
+#: transformers 5.24 renamed it, and warns of the old name.
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(SwitchTransformersForConditionalGeneration.forward).parameters
+    else "past_key_values"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +143,6 @@ def _decode(
         input_ids,
         attention_mask=attention_mask,
         encoder_outputs=EncoderOutput(last_hidden_state=encoded),
-        # Without a configuration a cache grows as needed; transformers' own has as many layers as the encoder.
-        past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
         max_new_tokens=options.max_new_tokens,
         min_new_tokens=min_new_tokens or None,
         num_beams=options.num_beams,
@@ -141,6 +153,8 @@ def _decode(
         use_cache=True,
         stopping_criteria=StoppingCriteriaList([watch]),
         **sampling,
+        # Without a configuration a cache grows as needed; transformers' own has as many layers as the encoder.
+        **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
     )
     return [_row(ids, eos.tolist(), watch.times) for ids in sequences.tolist()]
 

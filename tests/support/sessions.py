@@ -13,6 +13,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from switchrun import Session, hardware
 from switchrun.checkpoint import open_checkpoint
+from switchrun.model.generate import CACHE_ARGUMENT
 from switchrun.planning import Budgets, make_plan
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -57,7 +58,7 @@ def generate(oracle: Any, session: Session, texts: Sequence[str], **options: Any
     input_ids, attention_mask = encode(session, texts)
     if oracle.config.num_decoder_layers > oracle.config.num_layers:
         # transformers 5.23 makes a cache with as many layers as the encoder, and fails.
-        options["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        options[CACHE_ARGUMENT] = EncoderDecoderCache(DynamicCache(), DynamicCache())
     with torch.no_grad():
         rows = oracle.generate(input_ids, attention_mask=attention_mask, do_sample=False, **options).tolist()
     eos = oracle.generation_config.eos_token_id
