@@ -17,6 +17,7 @@ from switchrun.dtypes import Dtype
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import OffloadedExperts, RoutingContext
+from switchrun.experts.product import use_fast_products
 from switchrun.planning import Plan, memory
 
 _log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
     with torch.device("meta"):
         model: Any = SwitchTransformersForConditionalGeneration(config)
     model.to(dtype)
+    use_fast_products(model)
     num_experts = checkpoint.num_experts
     for part in (model, model.encoder, model.decoder):
         part.config.num_experts = num_experts
@@ -68,6 +70,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
         for block in blocks:
             mlp = getattr(model, stack).block[block].layer[-1].mlp
             mlp.router.num_experts = num_experts
+            # transformers' own product: another order of summing might choose another expert.
             mlp.router.classifier = nn.Linear(
                 config.d_model, num_experts, bias=config.router_bias, device="meta", dtype=torch.float32
             )
