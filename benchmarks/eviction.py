@@ -14,7 +14,6 @@ import itertools
 import random
 import sys
 import tempfile
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from policies import Belady, Cycle, Lfu, Lru, Policy, Random, S3Fifo, Visit, WTinyLfu
+from simulation import SEED, STACKS, simulate, synthetic
 from torch.nn.functional import linear
 
 from switchrun import GenerationOptions, Session
@@ -29,8 +29,6 @@ from switchrun.checkpoint.types import ExpertKey, Stack
 from switchrun.experts.policy import NextUsePolicy
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 1
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 
 #: The policies by name, the bound last.
 POLICIES: dict[str, Callable[[Sequence[Visit], int], Policy]] = {
@@ -67,38 +65,6 @@ class Recording:
     trace: list[Visit]
     foretold: list[Visit]
     tokens: dict[Stack, tuple[int, int]]
-
-
-def synthetic(
-    experts: int, requests: int, skew: float, *, layers: int = 15, batch: int = 1, change_every: int = 0
-) -> list[Visit]:
-    """Make a trace of independent requests of 24 input and 12 output tokens each.
-
-    Args:
-        experts: Experts of each layer.
-        requests: How many requests.
-        skew: Exponent of Zipf's law for the experts' popularity; 0 is uniform.
-        layers: Sparse layers of each stack.
-        batch: Inputs that run together.
-        change_every: Other experts become popular after as many requests; 0 is never.
-    """
-    rng = random.Random(SEED)
-    weights = list(itertools.accumulate((rank + 1) ** -skew for rank in range(experts)))
-    orders: dict[tuple[Stack, int], list[int]] = {}
-    trace: list[Visit] = []
-
-    def visit(stack: Stack, layer: int, tokens: int) -> None:
-        ranks = sorted(set(rng.choices(range(experts), cum_weights=weights, k=tokens)))
-        trace.append(tuple(ExpertKey(stack, layer, orders[stack, layer][rank]) for rank in ranks))
-
-    for request in range(requests):
-        if not orders or (change_every and request % change_every == 0):
-            orders = {(s, n): rng.sample(range(experts), experts) for s in STACKS for n in range(layers)}
-        for layer in range(layers):
-            visit("encoder", layer, 24 * batch)
-        for _, layer in itertools.product(range(12), range(layers)):
-            visit("decoder", layer, batch)
-    return trace
 
 
 def held_out_sentences(work: Path) -> list[str]:
@@ -173,62 +139,14 @@ class _EarlyRouters:
         return hook
 
 
-def simulate(
-    policy: Policy,
-    trace: Sequence[Visit],
-    slots: int,
-    watch: Callable[[int, set[ExpertKey]], None] | None = None,
-) -> float:
-    """Run a trace through a cache that works as `ExpertCache.stream` does.
-
-    `watch` is called before each visit with its number and what is in the cache.
-
-    Returns:
-        Hits ÷ requests.
-    """
-    resident: set[ExpertKey] = set()
-    hits = 0
-    for number, visit in enumerate(trace):
-        if watch is not None:
-            watch(number, resident)
-        found = [key for key in visit if key in resident]
-        missing = deque(key for key in visit if key not in resident)
-        hits += len(found)
-        policy.begin_visit()
-        for key in found:
-            policy.use(key)
-        arriving = _submit(policy, resident, missing, slots)
-        for key in found:
-            policy.release(key)
-            arriving += _submit(policy, resident, missing, slots)
-        while arriving:
-            policy.release(arriving.popleft())
-            arriving += _submit(policy, resident, missing, slots)
-    return hits / sum(map(len, trace))
-
-
-def _submit(policy: Policy, resident: set[ExpertKey], missing: deque[ExpertKey], slots: int) -> deque[ExpertKey]:
-    """Start as many reads as there are slots that nobody uses."""
-    started: deque[ExpertKey] = deque()
-    while missing:
-        if len(resident) >= slots:
-            victim = policy.victim()
-            if victim is None:
-                break
-            resident.remove(victim)
-        key = missing.popleft()
-        policy.use(key)
-        resident.add(key)
-        started.append(key)
-    return started
-
-
-def workloads(sentences: Sequence[str], with_synthetic: bool) -> Iterator[Workload]:
+def workloads(sentences: Sequence[str], only: str | None) -> Iterator[Workload]:
     """Give everything that the table compares, made when its turn comes."""
     demo = (4, 8, 12, 16, 20, 24, 28)
-    yield Workload(f"demo model, batch 1, {len(sentences[:1000]):,} sentences", record(sentences[:1000], 1).trace, demo)
-    yield Workload(f"demo model, batch 8, {len(sentences):,} sentences", record(sentences, 8).trace, demo)
-    if with_synthetic:
+    if only != "synthetic":
+        few = sentences[:1000]
+        yield Workload(f"demo model, batch 1, {len(few):,} sentences", record(few, 1).trace, demo)
+        yield Workload(f"demo model, batch 8, {len(sentences):,} sentences", record(sentences, 8).trace, demo)
+    if only != "demo":
         small, large = (40, 80, 0.25, 0.5, 0.75), (80, 600, 0.1, 0.25, 0.5)
         yield Workload("15+15 × 16, uniform", synthetic(16, 100, 0), small)
         yield Workload("15+15 × 16, uniform, batch 8", synthetic(16, 100, 0, batch=8), small)
@@ -248,6 +166,21 @@ def compare(workload: Workload) -> None:
         rates = [simulate(make(workload.trace, slots), workload.trace, slots) for make in POLICIES.values()]
         cells = [workload.name, f"{used:,}", f"{slots:,} ({slots / used:.0%})", *(f"{100 * r:.1f}" for r in rates)]
         print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def first_fills(requests: int = 50) -> None:
+    """Print the mean loads of a process's first fill, for the policies that know no more than the past."""
+    names = [name for name in POLICIES if name not in ("cycle", "Belady")]
+    print("\n| first fill | slots | " + " | ".join(names) + " |\n| --- | --: |" + " --: |" * len(names))
+    trace = synthetic(16, requests, 0)
+    visits = len(trace) // requests
+    each = [trace[start : start + visits] for start in range(0, len(trace), visits)]
+    for slots in (15, 31, 80, 120, 240):
+        loads = []
+        for name in names:
+            misses = [(1 - simulate(POLICIES[name](fill, slots), fill, slots)) * sum(map(len, fill)) for fill in each]
+            loads.append(f"{sum(misses) / requests:.0f}")
+        print(f"| 15+15 × 16, uniform | {slots} | " + " | ".join(loads) + " |", flush=True)
 
 
 def lookahead(sentences: Sequence[str], slots: int) -> None:
@@ -278,15 +211,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "switchrun-corpus")
     parser.add_argument("--sentences", type=int, default=2800)
-    parser.add_argument("--only", choices=["demo"], help="leave out the made-up geometries")
+    parser.add_argument("--only", choices=["demo", "synthetic"], help="leave out the made-up geometries, or the model")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
-    sentences = held_out_sentences(arguments.work)[: arguments.sentences]
+    sentences = [] if arguments.only == "synthetic" else held_out_sentences(arguments.work)[: arguments.sentences]
     print("| trace | experts used | slots | " + " | ".join(POLICIES) + " |")
     print("| --- | --: | --: |" + " --: |" * len(POLICIES))
-    for workload in workloads(sentences, arguments.only is None):
+    for workload in workloads(sentences, arguments.only):
         compare(workload)
+    first_fills()
+    if arguments.only == "synthetic":
+        return
     print("\n| stack | tokens | recall | precision | missing foretold | wasted reads |")
     print("| --- | --: | --: | --: | --: | --: |")
     lookahead(sentences[:1000], 16)

@@ -46,9 +46,7 @@ def measure(task: Task) -> Answer:
     with MemoryTimeline() as timeline:
         from switchrun import hardware
         from switchrun._plan import prepare
-        from switchrun.bench.measure import Probe
-        from switchrun.bench.workload import make_inputs
-        from switchrun.model.engine import Engine
+        from switchrun.model.preload import DensePreload
         from switchrun.planning.memory import max_input_tokens
 
         prepared = prepare(
@@ -64,7 +62,13 @@ def measure(task: Task) -> Answer:
         longest = max_input_tokens(prepared.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
-        with Engine(prepared) as engine, Probe(engine) as probe:
+        preload = DensePreload(prepared)
+        # Only now, as `switchrun fill` does it: these bring torch and transformers.
+        from switchrun.bench.measure import Probe
+        from switchrun.bench.workload import make_inputs
+        from switchrun.model.engine import Engine
+
+        with Engine(prepared, preload=preload) as engine, Probe(engine) as probe:
             answer: Answer = {
                 "open_seconds": hardware.process_age_seconds(),
                 "open_io_read_bytes": io_read_bytes(),

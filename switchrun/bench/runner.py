@@ -11,6 +11,7 @@ from typing import Any
 
 from switchrun.bench.cells import Cell
 from switchrun.bench.children import ChildError, run_child
+from switchrun.bench.complete import complete_checkpoint
 from switchrun.bench.environment import describe_environment
 from switchrun.bench.page_cache import drop_page_cache
 from switchrun.bench.records import Record, cell_record, failed_record
@@ -100,7 +101,7 @@ class Bench:
         scratch = tempfile.mkdtemp(prefix="baseline-", dir=self.offload_folder)
         try:
             more = {
-                "path": str(self.checkpoint.path),
+                "path": str(complete_checkpoint(self.checkpoint, Path(scratch))),
                 "torch_dtype": Dtype(plan["dtype"]).torch_name,
                 "cpu_budget_bytes": plan["cpu_budget_bytes"],
                 "scratch": scratch,

@@ -152,9 +152,12 @@ def open_session(model: str | None, **settings: Any) -> Session:
     tokenizer, progress = settings.pop("tokenizer"), settings.pop("progress")
     # A wrong model or budget is told before torch is imported, which takes seconds.
     prepared = prepare(model, **settings)
+    from switchrun.model.preload import DensePreload
+
+    preload = DensePreload(prepared)
     from switchrun.model.session import Session
 
-    return Session(prepared, tokenizer=tokenizer, progress=progress, started=started)
+    return Session(prepared, tokenizer=tokenizer, progress=progress, started=started, preload=preload)
 
 
 def _arguments(texts: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from switchrun import hardware
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.reader import WAYS, FileReader, Segment, Way
+from switchrun.experts.reader import WAYS, FileReader, Segment, Way, known_way
 from switchrun.experts.slots import Buffers
 from switchrun.units import MIB
 
@@ -36,12 +36,9 @@ def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
     The answer is kept in the user's cache folder for each device. Sparse files are not tried: holes are no disk.
     """
     file = next(iter(experts.values())).wi.file
-    known = hardware.recall("reading", file)
-    for way in WAYS:
-        if known == asdict(way):
-            return way
-    if hardware.is_sparse(file):
-        return WAYS[0]
+    known = known_way(file)
+    if known or hardware.is_sparse(file):
+        return known or WAYS[0]
     chosen = best_way(_probe(experts))
     hardware.remember("reading", file, asdict(chosen))
     return chosen

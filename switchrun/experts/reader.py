@@ -8,10 +8,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from switchrun import hardware
 from switchrun.errors import CorruptCheckpointError
 from switchrun.units import MIB
 
@@ -226,6 +227,12 @@ class _Pending:
             last = self._left == 0
         if last:
             self._done(self._error)
+
+
+def known_way(file: Path) -> Way | None:
+    """Give the way that was best on the disk where a file lies, if that was tried; see `switchrun.experts.probe`."""
+    known = hardware.recall("reading", file)
+    return next((way for way in WAYS if known == asdict(way)), None)
 
 
 def _cut(segment: Segment, chunk: int) -> list[Segment]:

@@ -19,6 +19,7 @@ _HUGE_PAGE_BUFFERS = 4 * 1024**2
 
 _LIBC = ctypes.CDLL(None)
 _MADV_POPULATE_WRITE = 23
+_TOUCH_BYTES = 2 * 1024**2
 
 #: torch's dtypes by safetensors' names.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()}
@@ -29,17 +30,20 @@ class Buffers:
 
     Pages are taken from the system when they are first written, by the threads that read into them, or by `touch`.
     The buffers live as long as this object or any tensor made of them.
+
+    Attributes:
+        memory: The mapping.
     """
 
     def __init__(self, count: int, size: int) -> None:
         self.count = count
         self.size = size
-        self._memory = mmap.mmap(-1, max(count * size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, max(count * size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if size >= _HUGE_PAGE_BUFFERS:
             # Pinning 4 KiB pages for a direct read costs a slow core more time than the disk needs.
             with contextlib.suppress(OSError, AttributeError):
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._memory)
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(self.memory)
 
     def touch(self, index: int) -> bool:
         """Take one buffer's pages from the system; what is in them stays. Other threads run on meanwhile.
@@ -47,11 +51,14 @@ class Buffers:
         Returns:
             Whether the system knows how (Linux 5.14 and later).
         """
-        start = index * self.size
-        with_neighbours = start - start % mmap.PAGESIZE
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + with_neighbours
-        length = start + self.size - with_neighbours
-        return bool(_LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) == 0)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        first, end = index * self.size // mmap.PAGESIZE * mmap.PAGESIZE, (index + 1) * self.size
+        # Step by step: meanwhile no other thread can map memory.
+        for start in range(first, end, _TOUCH_BYTES):
+            length = min(_TOUCH_BYTES, end - start)
+            if _LIBC.madvise(ctypes.c_void_p(base + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
+                return False
+        return True
 
     def view(self, index: int) -> memoryview:
         """Give the bytes of one buffer."""
@@ -62,7 +69,7 @@ class Buffers:
         count = 1
         for extent in shape:
             count *= extent
-        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=index * self.size + position)
+        flat = torch.frombuffer(self.memory, dtype=dtype, count=count, offset=index * self.size + position)
         return flat.view(shape)
 
 

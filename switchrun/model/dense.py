@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from mmap import mmap
 
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
@@ -14,6 +16,7 @@ from switchrun.checkpoint.types import TensorSlice
 from switchrun.errors import UsageError
 from switchrun.experts.reader import FileReader
 from switchrun.experts.slots import TORCH_DTYPES, Buffers
+from switchrun.model.preload import DensePreload
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_router
 from switchrun.planning.types import Tier
@@ -34,8 +37,14 @@ def read_tensor(stored: TensorSlice, reader: FileReader) -> torch.Tensor:
     read = reader.segment(stored.file, stored.offset, stored.nbytes)
     buffer = Buffers(1, read.length)
     reader.read([read], buffer.view(0))
+    return view_tensor(buffer.memory, stored.offset - read.offset, stored)
+
+
+def view_tensor(memory: mmap, position: int, stored: TensorSlice) -> torch.Tensor:
+    """Give the tensor whose bytes were read to a place in memory: a view, unless it is stored transposed."""
     shape = stored.shape[::-1] if stored.transposed else stored.shape
-    tensor = buffer.tensor(0, stored.offset - read.offset, TORCH_DTYPES[stored.dtype], shape)
+    flat = torch.frombuffer(memory, dtype=TORCH_DTYPES[stored.dtype], count=math.prod(shape), offset=position)
+    tensor = flat.view(shape)
     return tensor.T.contiguous() if stored.transposed else tensor
 
 
@@ -49,17 +58,25 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         slices: Where the tensors lie, by canonical name.
         dtype: The compute dtype; routers are given in float32.
         reader: Reads them; it stays the caller's.
+        preload: Has some of them already.
     """
 
-    def __init__(self, slices: Mapping[str, TensorSlice], dtype: torch.dtype, reader: FileReader) -> None:
+    def __init__(
+        self, slices: Mapping[str, TensorSlice], dtype: torch.dtype, reader: FileReader, preload: DensePreload
+    ) -> None:
         self._slices = dict(slices)
         self._dtype = dtype
         self._reader = reader
+        self.preload = preload
         names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
         self.aliases = {name: "shared.weight" for name in names if name not in slices}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = read_tensor(self._slices[self.aliases.get(name, name)], self._reader).to(self._dtype)
+        stored = self._slices[self.aliases.get(name, name)]
+        position = self.preload.wait(self.aliases.get(name, name))
+        if position is not None:
+            return view_tensor(self.preload.mapping, position, stored)
+        tensor = read_tensor(stored, self._reader).to(self._dtype)
         # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
         return tensor.float() if is_router(name) else tensor
 
@@ -93,7 +110,7 @@ def place_dense_weights(
     model: nn.Module,
     weights: DenseWeights,
     device_map: Mapping[str, Tier],
-    on_tensor: Callable[[torch.Tensor], None],
+    on_bytes: Callable[[int], None],
 ) -> None:
     """Bring dense weights to their tiers; those on disk are brought in by accelerate's hooks when they are used.
 
@@ -101,7 +118,7 @@ def place_dense_weights(
         model: The model, on the meta device.
         weights: The weights; only those that do not stay on disk are read.
         device_map: Module → tier.
-        on_tensor: Called after each placed tensor.
+        on_bytes: Called with the size of each tensor that was read and placed.
 
     Raises:
         CorruptCheckpointError: A tensor cannot be read.
@@ -113,7 +130,8 @@ def place_dense_weights(
             names = resident[start : start + _READERS]
             for name, tensor in zip(names, pool.map(weights.__getitem__, names), strict=True):
                 set_module_tensor_to_device(model, name, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
-                on_tensor(tensor)
+                if name not in weights.preload.names:
+                    on_bytes(tensor.nbytes)
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)
     if any(tier != "cpu" for tier in tiers.values()):

@@ -18,6 +18,7 @@ from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
 from switchrun.model.build import build_cache, build_model
 from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
+from switchrun.model.preload import DensePreload
 from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
 
@@ -30,7 +31,8 @@ class Engine:
 
     Args:
         prepared: The checkpoint and its plan.
-        on_dense_bytes: Called after each dense weight that was placed, with the bytes done and in all.
+        on_dense_bytes: Called after each dense weight that was read, with the bytes done and in all.
+        preload: Dense weights that are being read already; None starts reading now. The engine closes it.
 
     Attributes:
         checkpoint: The checkpoint.
@@ -50,30 +52,37 @@ class Engine:
     context: RoutingContext
 
     def __init__(
-        self, prepared: Prepared, on_dense_bytes: Callable[[int, int], None] = lambda _done, _total: None
+        self,
+        prepared: Prepared,
+        on_dense_bytes: Callable[[int, int], None] = lambda _done, _total: None,
+        preload: DensePreload | None = None,
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
-        self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes())
+        check_gpus(prepared.plan.device_map)
         self.context = RoutingContext()
-        check_gpus(plan.device_map)
-        dtype = getattr(torch, Dtype(plan.dtype).torch_name)
-        total = sum(use.dense_bytes for use in plan.tiers if use.tier != "disk")
+        total = sum(use.dense_bytes for use in prepared.plan.tiers if use.tier != "disk")
         done = 0
 
-        def on_tensor(tensor: torch.Tensor) -> None:
+        def on_bytes(nbytes: int) -> None:
             nonlocal done
-            done += tensor.nbytes
+            done += nbytes
             on_dense_bytes(done, total)
 
-        direct = memory.reads_directly(checkpoint)
-        way = reading_way(checkpoint.experts) if direct else WAYS[0]
         with ExitStack() as stack:
+            preload = preload or DensePreload(prepared)
+            stack.callback(preload.close)
+            for name in preload.names:
+                preload.wait(name)
+                on_bytes(checkpoint.dense[name].nbytes)
+            self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes() - preload.nbytes)
+            dtype = getattr(torch, Dtype(plan.dtype).torch_name)
+            way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
             self.cache = stack.enter_context(build_cache(checkpoint, plan, dtype, way))
             self.model = build_model(checkpoint, dtype, self.cache, self.context)
-            # What stays on disk is read again and again: the page cache may help there.
-            reader = FileReader(direct and "disk" not in plan.device_map.values(), way)
+            reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
-            place_dense_weights(self.model, DenseWeights(checkpoint.dense, dtype, reader), plan.device_map, on_tensor)
+            weights = DenseWeights(checkpoint.dense, dtype, reader, preload)
+            place_dense_weights(self.model, weights, plan.device_map, on_bytes)
             self._stack = stack.pop_all()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from switchrun._plan import Prepared, prepare
 from switchrun.errors import BudgetError, InputError
 from switchrun.model.engine import Engine
 from switchrun.model.generate import RawOutput, generate_batch
+from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
     FillResult,
@@ -49,6 +50,7 @@ class Session:
         tokenizer: str | None = None,
         progress: ProgressCallback | None = None,
         started: float | None = None,
+        preload: DensePreload | None = None,
     ) -> None:
         """Build what was planned; `Session.open` is the usual way.
 
@@ -57,6 +59,7 @@ class Session:
             tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
             progress: Called while the session works.
             started: `time.perf_counter()` when opening began; now if None.
+            preload: Dense weights that are being read already; the session closes it.
 
         Raises:
             SwitchrunError: One of its kinds; see `switchrun.errors`.
@@ -64,7 +67,7 @@ class Session:
         started = time.perf_counter() if started is None else started
         self._progress = progress
         self._tokenizer = load_tokenizer(prepared.checkpoint, tokenizer)
-        self.engine = engine = Engine(prepared, on_dense_bytes=self._tell_open)
+        self.engine = engine = Engine(prepared, self._tell_open, preload)
         self.checkpoint, self.plan, self._cache = engine.checkpoint, engine.plan, engine.cache
         self._totals = Totals()
         self.open_seconds = time.perf_counter() - started

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import Dtype
+from switchrun.planning.types import Tier
 from switchrun.units import MIB
 
 #: Interpreter, torch, transformers and tokenizer, resident once a first fill has run. Measured with torch 2.13
@@ -28,6 +30,11 @@ _PAGE = 4096
 def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
     """Tell whether experts are read past the page cache."""
     return checkpoint.expert_bytes >= DIRECT_IO_BYTES
+
+
+def reads_dense_directly(checkpoint: SwitchCheckpoint, device_map: Mapping[str, Tier]) -> bool:
+    """Tell whether dense weights are: not if some stay on disk, where the page cache may help to read them again."""
+    return reads_directly(checkpoint) and "disk" not in device_map.values()
 
 
 def is_router(name: str) -> bool:

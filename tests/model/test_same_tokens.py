@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from switchrun import GenerationOptions, Session
+from switchrun.experts import product
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec, checkpoint_specs
@@ -38,9 +39,17 @@ def saved(spec: CheckpointSpec, folder: Path) -> Any:
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(spec=checkpoint_specs(), dtype=st.sampled_from(["fp32", "bf16"]), slots=st.sampled_from([1, 2, 5, None]))
-def test_greedy_ids_and_logits(spec: CheckpointSpec, dtype: str, slots: int | None) -> None:
-    with TemporaryDirectory() as folder:
+@given(
+    spec=checkpoint_specs(),
+    dtype=st.sampled_from(["fp32", "bf16"]),
+    slots=st.sampled_from([1, 2, 5, None]),
+    own_products=st.booleans(),
+)
+def test_greedy_ids_and_logits(spec: CheckpointSpec, dtype: str, slots: int | None, own_products: bool) -> None:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        if own_products:  # else only weights larger than these get them
+            patched.setattr(product, "_LARGE_WEIGHT", 0)
+            patched.setattr(product, "_knows_bfloat16", lambda: False)
         oracle = oracle_for(saved(spec, Path(folder)), dtype)
         with open_with_slots(Path(folder), slots, dtype=dtype, batch_size=3) as session:
             check_logits(oracle, session, dtype)
