@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from next_use import NextUsePolicy
 from policies import Belady, Cycle, Lfu, Lru, Policy, Random, S3Fifo, Visit, WTinyLfu
 from torch.nn.functional import linear
 
 from switchrun import GenerationOptions, Session
 from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.experts.policy import NextUsePolicy
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1

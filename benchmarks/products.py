@@ -1,7 +1,7 @@
 """How long an expert's two products take, by torch's own call and by switchrun's: `python benchmarks/products.py`.
 
-Prints a table in milliseconds, the median of 15, for the 2080 × 6144 of switch-c-2048; weights alternate, so that they come from memory
-and not from the processor's cache.
+Prints a table in milliseconds, the median of 15, for the 2080 × 6144 of switch-c-2048; weights alternate, so that they
+come from memory and not from the processor's cache.
 """
 
 from __future__ import annotations
@@ -47,4 +47,4 @@ if __name__ == "__main__":
     with torch.no_grad():
         for dtype, rows in itertools.product(_WEIGHTS, (1, 2, 4, 6, 8, 12, 16, 24, 32, 128)):
             stock, ours = measure(dtype, rows, torch.nn.functional.linear), measure(dtype, rows, linear)
-            print(f"{str(dtype):>15} {rows:5} {stock:9.2f} {ours:9.2f} {stock / ours:6.2f}")
+            print(f"{dtype!s:>15} {rows:5} {stock:9.2f} {ours:9.2f} {stock / ours:6.2f}")

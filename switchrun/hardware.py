@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -122,25 +123,35 @@ def is_sparse(path: Path) -> bool:
 
 
 def remember_bandwidth(path: Path, bytes_per_second: float) -> None:
-    """Keep a measured read bandwidth for the device that `path` lies on; a cache that cannot be written is let be."""
-    file = cache_folder() / "bandwidth.json"
+    """Keep a measured read bandwidth for the device that `path` lies on."""
+    remember("bandwidth", path, bytes_per_second)
+
+
+def known_bandwidth(path: Path) -> float | None:
+    """Give the read bandwidth that was last measured on the device that `path` lies on, in bytes per second."""
+    known = recall("bandwidth", path)
+    return float(known) if isinstance(known, int | float) and 0 < known < float("inf") else None
+
+
+def remember(what: str, path: Path, value: Any) -> None:
+    """Keep something about the device that `path` lies on, as JSON; a cache that cannot be written is let be."""
+    file = cache_folder() / f"{what}.json"
     with contextlib.suppress(OSError):
-        known = _known_bandwidths() | {device_of(path): bytes_per_second}
+        known = _remembered(what) | {device_of(path): value}
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(known), encoding="utf-8")
         temporary.replace(file)
 
 
-def known_bandwidth(path: Path) -> float | None:
-    """Give the read bandwidth that was last measured on the device that `path` lies on, in bytes per second."""
-    return _known_bandwidths().get(device_of(path))
+def recall(what: str, path: Path) -> Any:
+    """Give what was kept about the device that `path` lies on; None if nothing was."""
+    return _remembered(what).get(device_of(path))
 
 
-def _known_bandwidths() -> dict[str, float]:
+def _remembered(what: str) -> dict[str, Any]:
     try:
-        known = json.loads((cache_folder() / "bandwidth.json").read_text(encoding="utf-8"))
-        rates = {str(device): float(value) for device, value in known.items()}
-        return {device: rate for device, rate in rates.items() if 0 < rate < float("inf")}
-    except (OSError, ValueError, AttributeError, TypeError):
+        known = json.loads((cache_folder() / f"{what}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    return known if isinstance(known, dict) else {}

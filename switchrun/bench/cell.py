@@ -88,7 +88,8 @@ def _examine(task: Task, engine: Any, probe: Any, rows: list[list[int]], first: 
     """Measure what a fill is compared with: the raw disk, a second pass, and computing alone."""
     from switchrun.bench.measure import used_experts
     from switchrun.bench.page_cache import drop_page_cache
-    from switchrun.bench.replay import WAYS, Ring, replay
+    from switchrun.bench.replay import Ring, replay
+    from switchrun.experts.reader import WAYS
 
     reads, use = probe.reads, used_experts(probe.use)
     raw, ring = [], Ring()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchrun.bench.page_cache import drop_page_cache
+from switchrun.experts.reader import Way
 from switchrun.units import MIB
 
 _PAGE = 4096
@@ -29,19 +30,6 @@ class Range:
     file: Path
     offset: int
     length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A way to read: so many threads, pieces of so many bytes, past the page cache or through it."""
-
-    threads: int
-    chunk_bytes: int
-    direct: bool
-
-
-#: One of them is the best on any disk that was tried.
-WAYS = (Way(1, 32 * MIB, True), Way(2, 16 * MIB, True), Way(4, 8 * MIB, True), Way(4, 8 * MIB, False))
 
 
 class Ring:

@@ -1,11 +1,11 @@
-"""The expert cache: a few slots for many experts, least recently used out first."""
+"""The expert cache: a few slots for many experts, and the one that is needed last leaves first."""
 
 from __future__ import annotations
 
 import queue
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
-from switchrun.experts.reader import FileReader, Segment
+from switchrun.experts.policy import NextUsePolicy
+from switchrun.experts.reader import WAYS, FileReader, Segment, Way
 from switchrun.experts.slots import Buffers, ExpertWeights, ReadPlan, SlotFormat
 
 
@@ -48,7 +49,6 @@ class _Entry:
 
     slot: int
     weights: ExpertWeights | None
-    in_use: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +77,9 @@ class ExpertCache:
         slot_bytes: Size of a slot.
         staging: Number and size of the buffers for experts that must be converted; (0, 0) if none must.
         direct: Read past the page cache.
+        way: How the disk is read.
+        touch: Slots whose pages are taken from the system ahead, on a thread of their own: a first fill would
+            otherwise wait for them (new pages are slower than many disks).
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
@@ -90,13 +93,18 @@ class ExpertCache:
         slot_bytes: int,
         staging: tuple[int, int] = (0, 0),
         direct: bool = True,
+        way: Way = WAYS[0],
+        touch: int = 0,
     ) -> None:
         self._format = SlotFormat(slices, dtype, direct)
         self._slots = Buffers(num_slots, slot_bytes)
         self._staging = Buffers(*staging)
-        self._reader = FileReader(direct)
-        self._entries: OrderedDict[ExpertKey, _Entry] = OrderedDict()  # least recently used first
+        self._reader = FileReader(direct, way)
+        self._entries: dict[ExpertKey, _Entry] = {}
+        self._policy = NextUsePolicy()
         self._free = list(range(num_slots - 1, -1, -1))
+        self._closing = threading.Event()
+        self._toucher = threading.Thread(target=self._touch, args=(min(touch, num_slots),), name="switchrun-touch")
         self._free_staging = list(range(staging[0]))
         self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._in_flight = 0
@@ -104,6 +112,7 @@ class ExpertCache:
         self._busy, self._busy_since = 0, 0.0
         self._counters = CacheCounters()
         self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
+        self._toucher.start()
 
     @property
     def num_slots(self) -> int:
@@ -137,9 +146,9 @@ class ExpertCache:
         missing = deque(key for key in keys if key not in self._entries)
         self._counters.requests += len(keys)
         self._counters.hits += len(hits)
+        self._policy.begin_visit()
         for key in hits:
-            self._entries[key].in_use = True
-            self._entries.move_to_end(key)
+            self._policy.use(key)
         finished = False
         try:
             self._submit(missing)
@@ -147,7 +156,7 @@ class ExpertCache:
                 entry = self._entries[key]
                 assert entry.weights is not None
                 yield key, entry.weights
-                entry.in_use = False
+                self._policy.release(key)
                 self._submit(missing)
             while self._in_flight:
                 start = time.perf_counter()
@@ -156,7 +165,7 @@ class ExpertCache:
                 if weights is None:
                     raise error or AssertionError("a read ended with neither weights nor an error")
                 yield key, weights
-                self._entries[key].in_use = False
+                self._policy.release(key)
                 self._submit(missing)
             finished = True
         finally:
@@ -172,7 +181,8 @@ class ExpertCache:
             key = missing.popleft()
             staging = self._free_staging.pop() if self._format.converts else None
             load = _Load(key, self._format.reads(key), slot, staging)
-            self._entries[key] = _Entry(slot, None, in_use=True)
+            self._entries[key] = _Entry(slot, None)
+            self._policy.use(key)
             self._in_flight += 1
             self._note_busy(+1)
             buffer = self._slots.view(slot) if staging is None else self._staging.view(staging)
@@ -198,14 +208,11 @@ class ExpertCache:
         self._arrived.put((load.key, weights, error))
 
     def _take_slot(self) -> int | None:
-        """Give a free slot, or that of the least recently used expert that is not in use; None if all are."""
+        """Give a free slot, or that of the expert that is needed last and is not in use; None if all are."""
         if self._free:
             return self._free.pop()
-        for key, entry in self._entries.items():
-            if not entry.in_use:
-                del self._entries[key]
-                return entry.slot
-        return None
+        victim = self._policy.victim()
+        return None if victim is None else self._entries.pop(victim).slot
 
     def _next_arrival(self) -> _Arrival:
         """Wait for a read to end, whichever is first."""
@@ -230,8 +237,7 @@ class ExpertCache:
             entry = self._entries.get(key)
             if entry is not None and entry.weights is None:
                 del self._entries[key]
-            elif entry is not None:
-                entry.in_use = False
+        self._policy.keep(self._entries)
         taken = {entry.slot for entry in self._entries.values()}
         self._free = [slot for slot in range(self._slots.count) if slot not in taken]
         self._free_staging = list(range(self._staging.count))
@@ -250,10 +256,19 @@ class ExpertCache:
         """Forget every expert, so that each is read again; the slots keep their memory. Not while `stream` runs."""
         self._free += [entry.slot for entry in self._entries.values()]
         self._entries.clear()
+        self._policy.keep(())
 
     def close(self) -> None:
         """Wait for reads in flight and close the files; the slots go when the last view of them does."""
+        self._closing.set()
+        self._toucher.join()
         self._reader.close()
+
+    def _touch(self, count: int) -> None:
+        """Touch slots in the order in which they are taken."""
+        for slot in range(count):
+            if self._closing.is_set() or not self._slots.touch(slot):
+                return
 
     def __enter__(self) -> ExpertCache:
         return self

@@ -13,11 +13,31 @@ from functools import partial
 from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
+from switchrun.units import MIB
 
-#: Reads are cut into pieces of this size, so that the threads work on one expert side by side.
-CHUNK_BYTES = 8 * 1024**2
-READER_THREADS = 4
 PAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to read: so many threads, pieces of so many bytes, past the page cache or through it.
+
+    Reads are cut into pieces, so that the threads work on one expert side by side.
+    """
+
+    threads: int
+    chunk_bytes: int
+    direct: bool
+
+
+#: One of them was the best on every disk that was tried; the first is taken until another has shown that it is better.
+WAYS = (
+    Way(4, 4 * MIB, True),
+    Way(1, 32 * MIB, True),
+    Way(2, 16 * MIB, True),
+    Way(8, 2 * MIB, True),
+    Way(4, 4 * MIB, False),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +58,22 @@ class FileReader:
     """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
 
     Args:
-        direct: Open files with `O_DIRECT`; then offsets, lengths and positions must be multiples of 4096. A
-            filesystem that refuses is read through the page cache, and the pages are given back.
+        direct: Leave nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where
+            the filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read.
+        way: How to read.
 
     The reader owns its threads and file descriptors until `close`.
     """
 
-    def __init__(self, direct: bool) -> None:
+    def __init__(self, direct: bool, way: Way = WAYS[0]) -> None:
         self._direct = direct
+        self._way = way
         self._files: dict[Path, tuple[int, bool]] = {}
         self._retired: list[int] = []
         self._lock = threading.Lock()
         self._outstanding = 0
         self._idle = threading.Condition()
-        self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="switchrun-reader")
+        self._pool = ThreadPoolExecutor(way.threads, thread_name_prefix="switchrun-reader")
 
     @property
     def reads_past_page_cache(self) -> bool:
@@ -72,7 +94,7 @@ class FileReader:
         Returns:
             The bytes that will be read.
         """
-        pieces = [piece for segment in segments for piece in _cut(segment)]
+        pieces = [piece for segment in segments for piece in _cut(segment, self._way.chunk_bytes)]
         pending = _Pending(len(pieces), partial(self._end, done))
         submitted = 0
         with self._idle:
@@ -86,6 +108,25 @@ class FileReader:
                 pending.finish(error)
             raise
         return sum(piece.length for piece in pieces)
+
+    def read(self, segments: Iterable[Segment], buffer: memoryview) -> None:
+        """Read segments into a buffer; blocks until they are there.
+
+        Raises:
+            CorruptCheckpointError: They cannot be read.
+        """
+        ended = threading.Event()
+        errors: list[BaseException] = []
+
+        def done(error: BaseException | None) -> None:
+            if error is not None:
+                errors.append(error)
+            ended.set()
+
+        self.submit(segments, buffer, done)
+        ended.wait()
+        if errors:
+            raise errors[0]
 
     def wait(self) -> None:
         """Block until everything that was submitted has ended and has been told."""
@@ -125,7 +166,7 @@ class FileReader:
             # A direct read that stops within a page has met the end of the file; one that went on there would fail.
             if count == 0 or (direct and got < piece.needed and got % PAGE):
                 raise CorruptCheckpointError(
-                    f"{piece.file} ends at byte {piece.offset + got}, inside an expert", "the file was truncated"
+                    f"{piece.file} ends at byte {piece.offset + got}, inside a tensor", "the file was truncated"
                 )
         if self._direct and not direct:
             with contextlib.suppress(OSError):
@@ -135,7 +176,7 @@ class FileReader:
         with self._lock:
             known = self._files.get(file)
             if known is None:
-                known = self._files[file] = _open_file(file, self._direct)
+                known = self._files[file] = _open_file(file, self._direct and self._way.direct)
             return known
 
     def _open_buffered(self, file: Path) -> tuple[int, bool]:
@@ -179,16 +220,23 @@ class _Pending:
             self._done(self._error)
 
 
-def _cut(segment: Segment) -> list[Segment]:
+def aligned(file: Path, offset: int, nbytes: int) -> Segment:
+    """Give the read of whole pages that brings a byte range to the start of a buffer."""
+    start = offset - offset % PAGE
+    needed = offset + nbytes - start
+    return Segment(file, start, -(-needed // PAGE) * PAGE, 0, needed)
+
+
+def _cut(segment: Segment, chunk: int) -> list[Segment]:
     return [
         Segment(
             segment.file,
             segment.offset + start,
-            min(CHUNK_BYTES, segment.length - start),
+            min(chunk, segment.length - start),
             segment.position + start,
-            min(CHUNK_BYTES, segment.needed - start),
+            min(chunk, segment.needed - start),
         )
-        for start in range(0, segment.needed, CHUNK_BYTES)
+        for start in range(0, segment.needed, chunk)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from switchrun.experts.reader import PAGE, Segment
 #: Buffers of this size on ask for huge pages.
 _HUGE_PAGE_BUFFERS = 4 * 1024**2
 
+_LIBC = ctypes.CDLL(None)
+_MADV_POPULATE_WRITE = 23
+
 #: torch's dtypes by safetensors' names.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()}
 
@@ -23,7 +27,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {stored: getattr(torch, name) for stor
 class Buffers:
     """One mapping of anonymous memory, cut into equal page-aligned buffers.
 
-    Pages are taken from the system when they are first written, which is done by the threads that read into them.
+    Pages are taken from the system when they are first written, by the threads that read into them, or by `touch`.
     The buffers live as long as this object or any tensor made of them.
     """
 
@@ -36,6 +40,18 @@ class Buffers:
             with contextlib.suppress(OSError, AttributeError):
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(self._memory)
+
+    def touch(self, index: int) -> bool:
+        """Take one buffer's pages from the system; what is in them stays. Other threads run on meanwhile.
+
+        Returns:
+            Whether the system knows how (Linux 5.14 and later).
+        """
+        start = index * self.size
+        with_neighbours = start - start % mmap.PAGESIZE
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) + with_neighbours
+        length = start + self.size - with_neighbours
+        return bool(_LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE) == 0)
 
     def view(self, index: int) -> memoryview:
         """Give the bytes of one buffer."""

@@ -18,13 +18,14 @@ from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import OffloadedExperts, RoutingContext
 from switchrun.experts.product import use_fast_products
+from switchrun.experts.reader import Way
 from switchrun.planning import Plan, memory
 
 _log = logging.getLogger(__name__)
 
 
-def build_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype) -> ExpertCache:
-    """Make the expert cache that a plan asks for; the caller closes it."""
+def build_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype, way: Way) -> ExpertCache:
+    """Make the expert cache that a plan asks for, read in the given way; the caller closes it."""
     use = plan.tier("cpu")
     staging = memory.staging_bytes(checkpoint, Dtype(plan.dtype)) // memory.STAGING_BUFFERS
     return ExpertCache(
@@ -33,7 +34,9 @@ def build_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype) ->
         num_slots=use.expert_slots,
         slot_bytes=use.slot_bytes,
         staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=checkpoint.expert_bytes >= memory.DIRECT_IO_BYTES,
+        direct=memory.reads_directly(checkpoint),
+        way=way,
+        touch=plan.estimate.encoder_expert_loads + plan.estimate.decoder_expert_loads,
     )
 
 

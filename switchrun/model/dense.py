@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,8 +11,9 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
 from switchrun.checkpoint.types import TensorSlice
-from switchrun.errors import CorruptCheckpointError, UsageError
-from switchrun.experts.slots import TORCH_DTYPES
+from switchrun.errors import UsageError
+from switchrun.experts.reader import FileReader, aligned
+from switchrun.experts.slots import TORCH_DTYPES, Buffers
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_router
 from switchrun.planning.types import Tier
@@ -22,28 +22,20 @@ from switchrun.planning.types import Tier
 _READERS = 2
 
 
-def read_tensor(stored: TensorSlice) -> torch.Tensor:
-    """Read one tensor from its file.
+def read_tensor(stored: TensorSlice, reader: FileReader) -> torch.Tensor:
+    """Read one tensor from its file; blocks until it is there.
 
     Returns:
-        A new tensor in the stored dtype, owned by the caller.
+        A new tensor in the stored dtype, owned by the caller; up to two pages around it are kept with it.
 
     Raises:
         CorruptCheckpointError: The file cannot be read, or ends too early.
     """
+    read = aligned(stored.file, stored.offset, stored.nbytes)
+    buffer = Buffers(1, read.length)
+    reader.read([read], buffer.view(0))
     shape = stored.shape[::-1] if stored.transposed else stored.shape
-    tensor = torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
-    target = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
-    try:
-        with open(stored.file, "rb", buffering=0) as file:
-            got = 0
-            while got < stored.nbytes:
-                count = os.preadv(file.fileno(), [target[got:]], stored.offset + got)
-                if count == 0:
-                    raise CorruptCheckpointError(f"{stored.file} ends inside a tensor", "the file was truncated")
-                got += count
-    except OSError as error:
-        raise CorruptCheckpointError(f"cannot read {stored.file}: {error.strerror}") from error
+    tensor = buffer.tensor(0, stored.offset - read.offset, TORCH_DTYPES[stored.dtype], shape)
     return tensor.T.contiguous() if stored.transposed else tensor
 
 
@@ -56,16 +48,18 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     Args:
         slices: Where the tensors lie, by canonical name.
         dtype: The compute dtype; routers are given in float32.
+        reader: Reads them; it stays the caller's.
     """
 
-    def __init__(self, slices: Mapping[str, TensorSlice], dtype: torch.dtype) -> None:
+    def __init__(self, slices: Mapping[str, TensorSlice], dtype: torch.dtype, reader: FileReader) -> None:
         self._slices = dict(slices)
         self._dtype = dtype
+        self._reader = reader
         names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
         self.aliases = {name: "shared.weight" for name in names if name not in slices}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = read_tensor(self._slices[self.aliases.get(name, name)]).to(self._dtype)
+        tensor = read_tensor(self._slices[self.aliases.get(name, name)], self._reader).to(self._dtype)
         # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
         return tensor.float() if is_router(name) else tensor
 

@@ -14,9 +14,11 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Dtype
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
+from switchrun.experts.probe import reading_way
+from switchrun.experts.reader import WAYS, FileReader
 from switchrun.model.build import build_cache, build_model
 from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
-from switchrun.planning import Plan
+from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
 
 #: So many bytes read are a fair measurement of the disk.
@@ -63,10 +65,15 @@ class Engine:
             done += tensor.nbytes
             on_dense_bytes(done, total)
 
+        direct = memory.reads_directly(checkpoint)
+        way = reading_way(checkpoint.experts) if direct else WAYS[0]
         with ExitStack() as stack:
-            self.cache = stack.enter_context(build_cache(checkpoint, plan, dtype))
+            self.cache = stack.enter_context(build_cache(checkpoint, plan, dtype, way))
             self.model = build_model(checkpoint, dtype, self.cache, self.context)
-            place_dense_weights(self.model, DenseWeights(checkpoint.dense, dtype), plan.device_map, on_tensor)
+            # What stays on disk is read again and again: the page cache may help there.
+            reader = FileReader(direct and "disk" not in plan.device_map.values(), way)
+            stack.callback(reader.close)
+            place_dense_weights(self.model, DenseWeights(checkpoint.dense, dtype, reader), plan.device_map, on_tensor)
             self._stack = stack.pop_all()
 
     def close(self) -> None:

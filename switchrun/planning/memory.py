@@ -25,6 +25,11 @@ RESERVED_SLOTS = 4
 _PAGE = 4096
 
 
+def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
+    """Tell whether experts are read past the page cache."""
+    return checkpoint.expert_bytes >= DIRECT_IO_BYTES
+
+
 def is_router(name: str) -> bool:
     """Tell whether a dense tensor belongs to a router: routers compute in float32 whatever the dtype."""
     return ".mlp.router." in name

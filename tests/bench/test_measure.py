@@ -12,9 +12,10 @@ from switchrun.bench import baseline
 from switchrun.bench import cell as cell_process
 from switchrun.bench.cells import Cell
 from switchrun.bench.measure import Probe, used_experts
-from switchrun.bench.replay import WAYS, Range, Ring, replay
+from switchrun.bench.replay import Range, Ring, replay
 from switchrun.bench.workload import make_inputs
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.reader import WAYS
 from switchrun.model.engine import Engine
 from tests.bench.conftest import task_of
 

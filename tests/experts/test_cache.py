@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import Dtype
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.reader import CHUNK_BYTES, PAGE
+from switchrun.experts.reader import PAGE, WAYS
 from switchrun.experts.slots import plan_reads
 from switchrun.planning import memory
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
@@ -126,7 +127,7 @@ def test_a_stream_that_is_left_early_leaves_nothing_in_use(checkpoint: SwitchChe
     requests=st.lists(st.lists(st.integers(0, NUM_EXPERTS - 1), min_size=1, unique=True), min_size=1, max_size=12),
     slots=st.integers(1, NUM_EXPERTS),
 )
-def test_counters_agree_with_a_model_of_lru(
+def test_counters_agree_with_what_is_resident(
     checkpoint: SwitchCheckpoint, requests: list[list[int]], slots: int
 ) -> None:
     """Between calls, at most `slots` experts are there, hits were there, and all others were read once."""
@@ -142,7 +143,27 @@ def test_counters_agree_with_a_model_of_lru(
             assert counted.load_bytes == counted.loads * checkpoint.expert_bytes
             resident = set(cache._entries)
             assert len(resident) <= slots
-            assert not any(entry.in_use for entry in cache._entries.values())
+            assert {key for layer in cache._policy._layers.values() for key in layer.idle} == resident
+
+
+def test_touched_slots_are_resident_and_untouched_ones_are_not(checkpoint: SwitchCheckpoint) -> None:
+    size = 8 * 2**20
+    with ExpertCache(checkpoint.experts, torch.float32, 6, size, touch=3) as cache:
+        cache._toucher.join()
+        start = cache._slots.tensor(0, 0, torch.uint8, (1,)).data_ptr()
+        if not cache._slots.touch(0):
+            pytest.skip("this kernel has no MADV_POPULATE_WRITE")
+        resident = [cached_pages_at(start + slot * size, size) for slot in range(6)]
+        assert resident[:3] == [size // mmap.PAGESIZE] * 3
+        assert resident[4:] == [0, 0]  # the fourth may share a huge page with the third
+
+
+def cached_pages_at(address: int, length: int) -> int:
+    """Count the pages of a range that are in memory: those that the kernel has a frame for."""
+    count = length // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), 8 * count, address // mmap.PAGESIZE * 8)
+    return sum(data[at + 7] >> 7 for at in range(0, len(data), 8))
 
 
 class Stop(BaseException):
@@ -201,7 +222,7 @@ def test_a_file_that_ends_too_early_is_named_and_the_cache_goes_on(tmp_path: Pat
     others = [key for key in opened.experts if key.stack == last.stack and key != last]
     os.truncate(folder / "model.safetensors", opened.experts[last].wo.offset + 4)
     with make_cache(opened, 2, direct=direct) as cache:
-        with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors ends at byte \d+, inside an expert"):
+        with pytest.raises(CorruptCheckpointError, match=r"model\.safetensors ends at byte \d+, inside a tensor"):
             list(cache.stream([last]))
         assert len(list(cache.stream(others[:1]))) == 1
 
@@ -241,7 +262,7 @@ def tensor_at(offset: int, nbytes: int, file: str = "a") -> TensorSlice:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    wi=st.tuples(st.integers(0, 10**6), st.integers(1, 3 * CHUNK_BYTES // 2)),
+    wi=st.tuples(st.integers(0, 10**6), st.integers(1, 3 * WAYS[0].chunk_bytes // 2)),
     gap=st.integers(-1, 3 * PAGE),
     wo_bytes=st.integers(1, 10**6),
     direct=st.booleans(),

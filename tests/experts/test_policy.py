@@ -7,8 +7,8 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.next_use import NextUsePolicy
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.policy import NextUsePolicy
 
 
 def key(block: int, expert: int) -> ExpertKey:
@@ -68,9 +68,55 @@ def test_rare_experts_leave_before_frequent_ones() -> None:
 
 def test_among_equals_the_layer_just_left_goes_first() -> None:
     policy = NextUsePolicy()
-    for block in (1, 3, 5):
-        visit(policy, block, 0)
+    for _ in range(2):
+        for block in (1, 3, 5):
+            visit(policy, block, 0)
     assert drain(policy) == [key(5, 0), key(3, 0), key(1, 0)]
+
+
+def test_layers_that_never_came_back_go_first_and_the_earliest_of_them() -> None:
+    policy = NextUsePolicy()
+    for block in (1, 3):
+        visit(policy, block, 0)
+    for _ in range(2):
+        visit(policy, 5, 0)
+        visit(policy, 7, 1)
+    assert drain(policy) == [key(1, 0), key(3, 0), key(7, 1), key(5, 0)]
+
+
+def test_a_first_fill_reads_no_more_than_with_lru() -> None:
+    """An encoder's layers once, then a decoder's in a cycle, one expert each: 12 steps, 2 slots more than layers."""
+    policy = NextUsePolicy()
+    resident: set[ExpertKey] = set()
+    loads = 0
+    visits = [(block, range(3)) for block in range(8)] + [(20 + n % 8, (n // 8 % 2,)) for n in range(8 * 12)]
+    for block, experts in visits:
+        policy.begin_visit()
+        for expert in experts:
+            wanted = key(block, expert)
+            if wanted not in resident:
+                loads += 1
+                if len(resident) == 10:
+                    victim = policy.victim()
+                    assert victim is not None
+                    resident.remove(victim)
+            policy.use(wanted)
+            resident.add(wanted)
+        for expert in experts:
+            policy.release(key(block, expert))
+    # LRU would read in every step: each layer's other expert is asked for, then the first again.
+    assert loads < 24 + 96
+
+
+def test_what_is_kept_is_idle_and_counts_stay() -> None:
+    policy = NextUsePolicy()
+    for _ in range(3):
+        visit(policy, 1, 0, 1)
+    visit(policy, 1, 2, 3)
+    policy.keep([key(1, 0), key(1, 3)])
+    assert drain(policy) == [key(1, 3), key(1, 0)]
+    policy.keep(())
+    assert policy.victim() is None
 
 
 def test_a_cycle_that_does_not_fit_still_hits() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
+from math import inf
 
 from switchrun.checkpoint.types import ExpertKey, Stack
 
@@ -19,8 +21,10 @@ class NextUsePolicy:
 
         last visit of its layer + elapsed / count
 
-    and the farthest leaves: mostly a rare expert, and among equals one of the layer just left. Counts outlive
-    eviction, and fade so that a change of subject is followed. `docs/eviction.md` compares this with other policies.
+    and the farthest leaves: mostly a rare expert, and among equals one of the layer just left. A layer that was
+    visited once has not shown that its turn comes again, and the encoder's do not before the next text: its experts
+    leave before all others, the earliest layer's first. Counts outlive eviction, and fade so that a change of subject
+    is followed. `docs/eviction.md` compares this with other policies.
 
     An expert is either idle or in use; only idle ones can be evicted. Each call costs O(log experts); `victim` looks
     at one expert of every layer. Not thread-safe.
@@ -48,7 +52,7 @@ class NextUsePolicy:
 
     def use(self, key: ExpertKey) -> None:
         """An expert of the layer is asked for, in memory or not: it is in use until it is released."""
-        layer = self._layers.setdefault((key.stack, key.block), _Layer())
+        layer = self._layers.setdefault((key.stack, key.block), _Layer(self._now))
         layer.last_visit = self._now
         layer.idle.discard(key)
         self._counts[key] = self._counts.get(key, 0.0) + 1
@@ -57,13 +61,24 @@ class NextUsePolicy:
         """An expert that was used is idle again; it stays in memory."""
         self._layers[key.stack, key.block].add(key, self._counts)
 
+    def keep(self, keys: Iterable[ExpertKey]) -> None:
+        """Let these experts be idle and forget all others that are in memory; what was counted stays."""
+        for layer in self._layers.values():
+            layer.idle.clear()
+        for key in keys:
+            self.release(key)
+
     def victim(self) -> ExpertKey | None:
         """Forget one idle expert, so that its slot can be taken; None if none is idle."""
-        farthest, chosen = -1.0, None
+        farthest, chosen = (False, -inf), None
         for layer in self._layers.values():
             count = layer.lowest_count(self._counts)
-            if count is not None and layer.last_visit + self._elapsed / count > farthest:
-                farthest, chosen = layer.last_visit + self._elapsed / count, layer
+            if count is None:
+                continue
+            once = layer.last_visit == layer.first_visit
+            next_use = (once, -layer.last_visit if once else layer.last_visit + self._elapsed / count)
+            if next_use > farthest:
+                farthest, chosen = next_use, layer
         return None if chosen is None else chosen.pop()
 
 
@@ -73,8 +88,8 @@ class _Layer:
     An item of the heap holds as long as its expert is idle and has that count; others are dropped when they come up.
     """
 
-    def __init__(self) -> None:
-        self.last_visit = 0
+    def __init__(self, first_visit: int) -> None:
+        self.first_visit = self.last_visit = first_visit
         self.idle: set[ExpertKey] = set()
         self._heap: list[tuple[float, ExpertKey]] = []
 

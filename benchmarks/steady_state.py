@@ -1,0 +1,86 @@
+"""What an expert costs beside its bytes and its products: `python benchmarks/steady_state.py --model DIR`.
+
+Prints, for a session whose slots have all been used: the time of a sparse layer with one token whose expert is in
+memory, beside that of the two matrix products alone, alternating; and the page faults of an expert load, and the growth
+of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from switchrun import hardware
+from switchrun._plan import prepare
+from switchrun.experts.product import linear
+from switchrun.model.engine import Engine
+
+REPEATS = 200
+LOADS = 60
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--cpu-memory", default="4GiB")
+    parser.add_argument("--offload-folder")
+    options = parser.parse_args()
+    prepared = prepare(options.model, cpu_memory=options.cpu_memory, offload_folder=options.offload_folder)
+    with torch.no_grad(), Engine(prepared) as engine:
+        keys = list(engine.checkpoint.experts)
+        slots = engine.cache.num_slots
+        for key in keys[: 2 * slots]:
+            list(engine.cache.stream([key]))
+        print_loads(engine, keys[2 * slots : 2 * slots + LOADS])
+        print_hit(engine)
+
+
+def print_loads(engine: Engine, keys: list[Any]) -> None:
+    """Read experts that are not in memory, one after another."""
+    loads = engine.cache.counters().loads
+    faults, resident = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, hardware.rss_bytes()
+    for key in keys:
+        list(engine.cache.stream([key]))
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    grown = hardware.rss_bytes() - resident
+    loads = engine.cache.counters().loads - loads
+    pages = engine.checkpoint.expert_bytes // 4096
+    print(
+        f"{loads} loads of {pages:,} pages each: {faults / loads:.2f} page faults a load, RSS grew by {grown:,} bytes"
+    )
+
+
+def print_hit(engine: Engine) -> None:
+    """Time a sparse layer with a hit, and the products alone."""
+    block = engine.checkpoint.sparse_blocks["encoder"][0]
+    layer = engine.model.encoder.block[block].layer[-1].mlp.experts
+    key = next(key for key in engine.checkpoint.experts if (key.stack, key.block) == ("encoder", block))
+    (weights,) = [weights for _, weights in engine.cache.stream([key])]
+    hidden = torch.randn(1, weights.wi.shape[1]).to(weights.wi.dtype)
+    chosen = torch.zeros(1, 1, engine.checkpoint.num_experts, dtype=torch.long)
+    chosen[0, 0, key.expert] = 1
+    ones = torch.ones(1, 1)
+    layer_seconds, bare_seconds = [], []
+    for _ in range(REPEATS):
+        layer_seconds.append(timed(lambda: layer(hidden, chosen, ones)))
+        bare_seconds.append(timed(lambda: linear(torch.relu(linear(hidden, weights.wi)), weights.wo)))
+    whole, bare = statistics.median(layer_seconds) * 1e3, statistics.median(bare_seconds) * 1e3
+    print(f"a hit: {whole:.3f} ms, its products alone {bare:.3f} ms, the difference {whole - bare:.3f} ms")
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Give the seconds that a call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Which way of reading a disk takes best: tried on the experts themselves when a disk is first met, then remembered."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from switchrun import hardware
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.reader import WAYS, FileReader, Segment, Way, aligned
+from switchrun.experts.slots import Buffers
+from switchrun.units import MIB
+
+#: Trying ends after this time, whatever the disk.
+PROBE_SECONDS = 0.25
+#: So much of a matrix is read at a time: enough for several threads, little enough for a slow disk.
+_SAMPLE_BYTES = 32 * MIB
+#: Enough for the fastest disk.
+_MOST_EXPERTS = 256
+#: Another way must be better by this factor: less is noise, on a shared disk more than on others.
+_MARGIN = 1.15
+#: With fewer samples of each nothing is known.
+_FEWEST_SAMPLES = 2
+
+
+def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
+    """Give the way to read the disk that experts lie on; blocks for at most a read longer than `PROBE_SECONDS`.
+
+    The answer is kept in the user's cache folder for each device. Sparse files are not tried: holes are no disk.
+    """
+    file = next(iter(experts.values())).wi.file
+    known = hardware.recall("reading", file)
+    for way in WAYS:
+        if known == asdict(way):
+            return way
+    if hardware.is_sparse(file):
+        return WAYS[0]
+    chosen = best_way(_probe(experts))
+    hardware.remember("reading", file, asdict(chosen))
+    return chosen
+
+
+def best_way(samples: Mapping[Way, list[float]]) -> Way:
+    """Choose by the median rate; the first of `WAYS` unless another is clearly better.
+
+    Args:
+        samples: Rates that each way has reached, in any unit.
+    """
+    if any(len(rates) < _FEWEST_SAMPLES for rates in samples.values()):
+        return WAYS[0]
+    medians = {way: statistics.median(rates) for way, rates in samples.items()}
+    best = max(WAYS, key=medians.__getitem__)
+    return best if medians[best] > _MARGIN * medians[WAYS[0]] else WAYS[0]
+
+
+def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
+    """Read matrices here and there, each way in turn and none of them what another has read."""
+    keys = random.sample(list(experts), min(len(experts), _MOST_EXPERTS))
+    slices = iter([tensor for key in keys for tensor in experts[key]])
+    samples: dict[Way, list[float]] = {way: [] for way in WAYS}
+    buffers = Buffers(1, _SAMPLE_BYTES + MIB)
+    buffers.view(0)[:] = bytes(buffers.size)  # new pages are slower than many disks
+    end = time.perf_counter() + PROBE_SECONDS
+    with ExitStack() as stack:
+        readers = {}
+        for way in WAYS:
+            readers[way] = FileReader(True, way)
+            stack.callback(readers[way].close)
+        try:
+            for tensor in slices:
+                way = min(WAYS, key=lambda way: len(samples[way]))
+                read = aligned(tensor.file, tensor.offset, min(tensor.nbytes, _SAMPLE_BYTES))
+                _forget(read)
+                start = time.perf_counter()
+                readers[way].read([read], buffers.view(0))
+                samples[way].append(read.length / (time.perf_counter() - start))
+                if time.perf_counter() > end:
+                    break
+        except (OSError, CorruptCheckpointError):
+            pass  # whoever needs what cannot be read will say so
+    return samples
+
+
+def _forget(read: Segment) -> None:
+    """Put what will be read out of the page cache, where a way through it would find it."""
+    with open(Path(read.file), "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), read.offset, read.length, os.POSIX_FADV_DONTNEED)
