@@ -19,6 +19,10 @@ OUTLIER_THRESHOLD = 6.0
 #: From so many tokens on, unpacking to float32 once beats torch's int8 kernel, which unpacks again for every few.
 _UNPACK_TOKENS = 16
 
+#: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
+#: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
+_KERNEL_MULTIPLE = 32
+
 
 def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> None:
     """Quantise a matrix row by row, to the codes of `bitsandbytes.functional.int8_vectorwise_quant`.
@@ -53,8 +57,8 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
     """Multiply with a matrix in 8 bit: `x @ weight.T`.
 
     On a CPU, weights are unpacked and activations are left as they are. bfloat16 with few tokens goes through torch's
-    own kernel, which rounds SCB to bfloat16; everything else is computed in float32. The same call gives the same
-    bits. On a GPU this is bitsandbytes' LLM.int8, outliers included; that path has not been run yet.
+    own kernel where the row length allows, which rounds SCB to bfloat16; everything else is computed in float32. The
+    same call gives the same bits. On a GPU this is bitsandbytes' LLM.int8, outliers included; that path is untested.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16.
@@ -74,7 +78,7 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
         return _linear_bitsandbytes(x, codes, scb)
     scale = scb / 127.0
     tokens = x.reshape(-1, in_features)
-    if x.dtype == torch.bfloat16 and 0 < len(tokens) < _UNPACK_TOKENS:
+    if x.dtype == torch.bfloat16 and 0 < len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
         result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
         return result.view(*x.shape[:-1], out_features)
 
@@ -86,7 +90,7 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
 
 
 def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
-    """LLM.int8 by bitsandbytes' own operations: activations in int8 too, outliers apart. `Linear8bitLt` does the same."""
+    """LLM.int8 by bitsandbytes' own operations, as `Linear8bitLt` calls them: activations in int8, outliers apart."""
     import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes; takes seconds, so not at the top
 
     operations = torch.ops.bitsandbytes

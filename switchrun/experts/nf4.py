@@ -2,7 +2,7 @@
 
 The matrix is taken as one long row. Every 64 elements share a float32, `absmax`, their largest magnitude, and each is
 the nearest of 16 values in [-1, 1] times that. Two codes make a byte, the first in the high bits. A block may run from
-one row into the next: bitsandbytes 0.50.2's CPU kernels get that wrong on processors with AVX-512, so they are not used.
+one row into the next: bitsandbytes 0.50.2's CPU kernels get that wrong on some processors, so they are not used.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     """Multiply with a matrix in 4 bit: `x @ weight.T`.
 
     On a CPU the weights are unpacked to float32, a few rows at a time, and the product is float32. The same call gives
-    the same bits. On a GPU bitsandbytes unpacks the matrix to the dtype of `x`; that path has not been run yet.
+    the same bits. On a GPU bitsandbytes unpacks the matrix to the dtype of `x`; that path is untested.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16.
@@ -125,7 +125,7 @@ def _scale_to_one(values: torch.Tensor, absmax: torch.Tensor) -> None:
 
 
 def _grid_table() -> torch.Tensor:
-    """For each cell of a grid over [-1, 1]: the nearest midpoint and its number, 4 bytes each, as one float64 to copy."""
+    """For each cell of a grid over [-1, 1], the nearest midpoint and its number: two times 4 bytes, as a float64."""
     values = torch.tensor(NF4_VALUES)
     midpoints = (values[:-1] + values[1:]) / 2
     centres = (torch.arange(_CELLS) - (_CELLS - 1) / 2 + 0.5) / ((_CELLS - 1) / 2)
@@ -137,7 +137,7 @@ def _grid_table() -> torch.Tensor:
 
 
 def _nearest_codes(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Give the code nearest to each value in [-1, 1], as `torch.bucketize` with the midpoints would, several times faster.
+    """Give the code nearest to each value in [-1, 1]: what `torch.bucketize` gives, several times faster.
 
     No other midpoint is near a value's cell, so the code is that midpoint's number, plus 1 if the value is beyond it.
     """
