@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from switchrun.experts.row_blocks import linear_by_blocks, row_blocks
+from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
@@ -42,9 +42,10 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
         raise ValueError(f"codes {list(codes.shape)} and SCB {list(scb.shape)} do not fit {list(weight.shape)}")
     if codes.dtype != torch.int8 or scb.dtype != torch.float32:
         raise ValueError(f"codes must be int8 and SCB float32, not {codes.dtype} and {scb.dtype}")
-    out_features, in_features = weight.shape
-    for rows in row_blocks((out_features, in_features)):
-        values = weight[rows].to(torch.float32, copy=True)
+    shape = (weight.shape[0], weight.shape[1])
+    buffer = torch.empty(largest_block(shape))
+    for rows in row_blocks(shape):
+        values = buffer[: (rows.stop - rows.start) * shape[1]].view(-1, shape[1]).copy_(weight[rows])
         # Two reductions are faster than abs and one, which writes the block once more. abs_ turns -0.0 into 0.0.
         largest = torch.maximum(values.amax(1), -values.amin(1)).abs_()
         scale = 127.0 / largest

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from switchrun.experts.row_blocks import linear_by_blocks, row_blocks
+from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
 
 #: Elements that share an absmax.
 BLOCK_SIZE = 64
@@ -29,6 +29,7 @@ _ZERO_CODE = 7
 
 #: Cells of the grid that stands in for a search; the midpoints between values are ten cells apart and more.
 _CELLS = 256
+_HALF = (_CELLS - 1) / 2
 
 
 def packed_size(shape: tuple[int, int]) -> tuple[int, int]:
@@ -50,15 +51,17 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
     Raises:
         ValueError: Shapes or dtypes do not fit together.
     """
-    out_features, in_features = weight.shape
-    shape = (out_features, in_features)
+    shape = (weight.shape[0], weight.shape[1])
     _check_storage(packed, absmax, shape)
-    table = _grid_table()
-    for rows in row_blocks(shape, _rows_to_a_block(in_features)):
-        values = weight[rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(-1)
-        here, there = _storage_of(rows, in_features)
+    multiple = _rows_to_a_block(shape[1])
+    search = _Search(largest_block(shape, multiple))
+    buffer = torch.empty(largest_block(shape, multiple))
+    for rows in row_blocks(shape, multiple):
+        values = buffer[: (rows.stop - rows.start) * shape[1]]
+        values.view(-1, shape[1]).copy_(weight[rows])
+        here, there = _storage_of(rows, shape[1])
         _scale_to_one(values, absmax[there])
-        _pack(_nearest_codes(values, table), packed[here])
+        _pack(search.nearest_codes(values), packed[here])
 
 
 def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -82,13 +85,17 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     _check_storage(packed, absmax, shape)
     if x.is_cuda:
         return _linear_bitsandbytes(x, packed, absmax, shape)
+    multiple = _rows_to_a_block(shape[1])
     pairs = _pair_table()
+    indices = torch.empty(largest_block(shape, multiple) // 2 + 1, dtype=torch.int32)
 
     def unpack(rows: slice, buffer: torch.Tensor) -> None:
         here, there = _storage_of(rows, shape[1])
-        _unpack(packed[here], absmax[there], pairs, buffer)
+        codes = indices[: here.stop - here.start].copy_(packed[here])
+        _look_up_pairs(codes, pairs, buffer)
+        _scale_back(buffer, absmax[there])
 
-    return linear_by_blocks(x, shape, unpack, _rows_to_a_block(shape[1])).to(x.dtype)
+    return linear_by_blocks(x, shape, unpack, multiple).to(x.dtype)
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
@@ -124,30 +131,42 @@ def _scale_to_one(values: torch.Tensor, absmax: torch.Tensor) -> None:
         rest.div_(absmax[whole])
 
 
-def _grid_table() -> torch.Tensor:
-    """For each cell of a grid over [-1, 1], the nearest midpoint and its number: two times 4 bytes, as a float64."""
-    values = torch.tensor(NF4_VALUES)
-    midpoints = (values[:-1] + values[1:]) / 2
-    centres = (torch.arange(_CELLS) - (_CELLS - 1) / 2 + 0.5) / ((_CELLS - 1) / 2)
-    nearest = (centres.unsqueeze(1) - midpoints).abs().argmin(1)
-    table = torch.empty(_CELLS, 2)
-    table[:, 0] = midpoints[nearest]
-    table.view(torch.int32)[:, 1] = nearest.int()
-    return table.view(torch.float64).view(-1)
+class _Search:
+    """Finds the code nearest to each value in [-1, 1]: what `torch.bucketize` finds, several times faster.
 
+    A grid stands in for the search. Each of its cells has one midpoint nearest to it, and no other is near any value in
+    the cell; so a value's code is that midpoint's number, plus 1 if the value is beyond it.
 
-def _nearest_codes(values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Give the code nearest to each value in [-1, 1]: what `torch.bucketize` gives, several times faster.
-
-    No other midpoint is near a value's cell, so the code is that midpoint's number, plus 1 if the value is beyond it.
+    Args:
+        size: The most values searched for at once.
     """
-    half = (_CELLS - 1) / 2
-    # The clamp keeps what is not a number from reading outside the table.
-    cells = values.mul(half).add_(half).to(torch.int32).clamp_(0, _CELLS - 1)
-    found = torch.index_select(table, 0, cells).view(torch.float32).view(-1, 2)
-    # The sign bit of (midpoint - value), spread over the integer: -1 beyond the midpoint, else 0. Comparing is slower.
-    beyond = torch.sub(found[:, 0], values, out=values).view(torch.int32).bitwise_right_shift_(31)
-    return torch.sub(found.view(torch.int32)[:, 1], beyond, out=beyond).to(torch.uint8)
+
+    def __init__(self, size: int) -> None:
+        values = torch.tensor(NF4_VALUES)
+        midpoints = (values[:-1] + values[1:]) / 2
+        centres = (torch.arange(_CELLS) + 0.5 - _HALF) / _HALF
+        nearest = (centres.unsqueeze(1) - midpoints).abs().argmin(1)
+        # A midpoint and its number lie side by side, so that one look-up, of a float64, brings both.
+        table = torch.empty(_CELLS, 2)
+        table[:, 0] = midpoints[nearest]
+        table.view(torch.int32)[:, 1] = nearest.int()
+        self._table = table.view(torch.float64).view(-1)
+        self._grid = torch.empty(size)
+        self._cells = torch.empty(size, dtype=torch.int32)
+        self._found = torch.empty(size, dtype=torch.float64)
+        self._codes = torch.empty(size, dtype=torch.uint8)
+
+    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+        """Search; `values` is float32 `[count]`, the answer uint8 `[count]`, valid until the next call."""
+        count = len(values)
+        grid, found = self._grid[:count], self._found[:count]
+        # The clamp keeps what is not a number from being looked up outside the table.
+        cells = self._cells[:count].copy_(torch.mul(values, _HALF, out=grid).add_(_HALF)).clamp_(0, _CELLS - 1)
+        torch.index_select(self._table, 0, cells, out=found)
+        midpoints, numbers = found.view(torch.float32)[::2], found.view(torch.int32)[1::2]
+        # The sign bit of midpoint - value, spread over the integer: -1 beyond it, else 0. Comparing is slower.
+        beyond = torch.sub(midpoints, values, out=grid).view(torch.int32).bitwise_right_shift_(31)
+        return self._codes[:count].copy_(torch.sub(numbers, beyond, out=cells))
 
 
 def _pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
@@ -163,16 +182,19 @@ def _pair_table() -> torch.Tensor:
     return pairs.view(torch.float64).view(-1)
 
 
-def _unpack(packed: torch.Tensor, absmax: torch.Tensor, pairs: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Write the weights that begin with a block into a flat float32 buffer, which may end within a byte."""
+def _look_up_pairs(codes: torch.Tensor, pairs: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Write the values of the codes into a flat float32 buffer, which may end within a byte."""
     if len(buffer) % 2:
-        buffer.copy_(torch.index_select(pairs, 0, packed.int()).view(torch.float32)[: len(buffer)])
+        buffer.copy_(torch.index_select(pairs, 0, codes).view(torch.float32)[: len(buffer)])
     else:
-        torch.index_select(pairs, 0, packed.int(), out=buffer.view(torch.float64))
-    whole = len(buffer) // BLOCK_SIZE
-    buffer[: whole * BLOCK_SIZE].view(whole, BLOCK_SIZE).mul_(absmax[:whole].unsqueeze(1))
-    if len(buffer) % BLOCK_SIZE:
-        buffer[whole * BLOCK_SIZE :].mul_(absmax[whole])
+        torch.index_select(pairs, 0, codes, out=buffer.view(torch.float64))
+
+
+def _scale_back(values: torch.Tensor, absmax: torch.Tensor) -> None:
+    whole = len(values) // BLOCK_SIZE
+    values[: whole * BLOCK_SIZE].view(whole, BLOCK_SIZE).mul_(absmax[:whole].unsqueeze(1))
+    if len(values) % BLOCK_SIZE:
+        values[whole * BLOCK_SIZE :].mul_(absmax[whole])
 
 
 def _linear_bitsandbytes(

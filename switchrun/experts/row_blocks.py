@@ -20,10 +20,21 @@ def row_blocks(shape: tuple[int, int], multiple: int = 1) -> Iterator[slice]:
     Yields:
         The rows of each block, in order.
     """
-    rows, length = shape
-    step = max(1, BLOCK_ELEMENTS // max(1, length * multiple)) * multiple
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    step = _rows_in_a_block(shape[1], multiple)
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def largest_block(shape: tuple[int, int], multiple: int = 1) -> int:
+    """Tell how many elements a block of `row_blocks` has at most: scratch memory is taken once, not for each block.
+
+    Memory that was just taken from the system costs more to touch than the arithmetic done in it.
+    """
+    return min(shape[0], _rows_in_a_block(shape[1], multiple)) * shape[1]
+
+
+def _rows_in_a_block(length: int, multiple: int) -> int:
+    return max(1, BLOCK_ELEMENTS // max(1, length * multiple)) * multiple
 
 
 def linear_by_blocks(
@@ -48,11 +59,9 @@ def linear_by_blocks(
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
     tokens = x.reshape(-1, in_features).float()
     result = torch.empty(tokens.shape[0], out_features)
-    buffer: torch.Tensor | None = None
+    buffer = torch.empty(largest_block(shape, multiple))
     for rows in row_blocks(shape, multiple):
-        count = (rows.stop - rows.start) * in_features
-        if buffer is None:  # the first block is the largest
-            buffer = torch.empty(count)
-        unpack(rows, buffer[:count])
-        torch.mm(tokens, buffer[:count].view(-1, in_features).T, out=result[:, rows])
+        block = buffer[: (rows.stop - rows.start) * in_features]
+        unpack(rows, block)
+        torch.mm(tokens, block.view(-1, in_features).T, out=result[:, rows])
     return result.view(*x.shape[:-1], out_features)
