@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from switchrun.store.expert_store import ExpertStore
 from switchrun.store.files import StoredExpert
 from switchrun.store.layout import Layout, Part, int8_layout
 from switchrun.store.manifest import Manifest, store_folder
 from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
-from switchrun.store.expert_store import ExpertStore
 from switchrun.store.writer import BackgroundWriter
 
 __all__ = [
