@@ -165,7 +165,7 @@ class ExpertStore:
         checksum = zlib.crc32(data)
         header = self._format.header(key, checksum)
         path = expert_path(self.folder, key)
-        if self._limit is not None and not self._limit.reserve(self._format.file_bytes):
+        if self._limit is not None and not self._limit.reserve(key, self._format.file_bytes):
             self.stop_writing(f"an expert takes {format_bytes(self._format.file_bytes)}, and the limit leaves no room")
             return False
         written = False

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,8 +39,9 @@ class SizeLimit:
         self._removed = removed
         self._sizes: dict[ExpertKey, int] = {}
         self._total = 0
-        #: Bytes of files that are being written.
-        self._reserved = 0
+        #: Bytes of files that are being written. A key may be in `_sizes` too: its file has just got its name, or the
+        #: one that it replaces is there.
+        self._reserved: Counter[ExpertKey] = Counter()
         self._lock = threading.Lock()
         self._used: dict[ExpertKey, int] = {}
         self._next_scan = float("-inf")
@@ -53,8 +55,8 @@ class SizeLimit:
         with self._lock:
             self._make_room(0)
 
-    def reserve(self, size: int) -> bool:
-        """Delete experts until `size` more bytes fit, and keep those for a file to be written; then `settle` them.
+    def reserve(self, key: ExpertKey, size: int) -> bool:
+        """Delete experts until `size` more bytes fit, and keep those for an expert's file; then `settle` them.
 
         Returns:
             False if they cannot fit: they exceed the limit alone, or files cannot be deleted.
@@ -62,13 +64,15 @@ class SizeLimit:
         with self._lock:
             if size > self._limit or not self._make_room(size):
                 return False
-            self._reserved += size
+            self._reserved[key] += size
             return True
 
     def settle(self, key: ExpertKey, size: int, written: bool) -> None:
         """Say what became of reserved bytes: an expert's file, or nothing."""
         with self._lock:
-            self._reserved -= size
+            self._reserved[key] -= size
+            if not self._reserved[key]:
+                del self._reserved[key]
             if written:
                 self._total += size - self._sizes.get(key, 0)
                 self._sizes[key] = size
@@ -76,7 +80,8 @@ class SizeLimit:
 
     def _make_room(self, size: int) -> bool:
         self._scan()
-        size += self._reserved
+        # Each once: otherwise a job would delete experts for files of other jobs that have just been completed.
+        size += sum(count for key, count in self._reserved.items() if key not in self._sizes)
         if self._total + size <= self._limit:
             return True
         for key in sorted(self._sizes, key=lambda key: self._used.get(key, 0)):

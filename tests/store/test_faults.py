@@ -13,6 +13,7 @@ import pytest
 
 from switchrun.store import BackgroundWriter, ExpertStore, Layout, clear_store
 from switchrun.store.files import temporaries
+from switchrun.store.manifest import read_manifest
 from tests.store.conftest import LAYOUT, data_of, flip, holds, key, no_temporaries, open_store, read
 
 BIG = Layout.of([("wi.weight", "I8", (300_000,))])
@@ -95,6 +96,35 @@ def test_a_read_only_disk(tmpfs):
     warnings.clear()
     assert not store.write(key(3), data_of(3))
     check_stopped(store, warnings, "Read-only file system")
+
+
+def test_a_damaged_file_that_cannot_be_deleted_can_be_replaced(offload, monkeypatch):
+    warnings: list[str] = []
+    store = open_store(offload, warnings)
+    store.write(key(1), data_of(1))
+    flip(store.find(key(1)).path, 5000)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        store.discard(key(1))
+    assert store.find(key(1)) is None
+    assert store.write(key(1), data_of(1))
+    assert holds(store, 1)
+    assert len(warnings) == 1
+    store.discard(key(1))
+    open_store(offload).write(key(1), data_of(1))
+    assert holds(store, 1)
+
+
+def test_giving_up_is_told_once(offload):
+    warnings: list[str] = []
+    store = open_store(offload, warnings)
+    store.stop_writing("one")
+    store.stop_writing("two")
+    assert warnings == [f"{store.folder} cannot be written: one; no more experts are stored there"]
 
 
 def test_a_new_store_on_a_read_only_disk(tmpfs):
@@ -217,12 +247,11 @@ def test_a_folder_that_was_cleared_meanwhile(offload):
     store = open_store(offload)
     store.write(key(1), data_of(1))
     clear_store(store.folder)
-    assert not offload.joinpath(store.folder).exists()
+    assert not store.folder.exists()
     assert store.write(key(2), data_of(2))
+    assert read_manifest(store.folder) == store.manifest
     store.discard(key(1))
-    fresh = open_store(offload, fingerprint="f1")
-    assert holds(fresh, 2)
-    assert (store.folder / "manifest.json").exists()
+    assert holds(open_store(offload), 2)
 
 
 def test_a_folder_that_is_cleared_while_an_expert_is_written(offload, monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import os
 import subprocess
 import sys
 import threading
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +145,19 @@ def test_layouts_that_cannot_be(parts):
 def test_nothing_heavy_is_imported():
     code = "import switchrun.store, sys; sys.exit(len({'torch', 'transformers', 'rich', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_data_is_on_disk_before_its_name_and_the_name_before_the_answer(offload, monkeypatch):
+    store, order = open_store(offload), []
+    store.write(key(1), data_of(1))
+    fsync, replace = os.fsync, os.replace
+
+    def log_fsync(file: int) -> None:
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        order.append("data" if path.suffix == ".tmp" else path.name)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(os, "replace", lambda *names: (order.append("name"), replace(*names)))
+    assert store.write(key(2), data_of(2))
+    assert order == ["data", "name", "encoder.1"]

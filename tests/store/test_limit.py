@@ -87,7 +87,9 @@ def test_what_others_write_counts(offload):
     assert there(store) == [5, 7, 9]
 
 
-def test_an_expert_written_again_counts_once(offload):
+@pytest.mark.parametrize("share", [0, 1e12])
+def test_an_expert_written_again_counts_once(offload, monkeypatch, share):
+    monkeypatch.setattr(limit, "_SCAN_SHARE", share)
     store = open_store(offload, limit_bytes=3 * FILE_BYTES)
     for number in (0, 1, 1, 1):
         assert store.write(key(number), data_of(number))
@@ -156,3 +158,32 @@ def test_many_jobs_stay_within_it_together(offload, monkeypatch):
     assert done == [True] * 30
     assert max(sizes) <= bound
     assert len(there(store)) == 4
+
+
+def test_a_file_that_has_just_got_its_name_counts_once(offload, monkeypatch):
+    """Another job makes room between a file's rename and the note that it was written: one expert must go, not two."""
+    real = expert_store.write_atomically
+    store = open_store(offload, limit_bytes=3 * FILE_BYTES)
+    for number in (0, 1):
+        store.write(key(number), data_of(number))
+
+    def between(*args: Any) -> None:
+        monkeypatch.setattr(expert_store, "write_atomically", real)
+        real(*args)
+        assert store.write(key(3), data_of(3))
+
+    monkeypatch.setattr(expert_store, "write_atomically", between)
+    assert store.write(key(2), data_of(2))
+    assert there(store) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("share", "looks"), [(0, 6), (1e12, 1)])
+def test_the_folder_is_not_looked_through_all_the_time(offload, monkeypatch, share, looks):
+    monkeypatch.setattr(limit, "_SCAN_SHARE", share)
+    real, calls = limit.stored_experts, []
+    monkeypatch.setattr(limit, "stored_experts", lambda folder: (calls.append(folder), real(folder))[1])
+    store = open_store(offload, limit_bytes=3 * FILE_BYTES)
+    for number in range(5):
+        assert store.write(key(number), data_of(number))
+    assert len(calls) == looks
+    assert there(store) == [2, 3, 4]

@@ -122,7 +122,10 @@ def test_an_interrupted_offer_does_not_hang_the_flush(offload, monkeypatch):
         with pytest.raises(TypeError):
             offer(writer, 0)
         monkeypatch.setattr(writer, "_memory", memory)
-        writer.flush()
+        flushing = threading.Thread(target=writer.flush, daemon=True)
+        flushing.start()
+        flushing.join(5)
+        assert not flushing.is_alive()
         assert offer(writer, 0)
 
 
