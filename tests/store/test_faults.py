@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from switchrun.store import BackgroundWriter, ExpertStore, Layout, clear_store
-from switchrun.store.files import temporaries
 from switchrun.store.manifest import read_manifest
 from tests.store.conftest import LAYOUT, data_of, flip, holds, key, no_temporaries, open_store, read
 
@@ -286,19 +283,3 @@ def test_opening_spares_the_file_that_is_being_written(offload, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
     assert store.write(key(1), data_of(1))
     assert seen == [True]
-
-
-def test_without_locks_only_old_temporaries_go(offload, monkeypatch):
-    store = open_store(offload)
-    new, old = store.folder / ".1-00000000.tmp", store.folder / ".1-00000001.tmp"
-    for path, age in ((new, 60), (old, 3600)):
-        path.write_text("")
-        os.utime(path, (time.time() - age,) * 2)
-
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    open_store(offload)
-    assert temporaries(store.folder) == [new]
-    assert store.write(key(1), data_of(1))

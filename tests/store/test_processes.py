@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +109,19 @@ def test_two_writers_and_a_reader(offload):
     assert verify_store(reader.folder).experts == 3
     assert not verify_store(reader.folder).damaged
     assert no_temporaries(reader)
+
+
+def test_without_locks_only_old_temporaries_go(offload, monkeypatch):
+    store = open_store(offload)
+    new, old = store.folder / ".1-00000000.tmp", store.folder / ".1-00000001.tmp"
+    for path, age in ((new, 60), (old, 3600)):
+        path.write_text("")
+        os.utime(path, (time.time() - age,) * 2)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    open_store(offload)
+    assert temporaries(store.folder) == [new]
+    assert store.write(key(1), data_of(1))
