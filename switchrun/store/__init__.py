@@ -1,0 +1,26 @@
+"""The disk tier that switchrun writes: a file for each expert. Bytes in, byte ranges out; no torch."""
+
+from __future__ import annotations
+
+from switchrun.store.expert_store import ExpertStore
+from switchrun.store.files import StoredExpert
+from switchrun.store.layout import Layout, Part, int8_layout
+from switchrun.store.manifest import Manifest, store_folder
+from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
+from switchrun.store.writer import BackgroundWriter
+
+__all__ = [
+    "BackgroundWriter",
+    "ExpertStore",
+    "Layout",
+    "Manifest",
+    "Part",
+    "StoreInfo",
+    "StoredExpert",
+    "VerifyReport",
+    "clear_store",
+    "int8_layout",
+    "list_stores",
+    "store_folder",
+    "verify_store",
+]
