@@ -42,7 +42,11 @@ def reference() -> str:
 
 
 def _command(command: Any, parent: Any, name: str) -> Iterator[str]:
-    with Context(command, info_name=name, parent=parent) as context:
+    with Context(command, info_name=name.rpartition(" ")[2], parent=parent) as context:
+        if hasattr(command, "list_commands"):
+            for each in command.list_commands(context):
+                yield from _command(command.get_command(context, each), context, f"{name} {each}")
+            return
         usage = " ".join(command.collect_usage_pieces(context))
         yield f"## switchrun {name}\n\n    switchrun {name} {usage}\n\n{_escape(command.help)}\n"
         yield "| option | environment variable | default | what it does |\n| --- | --- | --- | --- |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,15 @@ import typer
 
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
+
+
+
+class StoredDtype(StrEnum):
+    """The dtypes that experts are kept in the offload folder for."""
+
+    INT8 = "int8"
+    NF4 = "nf4"
+
 
 Model = Annotated[
     str | None,
