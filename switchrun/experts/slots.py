@@ -7,12 +7,16 @@ import ctypes
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.experts.reader import PAGE, Segment
+
+if TYPE_CHECKING:
+    from switchrun.experts.packed import Int8Matrix, Nf4Matrix
 
 #: Buffers of this size on ask for huge pages.
 _HUGE_PAGE_BUFFERS = 4 * 1024**2
@@ -21,7 +25,11 @@ _LIBC = ctypes.CDLL(None)
 _MADV_POPULATE_WRITE = 23
 
 #: torch's dtypes by safetensors' names.
-TORCH_DTYPES: Mapping[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    **{stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()},
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 class Buffers:
@@ -73,8 +81,8 @@ class ExpertWeights:
     They are valid while the cache keeps the expert in use, and no longer.
     """
 
-    wi: torch.Tensor
-    wo: torch.Tensor
+    wi: torch.Tensor | Int8Matrix | Nf4Matrix
+    wo: torch.Tensor | Int8Matrix | Nf4Matrix
 
 
 @dataclass(frozen=True, slots=True)

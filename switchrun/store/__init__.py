@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from switchrun.store.expert_store import ExpertStore
 from switchrun.store.files import StoredExpert
-from switchrun.store.layout import Layout, Part, int8_layout
+from switchrun.store.layout import Layout, Part, int8_layout, layout_of, nf4_layout
 from switchrun.store.manifest import Manifest, store_folder
 from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
 from switchrun.store.writer import BackgroundWriter
@@ -20,7 +20,9 @@ __all__ = [
     "VerifyReport",
     "clear_store",
     "int8_layout",
+    "layout_of",
     "list_stores",
+    "nf4_layout",
     "store_folder",
     "verify_store",
 ]

@@ -117,3 +117,37 @@ def int8_layout(d_model: int, d_ff: int) -> Layout:
             ("wo.SCB", "F32", (d_model,)),
         ]
     )
+
+
+#: Elements of a matrix that share a scale in NF4.
+_NF4_BLOCK = 64
+
+
+def nf4_layout(d_model: int, d_ff: int) -> Layout:
+    """Lay out an expert in NF4: two codes a byte, row after row, and a scale for each 64 elements (`absmax`).
+
+    The scales are BF16 where bitsandbytes has F32: with those an expert would take more than 0.28 of its bytes in bf16.
+    """
+    elements = d_model * d_ff
+    codes, scales = (-(-elements // 2),), (-(-elements // _NF4_BLOCK),)
+    return Layout.of(
+        [
+            ("wi.weight", "U8", codes),
+            ("wi.absmax", "BF16", scales),
+            ("wo.weight", "U8", codes),
+            ("wo.absmax", "BF16", scales),
+        ]
+    )
+
+
+def layout_of(dtype: str, d_model: int, d_ff: int) -> Layout:
+    """Lay out an expert in a packed dtype.
+
+    Raises:
+        ValueError: It is neither `int8` nor `nf4`.
+    """
+    if dtype == "int8":
+        return int8_layout(d_model, d_ff)
+    if dtype == "nf4":
+        return nf4_layout(d_model, d_ff)
+    raise ValueError(f"{dtype!r} is not a packed dtype")
