@@ -77,12 +77,15 @@ def verify(
     ] = False,
 ) -> None:
     """Read every stored expert and compare it with its checksum."""
-    from switchrun.output.offload_tables import render_verified
+    from switchrun.output.offload_tables import render_stores, render_verified
 
     place = folders.offload_folder(offload_folder)
+    stores = _chosen(place, model, dtype)
+    if not stores:
+        write_answer(render_stores(place, stores))
     verified: list[tuple[StoreInfo, VerifyReport]] = []
     unusable = 0
-    for info in _chosen(place, model, dtype):
+    for info in stores:
         progress = ByteProgress(sys.stderr, "verify")
         try:
             found = verify_store(info.folder, progress, delete=delete)
@@ -96,7 +99,8 @@ def verify(
         verified.append((info, found))
         for path, reason in found.damaged:
             report(f"{path}: {reason}{'; deleted' if not path.exists() else ''}")
-    write_answer(render_verified(place, verified))
+    if verified:
+        write_answer(render_verified(place, verified))
     if unusable:
         raise CorruptCheckpointError(
             f"{unusable} of the stores in {place} cannot be used", "empty them with: switchrun offload clear"
@@ -156,9 +160,9 @@ def _chosen(place: Path, model: str | None, dtype: StoredDtype | None) -> list[S
 def _is_of(info: StoreInfo, place: Path, model: str) -> bool:
     path = Path(model).expanduser()
     names = {model, str(path.absolute()), str(path.resolve())}
-    if info.manifest is not None and (
-        info.manifest.model in names or info.manifest.model.startswith(f"{model.partition('@')[0]}@") and "@" not in model
-    ):
+    stored = info.manifest.model if info.manifest else ""
+    # A Hub id without a revision means all that are stored of it.
+    if stored in names or ("@" not in model and stored.startswith(f"{model}@")):
         return True
     # A manifest that is damaged, or another model's, does not tell: the folder's name is made of the model's.
     return any(info.folder == store_folder(place, name, info.folder.name) for name in names)

@@ -12,7 +12,6 @@ from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
 
 
-
 class StoredDtype(StrEnum):
     """The dtypes that experts are kept in the offload folder for."""
 

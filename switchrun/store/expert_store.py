@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.errors import StorageError
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
 from switchrun.store.layout import Layout
 from switchrun.store.limit import SizeLimit, touch
@@ -34,12 +35,21 @@ class ExpertStore:
     All methods may be called from any thread. Make one with `open`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, limit_bytes: int | None, read_only: bool, warn: Warn) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        limit_bytes: int | None,
+        read_only: bool,
+        warn: Warn,
+        must_write: bool = False,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.layout = manifest.layout
         self._format = ExpertFormat(manifest.layout, manifest.identity)
         self._read_only = read_only
+        self._must_write = must_write
         self._writable = not read_only
         self._warn = warn
         self._lock = threading.Lock()
@@ -63,6 +73,7 @@ class ExpertStore:
         *,
         limit_bytes: int | None = None,
         read_only: bool = False,
+        must_write: bool = False,
         warn: Warn | None = None,
     ) -> ExpertStore:
         """Open a model's store, and begin one where there is none.
@@ -76,17 +87,19 @@ class ExpertStore:
             layout: What an expert's data is.
             limit_bytes: What the experts may take on disk; None is no limit.
             read_only: Write, delete and touch nothing.
+            must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
             warn: Called with what the user should know, a sentence each; may be called from any thread. Without it,
                 it is logged.
 
         Raises:
             CorruptCheckpointError: The folder belongs to another state of the model, another format, or something
                 else; its hint is the command that empties it.
+            StorageError: With `must_write`: nothing can be written there.
         """
         folder = store_folder(offload, model, dtype)
         manifest = Manifest(model, fingerprint, dtype, layout)
         there = check_manifest(folder, manifest, mending_command(offload, model, dtype))
-        store = cls(folder, manifest, limit_bytes, read_only, warn or _log.warning)
+        store = cls(folder, manifest, limit_bytes, read_only, warn or _log.warning, must_write)
         if not read_only:
             store._begin(there)
         return store
@@ -105,6 +118,11 @@ class ExpertStore:
     def writable(self) -> bool:
         """Whether writing is asked for, and has not been given up."""
         return self._writable
+
+    @property
+    def file_bytes(self) -> int:
+        """What each expert takes on disk."""
+        return self._format.file_bytes
 
     def find(self, key: ExpertKey) -> StoredExpert | None:
         """Give the place of an expert, if it is stored.
@@ -156,6 +174,7 @@ class ExpertStore:
 
         Raises:
             ValueError: The buffer has another length than the layout.
+            StorageError: There is trouble with the disk, and the store was opened with `must_write`.
         """
         data = memoryview(buffer).cast("B")
         if len(data) != self.layout.nbytes:
@@ -253,6 +272,8 @@ class ExpertStore:
         """Write no more from now on, and warn unless that was so already."""
         with self._lock:
             was, self._writable = self._writable, False
+        if self._must_write:
+            raise StorageError(f"{self.folder} cannot be written: {reason}", "make room, or name another folder")
         if was:
             self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
 
