@@ -6,6 +6,7 @@ from switchrun.store.expert_store import ExpertStore
 from switchrun.store.files import StoredExpert
 from switchrun.store.layout import Layout, Part, int8_layout, layout_of, nf4_layout
 from switchrun.store.manifest import Manifest, store_folder
+from switchrun.store.names import model_name, stored_experts
 from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
 from switchrun.store.writer import BackgroundWriter
 
@@ -22,7 +23,9 @@ __all__ = [
     "int8_layout",
     "layout_of",
     "list_stores",
+    "model_name",
     "nf4_layout",
     "store_folder",
+    "stored_experts",
     "verify_store",
 ]

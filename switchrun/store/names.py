@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 
 _BLOCK = re.compile(r"(encoder|decoder)\.(0|[1-9][0-9]*)", re.ASCII)
 _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
+
+
+def model_name(checkpoint: SwitchCheckpoint) -> str:
+    """Give what a store calls a model, the same from any folder: `id@revision`, the checkpoint's folder, or `demo`."""
+    if checkpoint.revision is not None:
+        return f"{checkpoint.id}@{checkpoint.revision}"
+    return checkpoint.id if checkpoint.id == "demo" else str(checkpoint.path)
 
 
 def expert_path(folder: Path, key: ExpertKey) -> Path:
