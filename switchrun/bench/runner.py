@@ -101,7 +101,7 @@ class Bench:
         try:
             more = {
                 "path": str(self.checkpoint.path),
-                "torch_dtype": Dtype(plan["dtype"]).torch_name,
+                "torch_dtype": Dtype(plan["compute_dtype"]).torch_name,
                 "cpu_budget_bytes": plan["cpu_budget_bytes"],
                 "scratch": scratch,
             }

@@ -11,8 +11,8 @@ import typer
 
 from switchrun import folders
 from switchrun.cli import options
-from switchrun.cli.options import StoredDtype
 from switchrun.cli.streams import report, report_lines, write_answer
+from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
 from switchrun.output.byte_progress import ByteProgress
 from switchrun.output.sinks import format_record
@@ -34,7 +34,7 @@ Model = Annotated[
         help="Only this model's experts; demo is the demo model's.",
     ),
 ]
-Dtype = Annotated[StoredDtype | None, typer.Option("--dtype", show_default="all", help="Only experts in this dtype.")]
+Dtype = Annotated[PackedDtype | None, typer.Option("--dtype", show_default="all", help="Only experts in this dtype.")]
 
 
 class ListFormat(StrEnum):
@@ -151,7 +151,7 @@ def _confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _chosen(place: Path, model: str | None, dtype: StoredDtype | None) -> list[StoreInfo]:
+def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[StoreInfo]:
     """Give the stores of a model and a dtype. The model itself need not be there any more."""
     stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype.value]
     return stores if model is None else [info for info in stores if _is_of(info, place, model)]

@@ -12,9 +12,9 @@ import typer
 from switchrun import folders
 from switchrun.cli import options
 from switchrun.cli.libraries import quieten_libraries
-from switchrun.cli.options import StoredDtype
 from switchrun.cli.signals import Interrupted
 from switchrun.cli.streams import report, write_answer
+from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
 from switchrun.output.byte_progress import ByteProgress
 from switchrun.units import format_bytes, format_seconds, parse_bytes
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    dtype: Annotated[StoredDtype, typer.Option("--dtype", help="What fill shall compute the experts in.")],
+    dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill shall compute the experts in.")],
     model: options.Model = None,
     layers: Annotated[
         str | None,
@@ -62,7 +62,8 @@ def prepare(
     from switchrun.checkpoint import open_checkpoint
     from switchrun.planning import preparation as planning
     from switchrun.planning import resolve_budgets
-    from switchrun.store import expert_layout, open_checkpoint_store
+    from switchrun.planning.memory import packed_layout
+    from switchrun.store import open_checkpoint_store
 
     started = time.perf_counter()
     options.check_memory(cpu_memory, None)
@@ -70,7 +71,7 @@ def prepare(
     place = folders.offload_folder(offload_folder)
     checkpoint = open_checkpoint(model, cache_dir=place / "index")
     chosen = planning.choose_experts(checkpoint, layers, experts)
-    layout = expert_layout(checkpoint, dtype)
+    layout = packed_layout(checkpoint, dtype)
     jobs = planning.resolve_jobs(checkpoint, layout, jobs, resolve_budgets(cpu_memory, None).cpu_bytes)
     notes = _Notes()
     store = open_checkpoint_store(place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=notes.add)
@@ -137,7 +138,7 @@ class _Notes:
 
     def tell(self) -> None:
         while self._waiting:
-            report(f"note: {self._waiting.popleft()}")
+            report(f"warning: {self._waiting.popleft()}")
 
 
 def _parse_limit(limit: str | None) -> int | None:

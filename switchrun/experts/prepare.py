@@ -14,10 +14,11 @@ from queue import SimpleQueue
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
+from switchrun.experts.formats import as_stored
 from switchrun.experts.packed import quantise, views
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
-from switchrun.experts.slots import Buffers, SlotFormat
+from switchrun.experts.slots import Buffers, plan_reads
 from switchrun.planning.memory import read_buffer_bytes, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
@@ -123,7 +124,8 @@ class _Job:
         sample = next(iter(checkpoint.experts.values()))
         self._store = store
         self._reader = reader
-        self._format = SlotFormat(checkpoint.experts, torch.float32, direct)
+        self._slices = checkpoint.experts
+        self._direct = direct
         self._plain = Buffers(1, read_buffer_bytes(sample.wi.nbytes, sample.wo.nbytes))
         self._packed = Buffers(1, packed_buffer_bytes(store.layout))
         d_ff, d_model = sample.wi.shape
@@ -131,9 +133,10 @@ class _Job:
 
     def store(self, key: ExpertKey) -> None:
         """Read an expert from the checkpoint, quantise and write it."""
-        plan = self._format.reads(key)
+        slices = self._slices[key]
+        plan = plan_reads(slices, self._direct)
         self._reader.read(plan.segments, self._plain.view(0))
-        quantise(self._format.weights(key, self._plain, 0, plan), self._into)
+        quantise(as_stored(slices, plan, self._plain, 0), self._into)
         data = self._packed.view(0)[: self._store.layout.nbytes]
         # False without an error: somebody cleared the folder just then. It is made anew for the second try.
         if not self._store.write(key, data):
@@ -142,17 +145,21 @@ class _Job:
     def is_whole(self, key: ExpertKey, stored: StoredExpert) -> bool:
         """Read a stored expert and look at its checksum."""
         data = self._packed.view(0)[: stored.nbytes]
+        got = 0
         try:
             with open(stored.path, "rb", buffering=0) as file:
                 file.seek(stored.offset)
-                got = 0
                 while got < len(data) and (count := file.readinto(data[got:])):
                     got += count
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         except OSError:
-            return False
-        return got == len(data) and self._store.verify(key, data)
+            got = 0
+        whole = got == len(data) and self._store.verify(key, data)
+        if not whole:
+            # Also what lies between the parts, which quantising leaves as it is.
+            self._packed.tensor(0, 0, torch.uint8, (len(data),)).zero_()
+        return whole
 
 
 @contextmanager

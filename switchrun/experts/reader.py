@@ -54,6 +54,20 @@ class Segment:
     needed: int
 
 
+@dataclass(slots=True, eq=False)
+class _OpenFile:
+    """A descriptor and how many reads use it; one that is retired is closed by the last of them."""
+
+    descriptor: int
+    direct: bool
+    users: int = 0
+    retired: bool = False
+
+
+#: Files kept open though nobody reads them at the moment; experts in the store are a file each.
+MOST_OPEN_FILES = 64
+
+
 class FileReader:
     """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
 
@@ -68,8 +82,9 @@ class FileReader:
     def __init__(self, direct: bool, way: Way = WAYS[0]) -> None:
         self._direct = direct
         self._way = way
-        self._files: dict[Path, tuple[int, bool]] = {}
-        self._retired: list[int] = []
+        #: The one used last is the last.
+        self._files: dict[Path, _OpenFile] = {}
+        self._opened = self._opened_buffered = False
         self._lock = threading.Lock()
         self._outstanding = 0
         self._idle = threading.Condition()
@@ -79,7 +94,7 @@ class FileReader:
     def reads_past_page_cache(self) -> bool:
         """Whether all files opened so far are really read past the page cache."""
         with self._lock:
-            return bool(self._files) and all(direct for _, direct in self._files.values())
+            return self._opened and not self._opened_buffered
 
     def submit(
         self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
@@ -151,51 +166,84 @@ class FileReader:
             pending.finish(None)
 
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
-        descriptor, direct = self._open(piece.file)
+        file = self._acquire(piece.file)
         got = 0
-        while got < piece.needed:
-            try:
-                count = os.preadv(descriptor, [target[got:]], piece.offset + got)
-            except OSError as error:
-                if direct and error.errno == errno.EINVAL:
-                    # Some filesystems take the flag and refuse the read.
-                    descriptor, direct = self._open_buffered(piece.file)
-                    continue
-                raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
-            got += count
-            # A direct read that stops within a page has met the end of the file; one that went on there would fail.
-            if count == 0 or (direct and got < piece.needed and got % PAGE):
-                raise CorruptCheckpointError(
-                    f"{piece.file} ends at byte {piece.offset + got}, inside a tensor", "the file was truncated"
-                )
-        if self._direct and not direct:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
+        try:
+            while got < piece.needed:
+                try:
+                    count = os.preadv(file.descriptor, [target[got:]], piece.offset + got)
+                except OSError as error:
+                    if file.direct and error.errno == errno.EINVAL:
+                        # Some filesystems take the flag and refuse the read.
+                        file = self._replace_by_buffered(piece.file, file)
+                        continue
+                    raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
+                got += count
+                # A direct read that stops within a page has met the file's end; one that went on there would fail.
+                if count == 0 or (file.direct and got < piece.needed and got % PAGE):
+                    raise CorruptCheckpointError(
+                        f"{piece.file} ends at byte {piece.offset + got}, inside a tensor", "the file was truncated"
+                    )
+            if self._direct and not file.direct:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file.descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
+        finally:
+            self._release(file)
 
-    def _open(self, file: Path) -> tuple[int, bool]:
+    def _acquire(self, path: Path) -> _OpenFile:
         with self._lock:
-            known = self._files.get(file)
-            if known is None:
-                known = self._files[file] = _open_file(file, self._direct and self._way.direct)
-            return known
+            file = self._files.pop(path, None) or self._open(path, self._direct and self._way.direct)
+            self._files[path] = file
+            file.users += 1
+            if len(self._files) > MOST_OPEN_FILES:
+                idle = next((name for name, each in self._files.items() if not each.users), None)
+                if idle is not None:
+                    self._retire(idle)
+            return file
 
-    def _open_buffered(self, file: Path) -> tuple[int, bool]:
+    def _release(self, file: _OpenFile) -> None:
+        with self._lock:
+            file.users -= 1
+            if file.retired and not file.users:
+                os.close(file.descriptor)
+
+    def _replace_by_buffered(self, path: Path, refused: _OpenFile) -> _OpenFile:
         """Open a file anew, through the page cache; other threads may still be reading from the old descriptor."""
+        buffered = self._open(path, direct=False)
         with self._lock:
-            descriptor, direct = self._files[file]
-            if direct:
-                self._retired.append(descriptor)
-                self._files[file] = _open_file(file, direct=False)
-            return self._files[file]
+            if self._files.get(path) is refused:
+                self._retire(path)
+            if path in self._files:  # another thread was faster
+                os.close(buffered.descriptor)
+            buffered = self._files.setdefault(path, buffered)
+            buffered.users += 1
+        self._release(refused)
+        return buffered
+
+    def forget(self, path: Path) -> None:
+        """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
+        with self._lock:
+            if path in self._files:
+                self._retire(path)
+
+    def _open(self, path: Path, direct: bool) -> _OpenFile:
+        file = _open_file(path, direct)
+        self._opened = True
+        self._opened_buffered |= not file.direct
+        return file
+
+    def _retire(self, path: Path) -> None:
+        file = self._files.pop(path)
+        file.retired = True
+        if not file.users:
+            os.close(file.descriptor)
 
     def close(self) -> None:
         """Wait for reads in flight, end the threads and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=False)
         with self._lock:
-            for descriptor in [*self._retired, *(descriptor for descriptor, _ in self._files.values())]:
-                os.close(descriptor)
-            self._files.clear()
-            self._retired.clear()
+            for path in list(self._files):
+                self._retire(path)
 
 
 class _Pending:
@@ -240,14 +288,14 @@ def _cut(segment: Segment, chunk: int) -> list[Segment]:
     ]
 
 
-def _open_file(file: Path, direct: bool) -> tuple[int, bool]:
-    """Open a file; tell whether it is really read past the page cache."""
+def _open_file(file: Path, direct: bool) -> _OpenFile:
+    """Open a file, past the page cache if it is wanted and possible."""
     try:
         if direct and hasattr(os, "O_DIRECT"):
             try:
-                return os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True
+                return _OpenFile(os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True)
             except OSError:
                 pass  # tmpfs and some network filesystems refuse the flag
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
+        return _OpenFile(os.open(file, os.O_RDONLY | os.O_CLOEXEC), False)
     except OSError as error:
         raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
+from switchrun.checkpoint.types import ExpertSlices
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.experts.reader import PAGE, Segment
 
@@ -116,49 +116,3 @@ def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
             begins[id(tensor)] = cursor + tensor.offset - start
         cursor = -(-(cursor + length) // page) * page
     return ReadPlan(tuple(segments), (begins[id(slices.wi)], begins[id(slices.wo)]))
-
-
-class SlotFormat:
-    """Knows how experts are laid out in slots: as they are stored, or converted to another dtype.
-
-    Args:
-        slices: Where every expert lies.
-        dtype: What the weights in the slots shall be.
-        direct: Whether reads are aligned for `O_DIRECT`.
-    """
-
-    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], dtype: torch.dtype, direct: bool) -> None:
-        sample = next(iter(slices.values()))
-        self._slices = slices
-        self._dtype = dtype
-        self._direct = direct
-        self.converts = TORCH_DTYPES[sample.wi.dtype] != dtype
-
-    def reads(self, key: ExpertKey) -> ReadPlan:
-        """Give the reads that bring an expert into a slot or, if it must be converted, into a staging buffer."""
-        return plan_reads(self._slices[key], self._direct)
-
-    def weights(self, key: ExpertKey, buffers: Buffers, index: int, plan: ReadPlan) -> ExpertWeights:
-        """Give the expert that was read into a buffer, as views in its stored dtype."""
-        slices = self._slices[key]
-        wi, wo = (_view(buffers, index, at, tensor) for tensor, at in zip(slices, plan.positions, strict=True))
-        return ExpertWeights(wi, wo)
-
-    def convert(self, weights: ExpertWeights, buffers: Buffers, index: int) -> ExpertWeights:
-        """Convert an expert into a slot; blocks while it copies.
-
-        Returns:
-            Views of the slot.
-        """
-        wi = buffers.tensor(index, 0, self._dtype, tuple(weights.wi.shape))
-        wo = buffers.tensor(index, wi.numel() * wi.itemsize, self._dtype, tuple(weights.wo.shape))
-        wi.copy_(weights.wi)
-        wo.copy_(weights.wo)
-        return ExpertWeights(wi, wo)
-
-
-def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> torch.Tensor:
-    dtype = TORCH_DTYPES[stored.dtype]
-    if stored.transposed:
-        return buffers.tensor(index, position, dtype, stored.shape[::-1]).T
-    return buffers.tensor(index, position, dtype, stored.shape)

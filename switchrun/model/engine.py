@@ -11,7 +11,6 @@ import torch
 from switchrun import hardware
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
 from switchrun.experts.probe import reading_way
@@ -20,6 +19,7 @@ from switchrun.model.build import build_cache, build_model
 from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
 from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
+from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
 
 #: So many bytes read are a fair measurement of the disk.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
@@ -31,6 +31,8 @@ class Engine:
     Args:
         prepared: The checkpoint and its plan.
         on_dense_bytes: Called after each dense weight that was placed, with the bytes done and in all.
+        warn: Called with what the user should know of the offload folder, a sentence each, from any thread. Without
+            it, that is logged.
 
     Attributes:
         checkpoint: The checkpoint.
@@ -50,13 +52,16 @@ class Engine:
     context: RoutingContext
 
     def __init__(
-        self, prepared: Prepared, on_dense_bytes: Callable[[int, int], None] = lambda _done, _total: None
+        self,
+        prepared: Prepared,
+        on_dense_bytes: Callable[[int, int], None] = lambda _done, _total: None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
         self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes())
         self.context = RoutingContext()
         check_gpus(plan.device_map)
-        dtype = getattr(torch, Dtype(plan.dtype).torch_name)
+        dtype = getattr(torch, plan.precision.compute.torch_name)
         total = sum(use.dense_bytes for use in plan.tiers if use.tier != "disk")
         done = 0
 
@@ -68,7 +73,10 @@ class Engine:
         direct = memory.reads_directly(checkpoint)
         way = reading_way(checkpoint.experts) if direct else WAYS[0]
         with ExitStack() as stack:
-            self.cache = stack.enter_context(build_cache(checkpoint, plan, dtype, way))
+            store = _open_store(prepared, warn)
+            # Closed after the cache, whose threads offer it experts; then it writes what still waits.
+            writer = stack.enter_context(BackgroundWriter(store, memory.WRITER_BUFFERS)) if store else None
+            self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
             self.model = build_model(checkpoint, dtype, self.cache, self.context)
             # What stays on disk is read again and again: the page cache may help there.
             reader = FileReader(direct and "disk" not in plan.device_map.values(), way)
@@ -86,6 +94,8 @@ class Engine:
 
     def _remember_bandwidth(self) -> None:
         """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""
+        if self.plan.precision.packed is not None:
+            return  # these may have been read from another disk
         counters = self.cache.counters()
         file = next(iter(self.checkpoint.experts.values())).wi.file
         enough = counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0
@@ -97,3 +107,17 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _open_store(prepared: Prepared, warn: Callable[[str], None] | None) -> ExpertStore | None:
+    """Open the store for a plan with packed experts; None if it has none.
+
+    Raises:
+        CorruptCheckpointError: The folder belongs to something else.
+    """
+    checkpoint, packed = prepared.checkpoint, prepared.plan.precision.packed
+    if packed is None:
+        return None
+    return open_checkpoint_store(
+        prepared.offload.folder, checkpoint, packed.value, limit_bytes=prepared.offload.limit_bytes, warn=warn
+    )

@@ -8,10 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.checkpoint.locate import demo_folder
+from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 
 _BLOCK = re.compile(r"(encoder|decoder)\.(0|[1-9][0-9]*)", re.ASCII)
 _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
+
+
+def model_name(checkpoint: SwitchCheckpoint) -> str:
+    """Give what a store calls a model, the same from any folder: `id@revision`, the checkpoint's folder, or `demo`."""
+    if checkpoint.revision is not None:
+        return f"{checkpoint.id}@{checkpoint.revision}"
+    # Not by its id: a folder of the user's may be called demo too.
+    return "demo" if checkpoint.path == demo_folder() else str(checkpoint.path)
 
 
 def expert_path(folder: Path, key: ExpertKey) -> Path:

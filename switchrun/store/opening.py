@@ -1,13 +1,13 @@
-"""The store that belongs to a checkpoint: what names it, and what lies in it."""
+"""The store that belongs to a checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from switchrun.checkpoint.locate import demo_folder
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.store.expert_store import ExpertStore, Warn
-from switchrun.store.layout import Layout, layout_of
+from switchrun.store.layout import layout_of
+from switchrun.store.names import model_name
 
 
 def open_checkpoint_store(
@@ -26,29 +26,12 @@ def open_checkpoint_store(
     """
     return ExpertStore.open(
         offload,
-        store_model(checkpoint),
+        model_name(checkpoint),
         checkpoint.fingerprint,
         dtype,
-        expert_layout(checkpoint, dtype),
+        layout_of(dtype, checkpoint.config["d_model"], checkpoint.config["d_ff"]),
         limit_bytes=limit_bytes,
         read_only=read_only,
         must_write=must_write,
         warn=warn,
     )
-
-
-def store_model(checkpoint: SwitchCheckpoint) -> str:
-    """Name a checkpoint's model for the store: `id@commit` of the Hub, `demo`, or the folder, absolute."""
-    if checkpoint.revision is not None:
-        return f"{checkpoint.id}@{checkpoint.revision}"
-    # Not by its id: a folder of the user's may be called demo too.
-    return "demo" if checkpoint.path == demo_folder() else str(checkpoint.path)
-
-
-def expert_layout(checkpoint: SwitchCheckpoint, dtype: str) -> Layout:
-    """Give what an expert of a checkpoint is in a packed dtype.
-
-    Raises:
-        ValueError: It is not a packed dtype.
-    """
-    return layout_of(dtype, int(checkpoint.config["d_model"]), int(checkpoint.config["d_ff"]))
