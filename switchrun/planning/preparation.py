@@ -20,9 +20,9 @@ from switchrun.store.names import expert_path, stored_experts
 from switchrun.units import MIB, format_bytes
 
 #: Interpreter and torch, resident once an expert has been quantised. Measured with torch 2.13 (CPU), Python 3.11.
-RUNTIME_BYTES = 320 * MIB
+RUNTIME_BYTES = 260 * MIB
 #: What quantising takes besides the expert before and after it: float32 blocks, tables, a thread's stack and arena.
-SCRATCH_BYTES = 24 * MIB
+SCRATCH_BYTES = 16 * MIB
 
 _PAGE = 4096
 _LAYERS = re.compile(r"(encoder|decoder)(?:\.([0-9]+)(?:-([0-9]+))?)?", re.ASCII)
