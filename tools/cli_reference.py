@@ -24,8 +24,8 @@ Written by `tools/cli_reference.py` from the program itself; do not edit.
 
 Exit codes: 0 all inputs answered; 1 a bug in switchrun, or the answer could not be written; 2 usage; 3 some inputs
 failed, the others were answered; 4 no input could be answered; 5 model not found, or not a supported Switch model;
-6 does not fit the memory allowed; 7 damaged checkpoint or offload data; 8 network; 130, 141, 143 for SIGINT, a broken
-pipe and SIGTERM.
+6 does not fit the memory allowed; 7 damaged checkpoint or offload data; 8 network; 9 the offload folder cannot be
+written; 130, 141, 143 for SIGINT, a broken pipe and SIGTERM.
 
 `SWITCHRUN_DEBUG=1` shows the traceback of an error and what the libraries say.
 """

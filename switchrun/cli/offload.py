@@ -15,7 +15,7 @@ from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
 from switchrun.output.byte_progress import ByteProgress
-from switchrun.output.sinks import format_record
+from switchrun.output.sinks import format_record, stores_record
 from switchrun.store import StoreInfo, VerifyReport, clear_store, list_stores, store_folder, verify_store
 from switchrun.units import format_bytes
 
@@ -57,13 +57,13 @@ def list_them(
     style: Annotated[ListFormat, typer.Option("--format", help="table: to read; json: to process.")] = ListFormat.TABLE,
 ) -> None:
     """List the stored experts of every model and dtype."""
-    from switchrun.output.offload_tables import render_stores, stores_record
-
     place = folders.offload_folder(offload_folder)
     stores = list_stores(place)
     if style is ListFormat.JSON:
         write_answer(format_record(stores_record(place, stores), indent=True))
     else:
+        from switchrun.output.offload_tables import render_stores
+
         write_answer(render_stores(place, stores))
 
 

@@ -1,17 +1,14 @@
-"""What an offload folder holds, as tables to read and as a record."""
+"""What an offload folder holds, as tables to read."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from switchrun.output.consoles import make_table, render
 from switchrun.store.upkeep import StoreInfo, VerifyReport
 from switchrun.units import format_bytes
-
-SCHEMA_VERSION = 1
 
 
 def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
@@ -31,26 +28,6 @@ def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyRep
         damaged = str(len(found.damaged))
         table.add_row(_model(info), info.folder.name, str(found.experts), format_bytes(found.nbytes), damaged)
     return render(sys.stdout, [table])
-
-
-def stores_record(offload: Path, stores: Iterable[StoreInfo]) -> dict[str, Any]:
-    """Give the stores as a record; docs/schemas/offload.schema.json describes it."""
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "offload_folder": str(offload),
-        "stores": [
-            {
-                "folder": str(info.folder),
-                "model": info.manifest.model if info.manifest else None,
-                "fingerprint": info.manifest.fingerprint if info.manifest else None,
-                "dtype": info.folder.name,
-                "num_experts": info.experts,
-                "total_bytes": info.nbytes,
-                "problem": info.problem or None,
-            }
-            for info in stores
-        ],
-    }
 
 
 def _model(info: StoreInfo) -> str:

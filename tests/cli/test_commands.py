@@ -23,7 +23,9 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1].replace("'", '"')))
 
 
-@pytest.mark.parametrize("args", ["--help", "--version", "fill --help", "plan --help", "fill nosentinel"])
+@pytest.mark.parametrize(
+    "args", ["--help", "--version", "fill --help", "plan --help", "prepare --help", "offload --help", "fill nosentinel"]
+)
 def test_light_commands_import_nothing_heavy(hermetic: dict[str, str], args: str) -> None:
     assert _imported(args, hermetic) == set()
 
@@ -31,6 +33,13 @@ def test_light_commands_import_nothing_heavy(hermetic: dict[str, str], args: str
 def test_plan_imports_no_torch(hermetic: dict[str, str]) -> None:
     assert _imported("plan", hermetic) <= {"rich"}
     assert _imported("plan --format json", hermetic) == set()
+
+
+def test_what_stores_are_there_is_told_without_torch(hermetic: dict[str, str]) -> None:
+    assert _imported("offload ls --format json", hermetic) == set()
+    assert _imported("offload verify", hermetic) <= {"rich"}
+    assert _imported("offload clear --yes", hermetic) == set()
+    assert _imported("prepare --dtype int8 --dry-run", hermetic) <= {"rich"}
 
 
 def test_importing_the_package_imports_nothing_heavy(hermetic: dict[str, str]) -> None:
