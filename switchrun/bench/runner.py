@@ -15,7 +15,7 @@ from switchrun.bench.environment import describe_environment
 from switchrun.bench.page_cache import drop_page_cache
 from switchrun.bench.records import Record, cell_record, failed_record
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype
+from switchrun.dtypes import resolve_dtype
 
 _CELL = "switchrun.bench.cell"
 _BASELINE = "switchrun.bench.baseline"
@@ -101,7 +101,7 @@ class Bench:
         try:
             more = {
                 "path": str(self.checkpoint.path),
-                "torch_dtype": Dtype(plan["compute_dtype"]).torch_name,
+                "torch_dtype": resolve_dtype(plan["dtype"], plan["stored_dtype"]).compute.torch_name,
                 "cpu_budget_bytes": plan["cpu_budget_bytes"],
                 "scratch": scratch,
             }
