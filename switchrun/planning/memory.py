@@ -75,6 +75,14 @@ def read_buffer_bytes(wi_bytes: int, wo_bytes: int) -> int:
     return _round_up(wi_bytes + wo_bytes + 4 * _PAGE, _PAGE)
 
 
+def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
+    """Give what is read for an expert if a share of them lies packed in the offload folder."""
+    if precision.packed is None:
+        return checkpoint.expert_bytes
+    packed = packed_layout(checkpoint, precision.packed).nbytes
+    return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
+
+
 def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
     slices = next(iter(checkpoint.experts.values()))
