@@ -17,6 +17,8 @@ from switchrun.store.layout import Layout
 MANIFEST = "manifest.json"
 #: Counts up whenever files written before can no longer be used.
 FORMAT_VERSION = 1
+_MODEL_NAME = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
+_DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
 _TEXTS = ("model", "fingerprint", "dtype")
 
 
@@ -131,11 +133,19 @@ def store_folder(offload: str | Path, model: str, dtype: str) -> Path:
     Raises:
         ValueError: The dtype cannot be a folder's name.
     """
-    if not re.fullmatch(r"[a-z0-9]+", dtype, re.ASCII):
+    if not _DTYPE_NAME.fullmatch(dtype):
         raise ValueError(f"{dtype!r} is not a dtype's name")
     digest = hashlib.sha256(model.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[-64:].strip(".-")
     return Path(offload) / (f"{words}-{digest}" if words else digest) / dtype
+
+
+def is_store_folder(folder: Path) -> bool:
+    """Tell whether a folder's name is one that `store_folder` gives.
+
+    Others have files called manifest.json too, and an offload folder may be any folder of the user's.
+    """
+    return bool(_MODEL_NAME.fullmatch(folder.parent.name) and _DTYPE_NAME.fullmatch(folder.name))
 
 
 def mending_command(offload: str | Path, model: str, dtype: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.store.files import DamagedFileError, ExpertFormat, temporaries
-from switchrun.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from switchrun.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, is_store_folder, read_manifest
 from switchrun.store.names import block_folders, expert_path, stored_experts
 
 _CHUNK_BYTES = 4 * 1024**2
@@ -57,7 +57,8 @@ class VerifyReport:
 
 def list_stores(offload: str | Path) -> list[StoreInfo]:
     """Find every store in an offload folder; a folder that is not there has none."""
-    return [_describe(path.parent) for path in sorted(Path(offload).glob(f"*/*/{MANIFEST}"))]
+    found = (path.parent for path in sorted(Path(offload).glob(f"*/*/{MANIFEST}")))
+    return [_describe(folder) for folder in found if is_store_folder(folder)]
 
 
 def _describe(folder: Path) -> StoreInfo:

@@ -25,6 +25,8 @@ def offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for number in range(count):
             assert store.write(key(number), data_of(number))
     (folder / "notes.txt").write_text("mine")
+    (folder / "app" / "extension").mkdir(parents=True)
+    (folder / "app" / "extension" / "manifest.json").write_text("{}")
     (store_folder(folder, "demo", "int8") / "notes.txt").write_text("mine")
     return folder
 
@@ -113,7 +115,7 @@ def test_clear_wants_yes_where_nobody_can_be_asked(invoke: Invoke, offload: Path
     assert done.code == 0
     assert done.stdout.startswith("deleted 6 experts, ")
     left = sorted(path.name for path in offload.rglob("*") if path.is_file())
-    assert left == ["notes.txt", "notes.txt"]
+    assert left == ["manifest.json", "notes.txt", "notes.txt"]
     assert invoke("offload", "clear", "--yes").stdout == f"nothing to delete in {offload}\n"
 
 

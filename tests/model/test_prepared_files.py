@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from switchrun import Session
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.prepare import ExpertPreparer
-from switchrun.store import open_checkpoint_store
+from switchrun.planning.preparation import process_bytes
+from switchrun.store import layout_of, open_checkpoint_store
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 TEXTS = ["A <extra_id_0> walks into a bar.", "The cat sat on the <extra_id_0>."]
@@ -89,3 +92,24 @@ def test_two_preparers_share_a_folder(tmp_path: Path) -> None:
     assert ExpertPreparer(checkpoint, stores[0], 1).run(keys[:20]).written == 20
     done = ExpertPreparer(checkpoint, stores[1], 1).run(keys)
     assert (done.written, done.skipped) == (len(keys) - 20, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_memory_stays_within_what_is_allowed(tmp_path: Path, hermetic: dict[str, str], dtype: str) -> None:
+    config = tiny_config(d_model=1024, d_ff=4096)  # 16 MiB an expert, so read past the page cache
+    folder = save_checkpoint(random_model(config, dtype=torch.bfloat16), tmp_path / "model")
+    allowed = process_bytes(open_checkpoint(str(folder)), layout_of(dtype, 1024, 4096), 4)
+    script = """
+import sys
+from switchrun.cli.app import run
+from switchrun.hardware import peak_rss_bytes
+assert run(sys.argv[1:]) == 0
+print(peak_rss_bytes())
+"""
+    options = f"prepare --model {folder} --dtype {dtype} --jobs 4 --cpu-memory {allowed} --offload-folder tier"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *options.split()], env=hermetic, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("8 experts written")
+    assert int(done.stdout.split()[-1]) <= allowed

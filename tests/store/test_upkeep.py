@@ -40,6 +40,13 @@ def test_another_format_is_listed_with_what_is_known(offload):
     assert (info.manifest.model, info.manifest.version, info.problem) == (MODEL, 7, "format 7, not 1")
 
 
+@pytest.mark.parametrize("name", ["app/extension", "app-0123456789ab/1.0_0", "app-0123456789/int8"])
+def test_manifests_of_others_are_no_stores(offload, name):
+    (offload / name).mkdir(parents=True)
+    (offload / name / "manifest.json").write_text('{"version": 3}')
+    assert list_stores(offload) == []
+
+
 @pytest.mark.parametrize("delete", [False, True])
 def test_verify_finds_every_damaged_expert(offload, delete):
     store = open_store(offload)
