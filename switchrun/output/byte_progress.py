@@ -24,21 +24,23 @@ class ByteProgress:
     def __init__(self, stream: TextIO, label: str, *, wanted: bool = True) -> None:
         self._line = TerminalLine(stream, wanted=wanted)
         self._label = label
-        self._start = time.monotonic()
+        self._start: float | None = None
 
     def __call__(self, done: int, total: int) -> None:
         """Draw that `done` of `total` bytes are through, unless that was drawn just now."""
+        if self._start is None:
+            # What comes before the first byte, such as importing torch, says nothing about the rate.
+            self._start = time.monotonic()
         if self._line.is_due():
-            self._line.draw(self._describe(done, total))
+            self._line.draw(self._describe(done, total, time.monotonic() - self._start))
 
     def clear(self) -> None:
         """Erase the line; the next call draws it anew."""
         self._line.clear()
 
-    def _describe(self, done: int, total: int) -> str:
+    def _describe(self, done: int, total: int, seconds: float) -> str:
         percent = f" ({100 * done // total} %)" if total else ""
         line = f"{self._label}: {format_bytes(done)} of {format_bytes(total)}{percent}"
-        seconds = time.monotonic() - self._start
         if not done or seconds < _SETTLING_SECONDS:
             return line
         rate = done / seconds

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,3 +178,15 @@ def test_a_command_is_needed(run_switchrun: RunSwitchrun) -> None:
     done = run_switchrun(["offload"])
     assert (done.returncode, done.stdout) == (2, "")
     assert "ls, verify or clear" in done.stderr
+
+
+def test_a_real_terminal_is_asked(offload: Path, hermetic: dict[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "switchrun", "offload", "clear", "--offload-folder", str(offload)]
+    process = subprocess.Popen(command, env=hermetic, stdin=theirs, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    os.write(ours, b"y\n")
+    stdout, _ = process.communicate(timeout=30)
+    os.close(ours)
+    assert (process.returncode, stdout.split(b",")[0]) == (0, b"deleted 6 experts")
+    assert experts(offload) == 0

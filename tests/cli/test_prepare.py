@@ -15,7 +15,9 @@ import pytest
 from switchrun.store import list_stores, verify_store
 from tests.cli.conftest import Invoke, Outcome
 from tests.conftest import RunSwitchrun
-from tests.store.conftest import flip
+from tests.store.conftest import Mount, flip, tmpfs
+
+__all__ = ["tmpfs"]
 
 #: The command with the store's `write` replaced by one that does something first.
 CHILD = """
@@ -165,6 +167,34 @@ def test_a_full_disk_is_one_clear_line(invoke: Invoke, tier: Path, monkeypatch: 
     assert (done.code, done.stdout) == (9, "")
     assert done.stderr.count("\n") == 1
     assert "cannot be written: No space left on device" in done.stderr
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    invoke: Invoke, tier: Path, tmpfs: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmpfs("size=1m")
+    # As if somebody else took the room after it was looked at.
+    monkeypatch.setattr("switchrun.planning.preparation.check_room", lambda *_: None)
+    done = invoke("prepare", "--dtype", "int8", "--offload-folder", str(disk))
+    assert (done.code, done.stdout) == (9, "")
+    assert "No space left on device" in done.stderr
+    (info,) = list_stores(disk)
+    assert 0 < info.experts < 32
+    assert verify_store(info.folder).damaged == ()
+    tmpfs("remount,size=64m", again=disk)
+    assert counts(invoke("prepare", "--dtype", "int8", "--offload-folder", str(disk)))[1] == info.experts
+
+
+def test_a_read_only_folder(invoke: Invoke, tier: Path, tmpfs: Mount) -> None:
+    disk = tmpfs("size=64m")
+    assert counts(invoke("prepare", "--dtype", "int8", "--experts", "0", "--offload-folder", str(disk))) == (4, 0)
+    tmpfs("remount,ro,size=64m", again=disk)
+    done = invoke("prepare", "--dtype", "int8", "--offload-folder", str(disk))
+    assert (done.code, done.stdout) == (9, "")
+    assert "Read-only file system" in done.stderr
+    assert invoke("offload", "clear", "--yes", "--offload-folder", str(disk)).code == 9
+    assert counts(invoke("prepare", "--dtype", "int8", "--experts", "0", "--offload-folder", str(disk))) == (0, 4)
+    assert invoke("prepare", "--dtype", "int8", "--dry-run", "--offload-folder", str(disk)).code == 0
 
 
 def test_too_little_room_is_said_before(invoke: Invoke, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
