@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,8 +16,10 @@ from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
 from switchrun.output.byte_progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
-from switchrun.store import StoreInfo, VerifyReport, clear_store, list_stores, store_folder, verify_store
 from switchrun.units import format_bytes
+
+if TYPE_CHECKING:
+    from switchrun.store import StoreInfo, VerifyReport
 
 app = typer.Typer(
     rich_markup_mode=None, no_args_is_help=False, help="Show, check and empty the experts kept in the offload folder."
@@ -31,7 +33,7 @@ Model = Annotated[
         "-m",
         metavar="PATH|ID[@REVISION]",
         show_default="every model",
-        help="Only this model's experts; demo is the demo model's.",
+        help="Only this model's experts. demo is the demo model's, a folder of that name ./demo.",
     ),
 ]
 Dtype = Annotated[PackedDtype | None, typer.Option("--dtype", show_default="all", help="Only experts in this dtype.")]
@@ -57,6 +59,8 @@ def list_them(
     style: Annotated[ListFormat, typer.Option("--format", help="table: to read; json: to process.")] = ListFormat.TABLE,
 ) -> None:
     """List the stored experts of every model and dtype."""
+    from switchrun.store import list_stores
+
     place = folders.offload_folder(offload_folder)
     stores = list_stores(place)
     if style is ListFormat.JSON:
@@ -78,6 +82,7 @@ def verify(
 ) -> None:
     """Read every stored expert and compare it with its checksum."""
     from switchrun.output.offload_tables import render_stores, render_verified
+    from switchrun.store import verify_store
 
     place = folders.offload_folder(offload_folder)
     stores = _chosen(place, model, dtype)
@@ -103,7 +108,8 @@ def verify(
         write_answer(render_verified(place, verified))
     if unusable:
         raise CorruptCheckpointError(
-            f"{unusable} of the stores in {place} cannot be used", "empty them with: switchrun offload clear"
+            f"{unusable} of the stores in {place} cannot be used",
+            "empty them with: switchrun offload clear --model MODEL --dtype DTYPE",
         )
     left = sum(path.exists() for _, found in verified for path, _ in found.damaged)
     if left:
@@ -121,6 +127,8 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete stored experts. Nothing is lost but time: they are made again from the checkpoint."""
+    from switchrun.store import clear_store
+
     place = folders.offload_folder(offload_folder)
     stores = _chosen(place, model, dtype)
     if not stores:
@@ -153,13 +161,18 @@ def _confirmed(question: str) -> bool:
 
 def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[StoreInfo]:
     """Give the stores of a model and a dtype. The model itself need not be there any more."""
+    from switchrun.store import list_stores
+
     stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype.value]
     return stores if model is None else [info for info in stores if _is_of(info, place, model)]
 
 
 def _is_of(info: StoreInfo, place: Path, model: str) -> bool:
+    from switchrun.store import store_folder
+
     path = Path(model).expanduser()
-    names = {model, str(path.absolute()), str(path.resolve())}
+    # A folder called demo is ./demo: what is deleted must not depend on where one is.
+    names = {model} if model == "demo" else {model, str(path.absolute()), str(path.resolve())}
     stored = info.manifest.model if info.manifest else ""
     # A Hub id without a revision means all that are stored of it.
     if stored in names or ("@" not in model and stored.startswith(f"{model}@")):

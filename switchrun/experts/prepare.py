@@ -73,6 +73,7 @@ class ExpertPreparer:
         counts = dict.fromkeys(_Outcome, 0)
         results: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
         waiting = iter(keys)
+        self._stopped.clear()
         jobs = min(self._jobs, len(keys))
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(jobs))

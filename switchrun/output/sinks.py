@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import InputError
 from switchrun.model.records import SCHEMA_VERSION, FillResult
-from switchrun.store.upkeep import StoreInfo
+
+if TYPE_CHECKING:
+    from switchrun.store import StoreInfo
 
 STORES_SCHEMA_VERSION = 1
 

@@ -157,6 +157,13 @@ def test_a_local_model_is_known_by_its_folder(invoke: Invoke, offload: Path, tmp
     assert experts(offload) == 6
 
 
+def test_a_folder_called_demo_is_not_the_demo_model(invoke: Invoke, offload: Path, tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    open_store(offload, model=str(tmp_path / "demo")).write(key(0), data_of(0))
+    assert invoke("offload", "clear", "--yes", "--model", "demo").stdout.startswith("deleted 3 experts")
+    assert invoke("offload", "clear", "--yes", "--model", "./demo").stdout.startswith("deleted 1 experts")
+
+
 def test_a_variable_for_fill_does_not_decide_what_is_deleted(
     invoke: Invoke, offload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

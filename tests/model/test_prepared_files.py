@@ -80,9 +80,13 @@ def test_what_the_callback_raises_ends_the_run(tmp_path: Path) -> None:
         if done:
             raise KeyboardInterrupt
 
+    preparer = ExpertPreparer(checkpoint, store, jobs=1)
     with pytest.raises(KeyboardInterrupt):
-        ExpertPreparer(checkpoint, store, jobs=1).run(list(checkpoint.experts), stop)
-    assert 1 <= len(files(tmp_path / "tier")) <= len(checkpoint.experts)
+        preparer.run(list(checkpoint.experts), stop)
+    there = len(files(tmp_path / "tier"))
+    assert 1 <= there <= len(checkpoint.experts)
+    done = preparer.run(list(checkpoint.experts))
+    assert (done.written, done.skipped) == (len(checkpoint.experts) - there, there), "and it can be run again"
 
 
 def test_two_preparers_share_a_folder(tmp_path: Path) -> None:
