@@ -18,7 +18,7 @@ import torch
 
 from switchrun import hardware
 from switchrun._plan import prepare
-from switchrun.experts.product import linear
+from switchrun.experts.packed import multiply
 from switchrun.model.engine import Engine
 
 REPEATS = 200
@@ -63,14 +63,15 @@ def print_hit(engine: Engine) -> None:
     layer = engine.model.encoder.block[block].layer[-1].mlp.experts
     key = next(key for key in engine.checkpoint.experts if (key.stack, key.block) == ("encoder", block))
     (weights,) = [weights for _, weights in engine.cache.stream([key])]
-    hidden = torch.randn(1, weights.wi.shape[1]).to(weights.wi.dtype)
+    compute = getattr(torch, engine.plan.precision.compute.torch_name)
+    hidden = torch.randn(1, engine.checkpoint.config["d_model"]).to(compute)
     chosen = torch.zeros(1, 1, engine.checkpoint.num_experts, dtype=torch.long)
     chosen[0, 0, key.expert] = 1
     ones = torch.ones(1, 1)
     layer_seconds, bare_seconds = [], []
     for _ in range(REPEATS):
         layer_seconds.append(timed(lambda: layer(hidden, chosen, ones)))
-        bare_seconds.append(timed(lambda: linear(torch.relu(linear(hidden, weights.wi)), weights.wo)))
+        bare_seconds.append(timed(lambda: multiply(torch.relu(multiply(hidden, weights.wi)), weights.wo)))
     whole, bare = statistics.median(layer_seconds) * 1e3, statistics.median(bare_seconds) * 1e3
     print(f"a hit: {whole:.3f} ms, its products alone {bare:.3f} ms, the difference {whole - bare:.3f} ms")
 

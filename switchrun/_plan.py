@@ -11,11 +11,19 @@ if TYPE_CHECKING:
     from switchrun.planning.types import Plan
 
 
+class Offload(NamedTuple):
+    """Where switchrun may write, and how many bytes the experts that it writes may take there."""
+
+    folder: Path
+    limit_bytes: int | None
+
+
 class Prepared(NamedTuple):
-    """A checkpoint and the plan made for it."""
+    """A checkpoint, the plan made for it, and where packed experts are kept."""
 
     checkpoint: SwitchCheckpoint
     plan: Plan
+    offload: Offload
 
 
 def prepare(
@@ -25,6 +33,7 @@ def prepare(
     cpu_memory: str | int | None = None,
     gpu_memory: str | int | None = None,
     offload_folder: str | Path | None = None,
+    offload_limit: str | int | None = None,
     device_map: str | Path | Mapping[str, Any] | None = None,
     batch_size: int = 1,
     num_beams: int = 1,
@@ -32,7 +41,7 @@ def prepare(
     output_tokens: int = 12,
     disk_bandwidth: float | Literal["measure"] | None = None,
 ) -> Prepared:
-    """Open a checkpoint's headers and plan for it; the arguments and errors are those of `plan`."""
+    """Open a checkpoint's headers and plan for it; the arguments and errors are those of `plan` and `Session.open`."""
     from switchrun import folders, hardware
     from switchrun.checkpoint import open_checkpoint
     from switchrun.planning import make_plan, resolve_budgets
@@ -40,10 +49,9 @@ def prepare(
     from switchrun.planning.estimate import Bandwidth
 
     budgets = resolve_budgets(cpu_memory, gpu_memory)
+    offload = Offload(folders.offload_folder(offload_folder), offload_limit_bytes(offload_limit))
     given_map = None if device_map is None or device_map == "auto" else read_device_map(device_map)
-    checkpoint = open_checkpoint(
-        None if model is None else str(model), cache_dir=folders.offload_folder(offload_folder) / "index"
-    )
+    checkpoint = open_checkpoint(None if model is None else str(model), cache_dir=offload.folder / "index")
     expert_file = next(iter(checkpoint.experts.values())).wi.file
     if disk_bandwidth == "measure":
         _measure(checkpoint)
@@ -64,8 +72,32 @@ def prepare(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         bandwidth=bandwidth,
+        stored_share=_stored_share(checkpoint, dtype, offload.folder),
     )
-    return Prepared(checkpoint, plan)
+    return Prepared(checkpoint, plan, offload)
+
+
+def offload_limit_bytes(limit: str | int | None) -> int | None:
+    """Give the bytes of a limit like `200GB`.
+
+    Raises:
+        UsageError: It is not a size.
+    """
+    from switchrun.units import parse_bytes
+
+    return parse_bytes(limit) if isinstance(limit, str) else limit
+
+
+def _stored_share(checkpoint: SwitchCheckpoint, dtype: str, folder: Path) -> float:
+    """Give which share of a model's experts is in the offload folder already; 0 for what is never kept there."""
+    from switchrun.dtypes import resolve_dtype
+    from switchrun.store import model_name, store_folder, stored_experts
+
+    packed = resolve_dtype(dtype, checkpoint.stored_dtype).packed
+    if packed is None:
+        return 0.0
+    store = store_folder(folder, model_name(checkpoint), packed.value)
+    return min(1.0, sum(1 for _ in stored_experts(store)) / len(checkpoint.experts))
 
 
 def _measure(checkpoint: SwitchCheckpoint) -> None:
@@ -100,7 +132,7 @@ def plan(
 
     Args:
         model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
-        dtype: `auto` (as stored), `fp32` or `bf16`.
+        dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`.
         cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
         gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
         offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.

@@ -1,11 +1,12 @@
 """Names and sizes of number formats, without torch.
 
 A *stored* dtype is what a checkpoint's bytes are, named as safetensors does (`F32`). A *compute* dtype is what
-`--dtype` asks for (`fp32`).
+`--dtype` asks for (`fp32`), unless it asks for a *packed* one (`int8`), which only experts are kept in.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 
 from switchrun.errors import UsageError
@@ -42,6 +43,31 @@ class Dtype(StrEnum):
         return WEIGHT_DTYPES[self.stored]
 
 
+class PackedDtype(StrEnum):
+    """What experts can be kept in to take few bytes; they are unpacked as they are multiplied with."""
+
+    INT8 = "int8"
+    NF4 = "nf4"
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What `--dtype` comes to for one checkpoint.
+
+    Attributes:
+        compute: What everything is computed in, and all but the experts kept in.
+        packed: What experts are kept in; None is the compute dtype.
+    """
+
+    compute: Dtype
+    packed: PackedDtype | None = None
+
+    @property
+    def name(self) -> str:
+        """What the user calls it: `bf16`, `int8`."""
+        return (self.packed or self.compute).value
+
+
 class DtypeChoice(StrEnum):
     """What `--dtype` takes."""
 
@@ -49,27 +75,31 @@ class DtypeChoice(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
+    NF4 = "nf4"
 
 
-def resolve_dtype(choice: str, stored: str) -> Dtype:
-    """Decide what to compute in.
+def resolve_dtype(choice: str, stored: str) -> Precision:
+    """Decide what to compute in, and what experts are kept in.
 
     Args:
-        choice: `auto` (as stored), `fp32` or `bf16`.
+        choice: One of `DtypeChoice`. `auto` is as stored, and never packs anything.
         stored: The safetensors name of the format that the experts are stored in.
 
     Returns:
-        The compute dtype. fp16 is never computed in (T5's activations overflow it): `auto` takes fp32, which keeps
-        every stored bit.
+        The precision. fp16 is never computed in (T5's activations overflow it): `auto` takes fp32, which keeps every
+        stored bit. With packed experts, everything else is as `auto` has it.
 
     Raises:
-        UsageError: `int8`, which is not there yet, or an unknown name.
+        UsageError: An unknown name.
     """
-    if choice == DtypeChoice.INT8:
-        raise UsageError("--dtype int8 is not supported yet", "use bf16 or fp32")
-    if choice == DtypeChoice.AUTO:
-        return Dtype.BF16 if stored == "BF16" else Dtype.FP32
+    as_stored = Dtype.BF16 if stored == "BF16" else Dtype.FP32
     try:
-        return Dtype(choice)
+        wanted = DtypeChoice(choice)
     except ValueError:
-        raise UsageError(f"'{choice}' is not a dtype", "use auto, fp32 or bf16") from None
+        *names, last = DtypeChoice
+        raise UsageError(f"'{choice}' is not a dtype", f"use {', '.join(names)} or {last}") from None
+    if wanted is DtypeChoice.AUTO:
+        return Precision(as_stored)
+    if wanted in (DtypeChoice.INT8, DtypeChoice.NF4):
+        return Precision(as_stored, PackedDtype(wanted.value))
+    return Precision(Dtype(wanted.value))

@@ -24,8 +24,8 @@ Written by `tools/cli_reference.py` from the program itself; do not edit.
 
 Exit codes: 0 all inputs answered; 1 a bug in switchrun, or the answer could not be written; 2 usage; 3 some inputs
 failed, the others were answered; 4 no input could be answered; 5 model not found, or not a supported Switch model;
-6 does not fit the memory allowed; 7 damaged checkpoint or offload data; 8 network; 130, 141, 143 for SIGINT, a broken
-pipe and SIGTERM.
+6 does not fit the memory allowed; 7 damaged checkpoint or offload data; 8 network; 9 the offload folder cannot be
+written; 130, 141, 143 for SIGINT, a broken pipe and SIGTERM.
 
 `SWITCHRUN_DEBUG=1` shows the traceback of an error and what the libraries say.
 """
@@ -42,7 +42,11 @@ def reference() -> str:
 
 
 def _command(command: Any, parent: Any, name: str) -> Iterator[str]:
-    with Context(command, info_name=name, parent=parent) as context:
+    with Context(command, info_name=name.rpartition(" ")[2], parent=parent) as context:
+        if hasattr(command, "list_commands"):
+            for each in command.list_commands(context):
+                yield from _command(command.get_command(context, each), context, f"{name} {each}")
+            return
         usage = " ".join(command.collect_usage_pieces(context))
         yield f"## switchrun {name}\n\n    switchrun {name} {usage}\n\n{_escape(command.help)}\n"
         yield "| option | environment variable | default | what it does |\n| --- | --- | --- | --- |"

@@ -60,8 +60,13 @@ def locate(model: str | None) -> Location:
     return Location(name, path.name, path)
 
 
+def demo_folder() -> Path:
+    """Give the folder of the demo model inside the package."""
+    return Path(str(importlib.resources.files("switchrun") / "demo"))
+
+
 def _demo() -> Location:
-    path = Path(str(importlib.resources.files("switchrun") / "demo"))
+    path = demo_folder()
     if not (path / "config.json").is_file():
         raise ModelError("the demo model is not part of this installation", _WAYS)
     return Location("demo", None, path)

@@ -12,7 +12,9 @@ from switchrun import __version__
 from switchrun.cli.bench import bench
 from switchrun.cli.fill import fill
 from switchrun.cli.libraries import debugging
+from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
+from switchrun.cli.prepare import prepare
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.streams import drop_stdout, prepare_output, report, write_answer
 from switchrun.errors import BudgetError, SwitchrunError, UsageError
@@ -24,6 +26,8 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(fill)
 app.command()(plan)
 app.command()(bench)
+app.command()(prepare)
+app.add_typer(offload, name="offload")
 
 
 def _show_version(wanted: bool) -> None:

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,6 +45,7 @@ def fill(
     cpu_memory: options.CpuMemory = None,
     gpu_memory: options.GpuMemory = None,
     offload_folder: options.OffloadFolder = None,
+    offload_limit: options.OffloadLimit = None,
     device_map: options.DeviceMap = "auto",
     tokenizer: options.Tokenizer = None,
     batch_size: options.BatchSize = 1,
@@ -97,6 +99,7 @@ def fill(
 ) -> None:
     """Fill in the sentinels of each TEXT: <extra_id_0>, <extra_id_1> and so on."""
     options.check_memory(cpu_memory, gpu_memory)
+    options.check_offload_limit(offload_limit)
     map_path = options.device_map_path(device_map)
     if blank is not None:
         replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
@@ -123,12 +126,14 @@ def fill(
             cpu_memory=cpu_memory,
             gpu_memory=gpu_memory,
             offload_folder=offload_folder,
+            offload_limit=offload_limit,
             device_map=map_path,
             tokenizer=tokenizer,
             batch_size=batch_size,
             num_beams=num_beams,
             output_tokens=max_new_tokens,
             progress=progress,
+            warn=partial(_warn, None if quiet else progress),
         ) as session:
             progress.clear()
             if not quiet:
@@ -149,7 +154,7 @@ def open_session(model: str | None, **settings: Any) -> Session:
     from switchrun import hardware
 
     started = time.perf_counter() - hardware.process_age_seconds()
-    tokenizer, progress = settings.pop("tokenizer"), settings.pop("progress")
+    own = {name: settings.pop(name) for name in ("tokenizer", "progress", "warn")}
     # A wrong model or budget is told before torch is imported, which takes seconds.
     prepared = prepare(model, **settings)
     from switchrun.model.preload import DensePreload
@@ -157,7 +162,7 @@ def open_session(model: str | None, **settings: Any) -> Session:
     preload = DensePreload(prepared)
     from switchrun.model.session import Session
 
-    return Session(prepared, tokenizer=tokenizer, progress=progress, started=started, preload=preload)
+    return Session(prepared, started=started, preload=preload, **own)
 
 
 def _arguments(texts: list[str]) -> list[str]:
@@ -188,6 +193,13 @@ def _generation_options(
     if top_p is not None and not 0 < top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, not {top_p:g}", "1 draws from all tokens")
     return GenerationOptions(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, **given)
+
+
+def _warn(progress: ProgressLine | None, warning: str) -> None:
+    """Tell a warning, from any thread; nothing if there is no progress line, which is so if quiet is asked for."""
+    if progress is not None:
+        progress.clear()
+        report(f"warning: {warning}")
 
 
 def _tell_notes(repairs: Iterable[str], *, from_terminal: bool) -> None:

@@ -26,7 +26,7 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         envvar="SWITCHRUN_DTYPE",
-        help="What to compute in; auto is as stored.",
+        help="What to compute in; auto is as stored. int8 and nf4: experts in 8 or 4 bit, the rest as auto.",
     ),
 ]
 CpuMemory = Annotated[
@@ -59,6 +59,17 @@ OffloadFolder = Annotated[
         help="Where switchrun keeps what it writes itself.",
     ),
 ]
+OffloadLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--offload-limit",
+        envvar="SWITCHRUN_OFFLOAD_LIMIT",
+        metavar="SIZE",
+        show_default="no limit",
+        help="What the experts that --dtype int8 and nf4 keep there may take, like 200GB; those used last stay.",
+    ),
+]
+
 DeviceMap = Annotated[
     str,
     typer.Option(
@@ -125,3 +136,18 @@ def check_memory(cpu_memory: str | None, gpu_memory: str | None) -> None:
             resolve_budgets(*sizes)
         except UsageError as error:
             raise UsageError(f"{option}: {error.message}", error.hint) from None
+
+
+def check_offload_limit(limit: str | None) -> None:
+    """Refuse what is not a size before anything slow is done.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    from switchrun._plan import offload_limit_bytes
+
+    option = "--offload-limit"
+    try:
+        offload_limit_bytes(limit)
+    except UsageError as error:
+        raise UsageError(f"{option}: {error.message}", error.hint) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -13,9 +14,10 @@ from functools import partial
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.experts.formats import Format, Load, PlainFormat
 from switchrun.experts.policy import NextUsePolicy
 from switchrun.experts.reader import WAYS, FileReader, Segment, Way
-from switchrun.experts.slots import Buffers, ExpertWeights, ReadPlan, SlotFormat
+from switchrun.experts.slots import Buffers, ExpertWeights
 
 
 @dataclass(slots=True)
@@ -52,16 +54,13 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Load:
-    """One read under way: into a slot or, if `staging` is not None, by way of that staging buffer."""
+class _Arrival:
+    """A read that has ended, one way or another; with `again`, the expert is to be loaded anew by another way."""
 
     key: ExpertKey
-    plan: ReadPlan
-    slot: int
-    staging: int | None
-
-
-_Arrival = tuple[ExpertKey, ExpertWeights | None, BaseException | None]
+    weights: ExpertWeights | None
+    error: BaseException | None
+    again: bool = False
 
 
 class ExpertCache:
@@ -80,6 +79,7 @@ class ExpertCache:
         way: How the disk is read.
         touch: Slots whose pages are taken from the system ahead, on a thread of their own: a first fill would
             otherwise wait for them (new pages are slower than many disks).
+        slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
@@ -95,8 +95,9 @@ class ExpertCache:
         direct: bool = True,
         way: Way = WAYS[0],
         touch: int = 0,
+        slot_format: Format | None = None,
     ) -> None:
-        self._format = SlotFormat(slices, dtype, direct)
+        self._format = slot_format or PlainFormat(slices, dtype, direct)
         self._slots = Buffers(num_slots, slot_bytes)
         self._staging = Buffers(*staging)
         self._reader = FileReader(direct, way)
@@ -160,12 +161,15 @@ class ExpertCache:
                 self._submit(missing)
             while self._in_flight:
                 start = time.perf_counter()
-                key, weights, error = self._next_arrival()
+                arrival = self._next_arrival()
                 self._counters.wait_seconds += time.perf_counter() - start
-                if weights is None:
-                    raise error or AssertionError("a read ended with neither weights nor an error")
-                yield key, weights
-                self._policy.release(key)
+                if arrival.again:
+                    missing.appendleft(arrival.key)
+                elif arrival.weights is None:
+                    raise arrival.error or AssertionError("a read ended with neither weights nor an error")
+                else:
+                    yield arrival.key, arrival.weights
+                    self._policy.release(arrival.key)
                 self._submit(missing)
             finished = True
         finally:
@@ -174,13 +178,15 @@ class ExpertCache:
 
     def _submit(self, missing: deque[ExpertKey]) -> None:
         """Start as many reads as there are slots that nobody uses."""
-        while missing and (not self._format.converts or self._free_staging):
+        while missing:
+            load = self._format.load(missing[0])
+            if load.staged and not self._free_staging:
+                return
             slot = self._take_slot()
             if slot is None:
                 return
             key = missing.popleft()
-            staging = self._free_staging.pop() if self._format.converts else None
-            load = _Load(key, self._format.reads(key), slot, staging)
+            staging = self._free_staging.pop() if load.staged else None
             self._entries[key] = _Entry(slot, None)
             self._policy.use(key)
             self._in_flight += 1
@@ -189,23 +195,29 @@ class ExpertCache:
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
             self._counters.loads += 1
-            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffer, partial(self._finish, load))
+            done = partial(self._finish, load, slot, staging)
+            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffer, done)
 
-    def _finish(self, load: _Load, error: BaseException | None) -> None:
+    def _finish(self, load: Load, slot: int, staging: int | None, error: BaseException | None) -> None:
         """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""
-        weights = None
+        weights, again = None, False
         try:
-            if error is None and load.staging is None:
-                weights = self._format.weights(load.key, self._slots, load.slot, load.plan)
-            elif error is None and load.staging is not None:
-                stored = self._format.weights(load.key, self._staging, load.staging, load.plan)
-                weights = self._format.convert(stored, self._slots, load.slot)
+            if error is not None:
+                raise error
+            if staging is None:
+                weights = self._format.place(load, self._slots, slot)
+            else:
+                weights = self._format.convert(load, self._staging, staging, self._slots, slot)
         except BaseException as failure:  # handed to the model's thread
             error = failure
-        if load.staging is not None:
-            self._free_staging.append(load.staging)
+            with contextlib.suppress(Exception):  # whatever goes wrong here, somebody waits for the arrival
+                again = self._format.give_up(load, failure)
+                for segment in load.plan.segments if again else ():
+                    self._reader.forget(segment.file)
+        if staging is not None:
+            self._free_staging.append(staging)
         self._note_busy(-1)
-        self._arrived.put((load.key, weights, error))
+        self._arrived.put(_Arrival(load.key, weights, error, again))
 
     def _take_slot(self) -> int | None:
         """Give a free slot, or that of the expert that is needed last and is not in use; None if all are."""
@@ -216,12 +228,14 @@ class ExpertCache:
 
     def _next_arrival(self) -> _Arrival:
         """Wait for a read to end, whichever is first."""
-        key, weights, error = self._arrived.get()
+        arrival = self._arrived.get()
         self._in_flight -= 1
-        self._entries[key].weights = weights
-        if weights is None:
-            self._free.append(self._entries.pop(key).slot)
-        return key, weights, error
+        self._entries[arrival.key].weights = arrival.weights
+        if arrival.weights is None:
+            self._free.append(self._entries.pop(arrival.key).slot)
+        if arrival.again:
+            self._counters.loads -= 1
+        return arrival
 
     def _recover(self, keys: Sequence[ExpertKey]) -> None:
         """Leave nothing in flight and nothing in use: a read failed, the caller stopped early, or a signal came.
@@ -230,9 +244,9 @@ class ExpertCache:
         """
         self._reader.wait()
         while not self._arrived.empty():
-            key, weights, _ = self._arrived.get()
-            if key in self._entries:
-                self._entries[key].weights = weights
+            arrival = self._arrived.get()
+            if arrival.key in self._entries:
+                self._entries[arrival.key].weights = arrival.weights
         for key in keys:
             entry = self._entries.get(key)
             if entry is not None and entry.weights is None:

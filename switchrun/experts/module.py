@@ -10,7 +10,7 @@ from torch import nn
 
 from switchrun.checkpoint.types import ExpertKey, Stack
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.product import linear
+from switchrun.experts.packed import multiply
 from switchrun.experts.slots import ExpertWeights
 
 
@@ -96,8 +96,7 @@ class OffloadedExperts(nn.Module):
         return output
 
     def _run(self, weights: ExpertWeights, tokens: torch.Tensor) -> torch.Tensor:
-        wi, wo = weights.wi.to(tokens.device), weights.wo.to(tokens.device)
-        return linear(self._activation(linear(tokens, wi)), wo)
+        return multiply(self._activation(multiply(tokens, weights.wi)), weights.wo)
 
     def _live_only(self, kept: torch.Tensor) -> torch.Tensor:
         """Mask out tokens that do not count; note those that count and were dropped."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from switchrun import hardware
 from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.open_files import OpenFiles
 from switchrun.units import MIB
 
 PAGE = 4096
@@ -69,9 +70,7 @@ class FileReader:
     def __init__(self, direct: bool, way: Way = WAYS[0]) -> None:
         self._direct = direct
         self._way = way
-        self._files: dict[Path, tuple[int, bool]] = {}
-        self._retired: list[int] = []
-        self._lock = threading.Lock()
+        self._files = OpenFiles()
         self._outstanding = 0
         self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(way.threads, thread_name_prefix="switchrun-reader")
@@ -79,8 +78,7 @@ class FileReader:
     @property
     def reads_past_page_cache(self) -> bool:
         """Whether all files opened so far are really read past the page cache."""
-        with self._lock:
-            return bool(self._files) and all(direct for _, direct in self._files.values())
+        return self._files.all_direct
 
     def submit(
         self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
@@ -160,51 +158,38 @@ class FileReader:
             pending.finish(None)
 
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
-        descriptor, direct = self._open(piece.file)
+        file = self._files.acquire(piece.file, self._direct and self._way.direct)
         got = 0
-        while got < piece.needed:
-            try:
-                count = os.preadv(descriptor, [target[got:]], piece.offset + got)
-            except OSError as error:
-                if direct and error.errno == errno.EINVAL:
-                    # Some filesystems take the flag and refuse the read.
-                    descriptor, direct = self._open_buffered(piece.file)
-                    continue
-                raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
-            got += count
-            # A direct read that stops within a page has met the end of the file; one that went on there would fail.
-            if count == 0 or (direct and got < piece.needed and got % PAGE):
-                raise CorruptCheckpointError(
-                    f"{piece.file} ends at byte {piece.offset + got}, inside a tensor", "the file was truncated"
-                )
-        if self._direct and not direct:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
+        try:
+            while got < piece.needed:
+                try:
+                    count = os.preadv(file.descriptor, [target[got:]], piece.offset + got)
+                except OSError as error:
+                    if file.direct and error.errno == errno.EINVAL:
+                        # Some filesystems take the flag and refuse the read.
+                        file = self._files.replace_by_buffered(piece.file, file)
+                        continue
+                    raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
+                got += count
+                # A direct read that stops within a page has met the file's end; one that went on there would fail.
+                if count == 0 or (file.direct and got < piece.needed and got % PAGE):
+                    raise CorruptCheckpointError(
+                        f"{piece.file} ends at byte {piece.offset + got}, inside a tensor", "the file was truncated"
+                    )
+            if self._direct and not file.direct:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file.descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
+        finally:
+            self._files.release(file)
 
-    def _open(self, file: Path) -> tuple[int, bool]:
-        with self._lock:
-            known = self._files.get(file)
-            if known is None:
-                known = self._files[file] = _open_file(file, self._direct and self._way.direct)
-            return known
-
-    def _open_buffered(self, file: Path) -> tuple[int, bool]:
-        """Open a file anew, through the page cache; other threads may still be reading from the old descriptor."""
-        with self._lock:
-            descriptor, direct = self._files[file]
-            if direct:
-                self._retired.append(descriptor)
-                self._files[file] = _open_file(file, direct=False)
-            return self._files[file]
+    def forget(self, path: Path) -> None:
+        """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
+        self._files.forget(path)
 
     def close(self) -> None:
         """Wait for reads in flight, end the threads and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=False)
-        with self._lock:
-            for descriptor in [*self._retired, *(descriptor for descriptor, _ in self._files.values())]:
-                os.close(descriptor)
-            self._files.clear()
-            self._retired.clear()
+        self._files.close()
 
 
 class _Pending:
@@ -246,16 +231,3 @@ def _cut(segment: Segment, chunk: int) -> list[Segment]:
         )
         for start in range(0, segment.needed, chunk)
     ]
-
-
-def _open_file(file: Path, direct: bool) -> tuple[int, bool]:
-    """Open a file; tell whether it is really read past the page cache."""
-    try:
-        if direct and hasattr(os, "O_DIRECT"):
-            try:
-                return os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True
-            except OSError:
-                pass  # tmpfs and some network filesystems refuse the flag
-        return os.open(file, os.O_RDONLY | os.O_CLOEXEC), False
-    except OSError as error:
-        raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error

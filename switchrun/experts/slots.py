@@ -7,12 +7,16 @@ import ctypes
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
+from switchrun.checkpoint.types import ExpertSlices
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.experts.reader import PAGE, Segment
+
+if TYPE_CHECKING:
+    from switchrun.experts.packed import Int8Matrix, Nf4Matrix
 
 #: Buffers of this size on ask for huge pages.
 _HUGE_PAGE_BUFFERS = 4 * 1024**2
@@ -22,7 +26,11 @@ _MADV_POPULATE_WRITE = 23
 _TOUCH_BYTES = 2 * 1024**2
 
 #: torch's dtypes by safetensors' names.
-TORCH_DTYPES: Mapping[str, torch.dtype] = {stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()}
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    **{stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()},
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 class Buffers:
@@ -80,8 +88,8 @@ class ExpertWeights:
     They are valid while the cache keeps the expert in use, and no longer.
     """
 
-    wi: torch.Tensor
-    wo: torch.Tensor
+    wi: torch.Tensor | Int8Matrix | Nf4Matrix
+    wo: torch.Tensor | Int8Matrix | Nf4Matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,49 +123,3 @@ def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
             begins[id(tensor)] = cursor + tensor.offset - start
         cursor = -(-(cursor + length) // page) * page
     return ReadPlan(tuple(segments), (begins[id(slices.wi)], begins[id(slices.wo)]))
-
-
-class SlotFormat:
-    """Knows how experts are laid out in slots: as they are stored, or converted to another dtype.
-
-    Args:
-        slices: Where every expert lies.
-        dtype: What the weights in the slots shall be.
-        direct: Whether reads are aligned for `O_DIRECT`.
-    """
-
-    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], dtype: torch.dtype, direct: bool) -> None:
-        sample = next(iter(slices.values()))
-        self._slices = slices
-        self._dtype = dtype
-        self._direct = direct
-        self.converts = TORCH_DTYPES[sample.wi.dtype] != dtype
-
-    def reads(self, key: ExpertKey) -> ReadPlan:
-        """Give the reads that bring an expert into a slot or, if it must be converted, into a staging buffer."""
-        return plan_reads(self._slices[key], self._direct)
-
-    def weights(self, key: ExpertKey, buffers: Buffers, index: int, plan: ReadPlan) -> ExpertWeights:
-        """Give the expert that was read into a buffer, as views in its stored dtype."""
-        slices = self._slices[key]
-        wi, wo = (_view(buffers, index, at, tensor) for tensor, at in zip(slices, plan.positions, strict=True))
-        return ExpertWeights(wi, wo)
-
-    def convert(self, weights: ExpertWeights, buffers: Buffers, index: int) -> ExpertWeights:
-        """Convert an expert into a slot; blocks while it copies.
-
-        Returns:
-            Views of the slot.
-        """
-        wi = buffers.tensor(index, 0, self._dtype, tuple(weights.wi.shape))
-        wo = buffers.tensor(index, wi.numel() * wi.itemsize, self._dtype, tuple(weights.wo.shape))
-        wi.copy_(weights.wi)
-        wo.copy_(weights.wo)
-        return ExpertWeights(wi, wo)
-
-
-def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> torch.Tensor:
-    dtype = TORCH_DTYPES[stored.dtype]
-    if stored.transposed:
-        return buffers.tensor(index, position, dtype, stored.shape[::-1]).T
-    return buffers.tensor(index, position, dtype, stored.shape)

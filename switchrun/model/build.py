@@ -13,30 +13,43 @@ from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTrans
 from transformers.activations import ACT2FN
 
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
+from switchrun.experts.formats import PackedFormat
 from switchrun.experts.module import OffloadedExperts, RoutingContext
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
 from switchrun.planning import Plan, memory
+from switchrun.store import BackgroundWriter, ExpertStore
 
 _log = logging.getLogger(__name__)
 
 
-def build_cache(checkpoint: SwitchCheckpoint, plan: Plan, dtype: torch.dtype, way: Way) -> ExpertCache:
-    """Make the expert cache that a plan asks for, read in the given way; the caller closes it."""
+def build_cache(
+    checkpoint: SwitchCheckpoint, plan: Plan, way: Way, store: ExpertStore | None, writer: BackgroundWriter | None
+) -> ExpertCache:
+    """Make the expert cache that a plan asks for; the caller closes it.
+
+    Args:
+        checkpoint: Where experts lie.
+        plan: How many slots, and in which dtype.
+        way: How the disk is read.
+        store: Where packed experts may lie; None if experts are not packed.
+        writer: Writes there; it stays the caller's.
+    """
     use = plan.tier("cpu")
-    staging = memory.staging_bytes(checkpoint, Dtype(plan.dtype)) // memory.STAGING_BUFFERS
+    staging = memory.staging_bytes(checkpoint, plan.precision) // memory.STAGING_BUFFERS
+    direct = memory.reads_directly(checkpoint)
     return ExpertCache(
         checkpoint.experts,
-        dtype,
+        getattr(torch, plan.precision.compute.torch_name),
         num_slots=use.expert_slots,
         slot_bytes=use.slot_bytes,
         staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=memory.reads_directly(checkpoint),
+        direct=direct,
         way=way,
         touch=plan.estimate.encoder_expert_loads + plan.estimate.decoder_expert_loads,
+        slot_format=None if store is None else PackedFormat(checkpoint.experts, store, writer, direct),
     )
 
 

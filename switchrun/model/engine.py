@@ -11,7 +11,6 @@ import torch
 from switchrun import hardware
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
 from switchrun.experts.probe import reading_way
@@ -21,6 +20,7 @@ from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
 from switchrun.model.preload import DensePreload
 from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
+from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
 
 #: So many bytes read are a fair measurement of the disk.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
@@ -32,6 +32,8 @@ class Engine:
     Args:
         prepared: The checkpoint and its plan.
         on_dense_bytes: Called after each dense weight that was read, with the bytes done and in all.
+        warn: Called with what the user should know of the offload folder, a sentence each, from any thread. Without
+            it, that is logged.
         preload: Dense weights that are being read already; None starts reading now. The engine closes it.
 
     Attributes:
@@ -55,6 +57,7 @@ class Engine:
         self,
         prepared: Prepared,
         on_dense_bytes: Callable[[int, int], None] = lambda _done, _total: None,
+        warn: Callable[[str], None] | None = None,
         preload: DensePreload | None = None,
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
@@ -75,9 +78,15 @@ class Engine:
                 preload.wait(name)
                 on_bytes(checkpoint.dense[name].nbytes)
             self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes() - preload.nbytes)
-            dtype = getattr(torch, Dtype(plan.dtype).torch_name)
+            dtype = getattr(torch, plan.precision.compute.torch_name)
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
-            self.cache = stack.enter_context(build_cache(checkpoint, plan, dtype, way))
+            store = _open_store(prepared, warn)
+            # Closed after the cache, whose threads offer it experts; then it writes what still waits.
+            writer = None
+            if store is not None:
+                buffers = memory.writer_buffers(checkpoint, plan.precision)
+                writer = stack.enter_context(BackgroundWriter(store, buffers))
+            self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
             self.model = build_model(checkpoint, dtype, self.cache, self.context)
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
@@ -95,6 +104,8 @@ class Engine:
 
     def _remember_bandwidth(self) -> None:
         """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""
+        if self.plan.precision.packed is not None:
+            return  # these may have been read from another disk
         counters = self.cache.counters()
         file = next(iter(self.checkpoint.experts.values())).wi.file
         enough = counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0
@@ -106,3 +117,17 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _open_store(prepared: Prepared, warn: Callable[[str], None] | None) -> ExpertStore | None:
+    """Open the store for a plan with packed experts; None if it has none.
+
+    Raises:
+        CorruptCheckpointError: The folder belongs to something else.
+    """
+    checkpoint, packed = prepared.checkpoint, prepared.plan.precision.packed
+    if packed is None:
+        return None
+    return open_checkpoint_store(
+        prepared.offload.folder, checkpoint, packed.value, limit_bytes=prepared.offload.limit_bytes, warn=warn
+    )

@@ -13,7 +13,6 @@ from functools import partial
 
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import TensorSlice
-from switchrun.dtypes import Dtype
 from switchrun.experts.reader import WAYS, FileReader, known_way
 from switchrun.planning import memory
 from switchrun.planning.device_map import tier_of
@@ -40,7 +39,7 @@ class DensePreload:
             name: tensor
             for name, tensor in checkpoint.dense.items()
             if not memory.is_router(name)
-            and tensor.dtype == Dtype(plan.dtype).stored
+            and tensor.dtype == plan.precision.compute.stored
             and tier_of(name, plan.device_map) == "cpu"
         }
         way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]

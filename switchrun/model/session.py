@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Session:
         tokenizer: str | None = None,
         progress: ProgressCallback | None = None,
         started: float | None = None,
+        warn: Callable[[str], None] | None = None,
         preload: DensePreload | None = None,
     ) -> None:
         """Build what was planned; `Session.open` is the usual way.
@@ -59,6 +60,7 @@ class Session:
             tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
             progress: Called while the session works.
             started: `time.perf_counter()` when opening began; now if None.
+            warn: Called with warnings, from any thread; they are logged if it is None.
             preload: Dense weights that are being read already; the session closes it.
 
         Raises:
@@ -67,7 +69,7 @@ class Session:
         started = time.perf_counter() if started is None else started
         self._progress = progress
         self._tokenizer = load_tokenizer(prepared.checkpoint, tokenizer)
-        self.engine = engine = Engine(prepared, self._tell_open, preload)
+        self.engine = engine = Engine(prepared, self._tell_open, warn, preload)
         self.checkpoint, self.plan, self._cache = engine.checkpoint, engine.plan, engine.cache
         self._totals = Totals()
         self.open_seconds = time.perf_counter() - started
@@ -81,6 +83,7 @@ class Session:
         cpu_memory: str | int | None = None,
         gpu_memory: str | int | None = None,
         offload_folder: str | Path | None = None,
+        offload_limit: str | int | None = None,
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         batch_size: int = 1,
@@ -92,10 +95,11 @@ class Session:
 
         Args:
             model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
-            dtype: `auto` (as stored), `fp32` or `bf16`.
+            dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`; the last two are for experts only.
             cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
             gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
             offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.
+            offload_limit: What packed experts may take there, such as `200GB`; without it, as much as they need.
             device_map: A device map, or a file with one; None or `auto` lets the planner decide.
             tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
             batch_size: Most inputs to run together; memory is reserved for as many.
@@ -113,6 +117,7 @@ class Session:
             cpu_memory=cpu_memory,
             gpu_memory=gpu_memory,
             offload_folder=offload_folder,
+            offload_limit=offload_limit,
             device_map=device_map,
             batch_size=batch_size,
             num_beams=num_beams,

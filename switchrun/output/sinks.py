@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from enum import StrEnum
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import InputError
 from switchrun.model.records import SCHEMA_VERSION, FillResult
+
+if TYPE_CHECKING:
+    from switchrun.store import StoreInfo
+
+STORES_SCHEMA_VERSION = 1
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -50,6 +57,26 @@ def format_failure(position: int, text: str, error: InputError, style: FillForma
 def format_record(record: dict[str, Any], *, indent: bool) -> str:
     """Write a record as JSON in UTF-8, indented or on one line, with a newline at the end."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2 if indent else None) + "\n"
+
+
+def stores_record(offload: Path, stores: Iterable[StoreInfo]) -> dict[str, Any]:
+    """Give the stores as a record; docs/schemas/offload.schema.json describes it."""
+    return {
+        "schema_version": STORES_SCHEMA_VERSION,
+        "offload_folder": str(offload),
+        "stores": [
+            {
+                "folder": str(info.folder),
+                "model": info.manifest.model if info.manifest else None,
+                "fingerprint": info.manifest.fingerprint if info.manifest else None,
+                "dtype": info.folder.name,
+                "num_experts": info.experts,
+                "total_bytes": info.nbytes,
+                "problem": info.problem or None,
+            }
+            for info in stores
+        ],
+    }
 
 
 def _one_line(text: str) -> str:

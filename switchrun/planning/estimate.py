@@ -34,6 +34,7 @@ def estimate_fill(
     expert_slots: int,
     dense_disk_bytes: Mapping[str, int],
     bandwidth: Bandwidth | None = None,
+    expert_bytes: float | None = None,
 ) -> Estimate:
     """Estimate the first fill of a session, with nothing in the cache yet.
 
@@ -45,6 +46,7 @@ def estimate_fill(
         expert_slots: Experts that memory holds.
         dense_disk_bytes: Module → bytes of the dense weights that stay on disk.
         bandwidth: Read bandwidth of the disk; None assumes one.
+        expert_bytes: What is read for an expert on average; as it is stored if None.
     """
     experts = checkpoint.num_experts
     encoder_layers = len(checkpoint.sparse_blocks["encoder"])
@@ -54,7 +56,8 @@ def estimate_fill(
     distinct = decoder_layers * expected_distinct(experts, batch_size * output_tokens)
     each_step = decoder_layers * expected_distinct(experts, batch_size)
     decoder = distinct if distinct <= expert_slots else output_tokens * each_step
-    load_bytes = round((encoder + decoder) * checkpoint.expert_bytes)
+    each = checkpoint.expert_bytes if expert_bytes is None else expert_bytes
+    load_bytes = round((encoder + decoder) * each)
     dense = sum(
         size * (1 if module.startswith("encoder") else output_tokens) for module, size in dense_disk_bytes.items()
     )

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import Dtype
+from switchrun.dtypes import Dtype, PackedDtype, Precision
 from switchrun.planning.types import Tier
+from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
 #: Interpreter, torch, transformers and tokenizer, resident once a first fill has run. Measured with torch 2.13
@@ -19,6 +20,10 @@ FIRST_RUN_BYTES = 160 * MIB
 INDEX_BYTES_PER_TENSOR = 900
 #: Experts being converted to another dtype at a time; each needs a buffer of its stored size.
 STAGING_BUFFERS = 2
+#: What may wait to be written to `offload/`: at least two experts. The next ones are written when they are met again.
+WRITER_BYTES = 8 * MIB
+#: What packing an expert, or multiplying with a packed one, takes besides; one of each can be under way.
+PACKING_SCRATCH_BYTES = 14 * MIB
 #: From this size on an expert is read past the page cache; below, the alignment would cost more than it saves.
 DIRECT_IO_BYTES = 4 * MIB
 #: Slots that are set aside before dense weights get memory: some are computed on while others are being read.
@@ -50,17 +55,25 @@ def dense_bytes(name: str, tensor: TensorSlice, dtype: Dtype) -> int:
     return count * (4 if is_router(name) else dtype.itemsize)
 
 
-def needs_conversion(stored: str, dtype: Dtype) -> bool:
-    """Tell whether an expert's bytes must be converted on their way into a slot."""
-    return stored != dtype.stored
+def is_staged(stored: str, precision: Precision) -> bool:
+    """Tell whether an expert of the checkpoint must be converted or packed on its way into a slot."""
+    return precision.packed is not None or stored != precision.compute.stored
 
 
-def slot_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype) -> int:
-    """Give the size of a slot: one expert in the compute dtype, with room for the alignment of direct reads."""
+def packed_layout(checkpoint: SwitchCheckpoint, packed: PackedDtype) -> Layout:
+    """Give how an expert lies in a slot, and in `offload/`, if it is packed."""
+    return layout_of(packed, checkpoint.config["d_model"], checkpoint.config["d_ff"])
+
+
+def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give the size of a slot: one expert as it is kept, with room for the alignment of direct reads."""
     slices = next(iter(checkpoint.experts.values()))
-    if needs_conversion(slices.wi.dtype, dtype):
+    if precision.packed is not None:
+        # A file in `offload/` has its data at a page's start, so that whole pages hold it.
+        return _round_up(packed_layout(checkpoint, precision.packed).nbytes, _PAGE)
+    if is_staged(slices.wi.dtype, precision):
         elements = sum(t.shape[0] * t.shape[1] for t in slices)
-        return _round_up(elements * dtype.itemsize, _PAGE)
+        return _round_up(elements * precision.compute.itemsize, _PAGE)
     return read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
 
 
@@ -69,19 +82,41 @@ def read_buffer_bytes(wi_bytes: int, wo_bytes: int) -> int:
     return _round_up(wi_bytes + wo_bytes + 4 * _PAGE, _PAGE)
 
 
-def staging_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype) -> int:
-    """Give the bytes of all buffers for conversion; 0 if experts are stored in the compute dtype."""
+def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
+    """Give what is read for an expert if a share of them lies packed in the offload folder."""
+    if precision.packed is None:
+        return checkpoint.expert_bytes
+    packed = packed_layout(checkpoint, precision.packed).nbytes
+    return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
+
+
+def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
     slices = next(iter(checkpoint.experts.values()))
-    if not needs_conversion(slices.wi.dtype, dtype):
+    if not is_staged(slices.wi.dtype, precision):
         return 0
     return STAGING_BUFFERS * read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
 
 
-def overhead_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype) -> int:
+def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give how many packed experts may wait to be written to `offload/`."""
+    return max(2, min(WRITER_BYTES // slot_bytes(checkpoint, precision), 64))
+
+
+def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
+    if precision.packed is None:
+        return 0
+    scratch = (STAGING_BUFFERS + 1) * PACKING_SCRATCH_BYTES
+    return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
+
+
+def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give what a process needs besides weights and activations: libraries, the index, buffers for reading."""
     tensors = 2 * len(checkpoint.experts) + len(checkpoint.dense)
     largest = max(tensor.nbytes for tensor in checkpoint.dense.values())
-    return RUNTIME_BYTES + tensors * INDEX_BYTES_PER_TENSOR + largest + staging_bytes(checkpoint, dtype)
+    buffers = staging_bytes(checkpoint, precision) + packing_bytes(checkpoint, precision)
+    return RUNTIME_BYTES + tensors * INDEX_BYTES_PER_TENSOR + largest + buffers
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +138,7 @@ def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
     return max(max_input_tokens(checkpoint), wanted)
 
 
-def activation_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype, shape: BatchShape, num_beams: int = 1) -> int:
+def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: BatchShape, num_beams: int = 1) -> int:
     """Give the memory for hidden states, attention, caches and scratch of one batch, at most.
 
     The largest of the encoder's and the decoder's moment: nothing of a layer but its output and the position bias
@@ -111,6 +146,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype, shape: BatchSha
     """
     c = checkpoint.config
     d_model, d_ff, heads, inner = c["d_model"], c["d_ff"], c["num_heads"], c["num_heads"] * c["d_kv"]
+    dtype = precision.compute
     item, rows, tokens = dtype.itemsize, shape.rows, shape.tokens
     positions = rows * tokens
     hidden = positions * d_model
@@ -119,7 +155,8 @@ def activation_bytes(checkpoint: SwitchCheckpoint, dtype: Dtype, shape: BatchSha
     attend = 4 * positions * inner * item + 3 * rows * attention * item + 4 * tokens * tokens * 8
     # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
     route = hidden * 4 + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
-    expert = positions * (2 * d_ff + 2 * d_model) * max(item, 2)
+    # What is multiplied with packed weights is float32 meanwhile, whatever the dtype.
+    expert = positions * (2 * d_ff + 2 * d_model) * (4 if precision.packed else item)
     encoder = 4 * hidden * item + 2 * hidden * 4 + attention * item + max(attend, route + expert)
 
     sequences = max(rows, num_beams)

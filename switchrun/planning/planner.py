@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype, resolve_dtype
+from switchrun.dtypes import Dtype, Precision, resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
@@ -56,6 +56,7 @@ def make_plan(
     input_tokens: int = 24,
     output_tokens: int = 12,
     bandwidth: Bandwidth | None = None,
+    stored_share: float = 0.0,
 ) -> Plan:
     """Decide where every weight goes.
 
@@ -65,23 +66,25 @@ def make_plan(
     Args:
         checkpoint: The checkpoint, opened from its headers.
         budgets: Bytes allowed on each tier.
-        dtype: `auto`, `fp32` or `bf16`.
+        dtype: `auto`, `fp32`, `bf16`, `int8` or `nf4`.
         batch_size: Inputs that run together.
         num_beams: Beams of each input.
         device_map: Where dense weights go, instead of the planner's own choice.
         input_tokens: Tokens of an input, for the estimate.
         output_tokens: Tokens generated, for the estimate; memory is reserved for more.
         bandwidth: Read bandwidth of the disk, for the estimate.
+        stored_share: Which share of the experts lies in the offload folder, packed, for the estimate.
 
     Raises:
         BudgetError: The CPU budget is below the minimum, or the given map does not fit.
         UsageError: The dtype or the device map makes no sense.
     """
-    compute = resolve_dtype(dtype, checkpoint.stored_dtype)
-    needs = _needs(checkpoint, compute, batch_size, num_beams, output_tokens)
+    precision = resolve_dtype(dtype, checkpoint.stored_dtype)
+    compute = precision.compute
+    needs = _needs(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
-            f"{checkpoint.id} in {compute} needs at least {_mib_up(needs.minimum)} of CPU memory, "
+            f"{checkpoint.id} in {precision.name} needs at least {_mib_up(needs.minimum)} of CPU memory, "
             f"{format_bytes(budgets.cpu_bytes)} is allowed",
             f"use --cpu-memory {_mib_up(needs.minimum).replace(' ', '')} or more",
         )
@@ -106,7 +109,8 @@ def make_plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
         path=str(checkpoint.path),
-        dtype=compute.value,
+        dtype=precision.name,
+        compute_dtype=compute.value,
         stored_dtype=checkpoint.stored_dtype,
         repairs=checkpoint.repairs,
         num_experts=needs.num_experts,
@@ -127,6 +131,7 @@ def make_plan(
             expert_slots=sum(use.expert_slots for use in tiers if use.tier != "disk"),
             dense_disk_bytes={m: sizes[m] for m, t in placed.items() if t == "disk"},
             bandwidth=bandwidth,
+            expert_bytes=memory.mean_load_bytes(checkpoint, precision, stored_share),
         ),
     )
 
@@ -137,17 +142,19 @@ def module_of(name: str) -> str:
     return ".".join(parts[:3] if parts[1] == "block" else parts[:-1])
 
 
-def _needs(checkpoint: SwitchCheckpoint, dtype: Dtype, batch_size: int, num_beams: int, output_tokens: int) -> _Needs:
+def _needs(
+    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: int, num_beams: int, output_tokens: int
+) -> _Needs:
     tokens = memory.max_input_tokens(checkpoint)
     shape = memory.BatchShape(batch_size, tokens, memory.max_output_tokens(checkpoint, output_tokens))
-    sizes = {name: memory.dense_bytes(name, tensor, dtype) for name, tensor in checkpoint.dense.items()}
+    sizes = {name: memory.dense_bytes(name, tensor, precision.compute) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
         groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
     return _Needs(
-        overhead=memory.overhead_bytes(checkpoint, dtype),
-        activations=memory.activation_bytes(checkpoint, dtype, shape, num_beams),
-        slot=memory.slot_bytes(checkpoint, dtype),
+        overhead=memory.overhead_bytes(checkpoint, precision),
+        activations=memory.activation_bytes(checkpoint, precision, shape, num_beams),
+        slot=memory.slot_bytes(checkpoint, precision),
         num_experts=len(checkpoint.experts),
         groups=groups,
         largest_tensor=max(sizes.values()),

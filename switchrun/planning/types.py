@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from switchrun.dtypes import Dtype, PackedDtype, Precision
+
 SCHEMA_VERSION = 1
 
 #: Where weights may be, as accelerate writes it in a device map: a GPU's number, `cpu` or `disk`.
@@ -65,7 +67,7 @@ class Estimate:
         output_tokens: Tokens generated for each input.
         encoder_expert_loads: Experts read in the encoder step.
         decoder_expert_loads: Experts read in all decoder steps.
-        load_bytes: Bytes of those experts as stored.
+        load_bytes: Bytes of those experts, where they lie now: in the checkpoint or, packed, in the offload folder.
         dense_disk_bytes: Bytes of dense weights that are read again, since they stay on disk.
         bandwidth_bytes_per_second: Read bandwidth of the disk.
         bandwidth_source: Where that figure is from.
@@ -91,7 +93,8 @@ class Plan:
         model_id: What the user called the model.
         revision: The Hub's commit, if it came from there.
         path: The checkpoint's folder.
-        dtype: The compute dtype.
+        dtype: What experts are kept in: the compute dtype, `int8` or `nf4`.
+        compute_dtype: What everything is computed in, and all but the experts kept in.
         stored_dtype: The checkpoint's own, as safetensors names it.
         repairs: What was mended in the checkpoint's configuration or names.
         num_experts: Experts of the whole model.
@@ -111,6 +114,7 @@ class Plan:
     revision: str | None
     path: str
     dtype: str
+    compute_dtype: str
     stored_dtype: str
     repairs: tuple[str, ...]
     num_experts: int
@@ -124,6 +128,12 @@ class Plan:
     minimum_cpu_bytes: int
     resident_cpu_bytes: int
     estimate: Estimate
+
+    @property
+    def precision(self) -> Precision:
+        """Both dtypes as one value."""
+        packed = None if self.dtype == self.compute_dtype else PackedDtype(self.dtype)
+        return Precision(Dtype(self.compute_dtype), packed)
 
     def tier(self, name: str) -> TierUse:
         """Give what the tier of that name (`cpu`) holds."""

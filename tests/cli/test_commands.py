@@ -23,7 +23,9 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1].replace("'", '"')))
 
 
-@pytest.mark.parametrize("args", ["--help", "--version", "fill --help", "plan --help", "fill nosentinel"])
+@pytest.mark.parametrize(
+    "args", ["--help", "--version", "fill --help", "plan --help", "prepare --help", "offload --help", "fill nosentinel"]
+)
 def test_light_commands_import_nothing_heavy(hermetic: dict[str, str], args: str) -> None:
     assert _imported(args, hermetic) == set()
 
@@ -31,6 +33,13 @@ def test_light_commands_import_nothing_heavy(hermetic: dict[str, str], args: str
 def test_plan_imports_no_torch(hermetic: dict[str, str]) -> None:
     assert _imported("plan", hermetic) <= {"rich"}
     assert _imported("plan --format json", hermetic) == set()
+
+
+def test_what_stores_are_there_is_told_without_torch(hermetic: dict[str, str]) -> None:
+    assert _imported("offload ls --format json", hermetic) == set()
+    assert _imported("offload verify", hermetic) <= {"rich"}
+    assert _imported("offload clear --yes", hermetic) == set()
+    assert _imported("prepare --dtype int8 --dry-run", hermetic) <= {"rich"}
 
 
 def test_importing_the_package_imports_nothing_heavy(hermetic: dict[str, str]) -> None:
@@ -79,7 +88,8 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
         (["plan", "--cpu-memory", "much"], 2, "--cpu-memory: 'much' is not a size"),
         (["plan", "--disk-bandwidth", "fast"], 2, "--disk-bandwidth: 'fast' is not a rate"),
         (["plan", "--disk-bandwidth", "0GB/s"], 2, "--disk-bandwidth: '0GB/s' is not a rate"),
-        (["plan", "--dtype", "int8"], 2, "int8"),
+        (["plan", "--dtype", "int4"], 2, "int4"),
+        (["fill", "--offload-limit", "little", "<extra_id_0>"], 2, "--offload-limit: 'little' is not a size"),
         (["plan", "--device-map", "nowhere"], 2, "there is no file 'nowhere'"),
         (["plan", "--input-tokens", "0"], 2, "'--input-tokens'"),
         (["plan", "--format", "jsonl"], 2, "'--format'"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import Dtype
+from switchrun.dtypes import Dtype, Precision
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.reader import PAGE, WAYS
@@ -36,12 +36,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> SwitchCheckpoint:
 def make_cache(
     checkpoint: SwitchCheckpoint, slots: int, dtype: Dtype = Dtype.FP32, direct: bool = False
 ) -> ExpertCache:
-    staging = memory.staging_bytes(checkpoint, dtype) // memory.STAGING_BUFFERS
+    precision = Precision(dtype)
+    staging = memory.staging_bytes(checkpoint, precision) // memory.STAGING_BUFFERS
     return ExpertCache(
         checkpoint.experts,
         getattr(torch, dtype.torch_name),
         slots,
-        memory.slot_bytes(checkpoint, dtype),
+        memory.slot_bytes(checkpoint, precision),
         (memory.STAGING_BUFFERS, staging) if staging else (0, 0),
         direct=direct,
     )

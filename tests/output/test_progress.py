@@ -7,7 +7,8 @@ import io
 import pytest
 
 from switchrun.model.records import Progress
-from switchrun.output import progress
+from switchrun.output import terminal_line
+from switchrun.output.byte_progress import ByteProgress
 from switchrun.output.progress import ProgressLine
 
 ERASE = "\r\x1b[2K"
@@ -22,7 +23,7 @@ class _Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Give the time that the progress line sees, as a list of one number."""
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(terminal_line.time, "monotonic", lambda: now[0])
     monkeypatch.setenv("TERM", "xterm")
     return now
 
@@ -48,7 +49,7 @@ def test_it_is_not_drawn_too_often(clock: list[float]) -> None:
     line = ProgressLine(stream)
     for token in range(10):
         line(Progress("decode", token, 64, 0))
-        clock[0] += progress.REDRAW_SECONDS / 4
+        clock[0] += terminal_line.REDRAW_SECONDS / 4
     assert stream.getvalue().count("decode") == 3
 
 
@@ -81,3 +82,24 @@ def test_nothing_where_nobody_looks(clock: list[float], monkeypatch: pytest.Monk
     monkeypatch.setenv("TERM", "dumb")
     ProgressLine(dumb)(Progress("decode", 1, 64, 0))
     assert pipe.getvalue() + unwanted.getvalue() + dumb.getvalue() == ""
+
+
+def test_bytes_have_a_rate_and_an_end(clock: list[float]) -> None:
+    stream = _Terminal()
+    line = ByteProgress(stream, "prepare")
+    line(0, 4 * 2**30)
+    clock[0] += 4
+    line(2**30, 4 * 2**30)
+    line(2**30 + 1, 4 * 2**30)
+    line.clear()
+    assert stream.getvalue().split(ERASE)[1:] == [
+        "prepare: 0 B of 4 GiB (0 %)",
+        "prepare: 1 GiB of 4 GiB (25 %), 0.27 GB/s, 12.00 s left",
+        "",
+    ]
+
+
+def test_bytes_are_not_drawn_where_nobody_looks(clock: list[float]) -> None:
+    pipe = io.StringIO()
+    ByteProgress(pipe, "verify")(0, 0)
+    assert pipe.getvalue() == ""

@@ -26,6 +26,7 @@ PLAN = Plan(
     revision="0123456789abcdef0123456789abcdef01234567",
     path="/data/models/" + "long/" * 20,
     dtype="bf16",
+    compute_dtype="bf16",
     stored_dtype="BF16",
     repairs=("num_decoder_layers is 12 in config.json, but the checkpoint's tensors have 15 decoder blocks: took 15",),
     num_experts=61440,

@@ -1,0 +1,181 @@
+"""`switchrun offload`: shows, checks and empties what switchrun keeps in the offload folder."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from switchrun import folders
+from switchrun.cli import options
+from switchrun.cli.streams import report, report_lines, write_answer
+from switchrun.dtypes import PackedDtype
+from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
+from switchrun.output.byte_progress import ByteProgress
+from switchrun.output.sinks import format_record, stores_record
+from switchrun.units import format_bytes
+
+if TYPE_CHECKING:
+    from switchrun.store import StoreInfo, VerifyReport
+
+app = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=False, help="Show, check and empty the experts kept in the offload folder."
+)
+
+# No environment variables here: one that is meant for `fill` must not decide what is deleted.
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH|ID[@REVISION]",
+        show_default="every model",
+        help="Only this model's experts. demo is the demo model's, a folder of that name ./demo.",
+    ),
+]
+Dtype = Annotated[PackedDtype | None, typer.Option("--dtype", show_default="all", help="Only experts in this dtype.")]
+
+
+class ListFormat(StrEnum):
+    """What `switchrun offload ls --format` takes."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+@app.callback(invoke_without_command=True)
+def offload(context: typer.Context) -> None:
+    """Show, check and empty the experts kept in the offload folder."""
+    if context.invoked_subcommand is None:
+        raise UsageError("a command is missing: ls, verify or clear", "see: switchrun offload --help")
+
+
+@app.command("ls")
+def list_them(
+    offload_folder: options.OffloadFolder = None,
+    style: Annotated[ListFormat, typer.Option("--format", help="table: to read; json: to process.")] = ListFormat.TABLE,
+) -> None:
+    """List the stored experts of every model and dtype."""
+    from switchrun.store import list_stores
+
+    place = folders.offload_folder(offload_folder)
+    stores = list_stores(place)
+    if style is ListFormat.JSON:
+        write_answer(format_record(stores_record(place, stores), indent=True))
+    else:
+        from switchrun.output.offload_tables import render_stores
+
+        write_answer(render_stores(place, stores))
+
+
+@app.command()
+def verify(
+    model: Model = None,
+    dtype: Dtype = None,
+    offload_folder: options.OffloadFolder = None,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete what is damaged; it is made again from the checkpoint.")
+    ] = False,
+) -> None:
+    """Read every stored expert and compare it with its checksum."""
+    from switchrun.output.offload_tables import render_stores, render_verified
+    from switchrun.store import verify_store
+
+    place = folders.offload_folder(offload_folder)
+    stores = _chosen(place, model, dtype)
+    if not stores:
+        write_answer(render_stores(place, stores))
+    verified: list[tuple[StoreInfo, VerifyReport]] = []
+    unusable = 0
+    for info in stores:
+        progress = ByteProgress(sys.stderr, "verify")
+        try:
+            found = verify_store(info.folder, progress, delete=delete)
+        except CorruptCheckpointError as error:
+            unusable += 1
+            progress.clear()
+            report(error.message)
+            continue
+        finally:
+            progress.clear()
+        verified.append((info, found))
+        for path, reason in found.damaged:
+            report(f"{path}: {reason}{'; deleted' if not path.exists() else ''}")
+    if verified:
+        write_answer(render_verified(place, verified))
+    if unusable:
+        raise CorruptCheckpointError(
+            f"{unusable} of the stores in {place} cannot be used",
+            "empty them with: switchrun offload clear --model MODEL --dtype DTYPE",
+        )
+    left = sum(path.exists() for _, found in verified for path, _ in found.damaged)
+    if left:
+        raise CorruptCheckpointError(
+            f"{left} stored experts in {place} are damaged",
+            "delete them with: switchrun offload verify --delete; they are made again from the checkpoint",
+        )
+
+
+@app.command()
+def clear(
+    model: Model = None,
+    dtype: Dtype = None,
+    offload_folder: options.OffloadFolder = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete stored experts. Nothing is lost but time: they are made again from the checkpoint."""
+    from switchrun.store import clear_store
+
+    place = folders.offload_folder(offload_folder)
+    stores = _chosen(place, model, dtype)
+    if not stores:
+        write_answer(f"nothing to delete in {place}\n")
+        return
+    experts = sum(info.experts for info in stores)
+    size = format_bytes(sum(info.nbytes for info in stores))
+    for info in stores:
+        report_lines(f"{info.folder}: {info.experts} experts, {format_bytes(info.nbytes)}\n")
+    if not yes and not _confirmed(f"Delete these {experts} experts, {size}? [y/N] "):
+        write_answer("nothing was deleted\n")
+        return
+    for info in stores:
+        progress = ByteProgress(sys.stderr, "clear")
+        try:
+            clear_store(info.folder, progress)
+        except OSError as error:
+            raise StorageError(f"{info.folder} cannot be emptied: {error.strerror}") from error
+        finally:
+            progress.clear()
+    write_answer(f"deleted {experts} experts, {size}\n")
+
+
+def _confirmed(question: str) -> bool:
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError("nothing was deleted: stdin is no terminal that could be asked", "add --yes")
+    report_lines(question)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[StoreInfo]:
+    """Give the stores of a model and a dtype. The model itself need not be there any more."""
+    from switchrun.store import list_stores
+
+    stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype.value]
+    return stores if model is None else [info for info in stores if _is_of(info, place, model)]
+
+
+def _is_of(info: StoreInfo, place: Path, model: str) -> bool:
+    from switchrun.store import store_folder
+
+    path = Path(model).expanduser()
+    # A folder called demo is ./demo: what is deleted must not depend on where one is.
+    names = {model} if model == "demo" else {model, str(path.absolute()), str(path.resolve())}
+    stored = info.manifest.model if info.manifest else ""
+    # A Hub id without a revision means all that are stored of it.
+    if stored in names or ("@" not in model and stored.startswith(f"{model}@")):
+        return True
+    # A manifest that is damaged, or another model's, does not tell: the folder's name is made of the model's.
+    return any(info.folder == store_folder(place, name, info.folder.name) for name in names)

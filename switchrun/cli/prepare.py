@@ -1,0 +1,150 @@
+"""`switchrun prepare`: quantises experts into the offload folder ahead of time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from switchrun import folders
+from switchrun.cli import options
+from switchrun.cli.libraries import quieten_libraries
+from switchrun.cli.signals import Interrupted
+from switchrun.cli.streams import report, write_answer
+from switchrun.dtypes import PackedDtype
+from switchrun.errors import UsageError
+from switchrun.output.byte_progress import ByteProgress
+from switchrun.units import format_bytes, format_seconds, parse_bytes
+
+if TYPE_CHECKING:
+    from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
+    from switchrun.planning.preparation import PreparedCounts
+    from switchrun.store import ExpertStore
+
+
+def prepare(
+    dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill shall compute the experts in.")],
+    model: options.Model = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", show_default="all", help="Only these layers, like encoder.1,decoder.3-7."),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", show_default="all", help="Only these experts of each layer, like 0-15,20."),
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            show_default="none",
+            help="Most that the model's stored experts may take on disk; those beyond it are left out.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, show_default="one a core, as memory allows", help="Experts quantised side by side."),
+    ] = None,
+    cpu_memory: options.CpuMemory = None,
+    offload_folder: options.OffloadFolder = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; store nothing.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read what is stored already, and write it anew where it is damaged.")
+    ] = False,
+) -> None:
+    """Quantise experts into the offload folder ahead of time.
+
+    It may be stopped at any time: the same command goes on from there.
+    """
+    from switchrun.checkpoint import open_checkpoint
+    from switchrun.planning import preparation as planning
+    from switchrun.planning import resolve_budgets
+    from switchrun.planning.memory import packed_layout
+    from switchrun.store import open_checkpoint_store
+
+    started = time.perf_counter()
+    options.check_memory(cpu_memory, None)
+    limit_bytes = _parse_limit(limit)
+    place = folders.offload_folder(offload_folder)
+    checkpoint = open_checkpoint(model, cache_dir=place / "index")
+    chosen = planning.choose_experts(checkpoint, layers, experts)
+    layout = packed_layout(checkpoint, dtype)
+    jobs = planning.resolve_jobs(checkpoint, layout, jobs, resolve_budgets(cpu_memory, None).cpu_bytes)
+    notes = _Notes()
+    store = open_checkpoint_store(place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=notes.add)
+    preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)
+    notes.tell()
+    if dry_run:
+        from switchrun.output.prepare_tables import render_preparation
+
+        disk = planning.disk_of(checkpoint)
+        memory = planning.process_bytes(checkpoint, layout, jobs)
+        write_answer(render_preparation(store, preparation, jobs, memory, disk))
+        return
+    planning.check_room(preparation, store.folder)
+    keys = [*preparation.todo, *(preparation.stored if verify else ())]
+    # Torch takes seconds to import.
+    done = _run(checkpoint, store, keys, jobs, verify, notes) if keys else planning.PreparedCounts(0, 0, 0)
+    skipped = done.skipped + (0 if verify else len(preparation.stored))
+    rebuilt = done.rebuilt + preparation.damaged
+    parts = [f"{done.written} experts written", f"{skipped} skipped", format_bytes(done.written * store.file_bytes)]
+    if rebuilt:
+        parts.insert(1, f"{rebuilt} of them in the place of damaged ones")
+    if preparation.left_out:
+        parts.append(f"{preparation.left_out} left out by --limit")
+    write_answer(f"{', '.join(parts)}, {format_seconds(time.perf_counter() - started)}\n")
+
+
+def _run(
+    checkpoint: SwitchCheckpoint, store: ExpertStore, keys: list[ExpertKey], jobs: int, verify: bool, notes: _Notes
+) -> PreparedCounts:
+    progress = ByteProgress(sys.stderr, "prepare")
+
+    def on_bytes(done: int, total: int) -> None:
+        if notes:
+            progress.clear()
+            notes.tell()
+        progress(done, total)
+
+    quieten_libraries()
+    # Only here is torch imported: what is wrong with options, model or budget has been said by now.
+    from switchrun.experts.prepare import ExpertPreparer
+
+    try:
+        return ExpertPreparer(checkpoint, store, jobs, verify).run(keys, on_bytes)
+    except Interrupted:
+        progress.clear()
+        report("stopped; what is stored stays, and the same command goes on from there")
+        raise
+    finally:
+        progress.clear()
+        notes.tell()
+
+
+class _Notes:
+    """What the store's threads have to say, told by the main thread: it alone knows of the progress line."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[str] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def add(self, note: str) -> None:
+        self._waiting.append(note)
+
+    def tell(self) -> None:
+        while self._waiting:
+            report(f"warning: {self._waiting.popleft()}")
+
+
+def _parse_limit(limit: str | None) -> int | None:
+    if limit is None:
+        return None
+    try:
+        return parse_bytes(limit)
+    except UsageError as error:
+        raise UsageError(f"--limit: {error.message}", error.hint) from None

@@ -1,0 +1,102 @@
+"""Matrices in 8 bit, row-wise, as LLM.int8 stores them (Dettmers et al. 2022, arXiv:2208.07339).
+
+A row is kept as int8 codes and one float32, `SCB`, its largest magnitude: `weight ≈ codes × SCB / 127`. These are the
+bytes that bitsandbytes and transformers write as `weight` and `SCB`.
+
+On a CPU the product is weight-only: activations are not quantised, so outliers among them need no care and the error
+is smaller than that of LLM.int8 itself. `benchmarks/quantised.py` measures both.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
+
+#: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
+OUTLIER_THRESHOLD = 6.0
+
+#: From so many tokens on, unpacking to float32 once beats torch's int8 kernel, which unpacks again for every few.
+_UNPACK_TOKENS = 16
+
+#: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
+#: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
+_KERNEL_MULTIPLE = 32
+
+
+def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> None:
+    """Quantise a matrix row by row, to the codes of `bitsandbytes.functional.int8_vectorwise_quant`.
+
+    bitsandbytes computes in float32 whatever the dtype, and so does this. It takes about 2 MiB of scratch memory.
+    A row whose magnitudes are all zero, or too small for 127 / SCB to be finite, gets zero codes, as there.
+
+    Args:
+        weight: `[out, in]`, floating, finite, on the CPU; any strides.
+        codes: int8 `[out, in]`; written.
+        scb: float32 `[out]`, the largest magnitude of each row; written.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together.
+    """
+    if codes.shape != weight.shape or scb.shape != weight.shape[:1]:
+        raise ValueError(f"codes {list(codes.shape)} and SCB {list(scb.shape)} do not fit {list(weight.shape)}")
+    if codes.dtype != torch.int8 or scb.dtype != torch.float32:
+        raise ValueError(f"codes must be int8 and SCB float32, not {codes.dtype} and {scb.dtype}")
+    shape = (weight.shape[0], weight.shape[1])
+    buffer = torch.empty(largest_block(shape))
+    for rows in row_blocks(shape):
+        values = buffer[: (rows.stop - rows.start) * shape[1]].view(-1, shape[1]).copy_(weight[rows])
+        # Two reductions are faster than abs and one, which writes the block once more. abs_ turns -0.0 into 0.0.
+        largest = torch.maximum(values.amax(1), -values.amin(1)).abs_()
+        scale = 127.0 / largest
+        scale[scale.isinf()] = 0.0
+        codes[rows] = values.mul_(scale.unsqueeze(1)).round_()
+        scb[rows] = largest
+
+
+def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
+    """Multiply with a matrix in 8 bit: `x @ weight.T`.
+
+    On a CPU, weights are unpacked and activations are left as they are. bfloat16 with few tokens goes through torch's
+    own kernel where the row length allows, which rounds SCB to bfloat16; everything else is computed in float32. The
+    same call gives the same bits. On a GPU this is bitsandbytes' LLM.int8, outliers included; that path is untested.
+
+    Args:
+        x: `[..., in]`, float32, bfloat16 or float16.
+        codes: int8 `[out, in]`, contiguous.
+        scb: float32 `[out]`.
+
+    Returns:
+        `[..., out]`, in the dtype of `x`.
+
+    Raises:
+        ValueError: The last extent of `x` is not `in`.
+    """
+    out_features, in_features = codes.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
+    if x.is_cuda:
+        return _linear_bitsandbytes(x, codes, scb)
+    scale = scb / 127.0
+    tokens = x.reshape(-1, in_features)
+    if x.dtype == torch.bfloat16 and 0 < len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
+        result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
+        return result.view(*x.shape[:-1], out_features)
+
+    def unpack(rows: slice, buffer: torch.Tensor) -> None:
+        buffer.view(-1, in_features).copy_(codes[rows])
+
+    # Scaling the few results is cheaper than scaling the weights.
+    return linear_by_blocks(x, (out_features, in_features), unpack).mul_(scale).to(x.dtype)
+
+
+def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
+    """LLM.int8 by bitsandbytes' own operations, as `Linear8bitLt` calls them: activations in int8, outliers apart."""
+    import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes; takes seconds, so not at the top
+
+    operations = torch.ops.bitsandbytes
+    tokens = x.reshape(-1, x.shape[-1])
+    x_codes, x_stats, outliers = operations.int8_vectorwise_quant(tokens.to(torch.float16), OUTLIER_THRESHOLD)
+    result: torch.Tensor
+    result, _ = operations.int8_mixed_scaled_mm(tokens, x_codes, codes, x_stats, scb, outliers)
+    return result.view(*x.shape[:-1], codes.shape[0])

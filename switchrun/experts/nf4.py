@@ -1,0 +1,206 @@
+"""Matrices in 4 bit, NF4 in blocks of 64, as bitsandbytes stores them (Dettmers et al. 2023, arXiv:2305.14314).
+
+The matrix is taken as one long row. Every 64 elements share a float32, `absmax`, their largest magnitude, and each is
+the nearest of 16 values in [-1, 1] times that. Two codes make a byte, the first in the high bits. A block may run from
+one row into the next: bitsandbytes 0.50.2's CPU kernels get that wrong on some processors, so they are not used.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
+
+#: Elements that share an absmax.
+BLOCK_SIZE = 64
+
+#: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+#: The code of 0.0, which fills the last byte of an odd number of elements.
+_ZERO_CODE = 7
+
+#: Cells of the grid that stands in for a search; the midpoints between values are ten cells apart and more.
+_CELLS = 256
+_HALF = (_CELLS - 1) / 2
+
+
+def packed_size(shape: tuple[int, int]) -> tuple[int, int]:
+    """Tell how many bytes of codes, and how many absmax, a matrix of this shape takes."""
+    elements = shape[0] * shape[1]
+    return -(-elements // 2), -(-elements // BLOCK_SIZE)
+
+
+def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Quantise a matrix to the bytes of `bitsandbytes.functional.quantize_4bit(..., blocksize=64, quant_type="nf4")`.
+
+    Takes about 10 MiB of scratch memory.
+
+    Args:
+        weight: `[out, in]`, floating, finite, on the CPU; any strides.
+        packed: uint8 `[ceil(out × in / 2)]`; written.
+        absmax: float32 `[ceil(out × in / 64)]`; written.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    _check_storage(packed, absmax, shape)
+    multiple = _rows_to_a_block(shape[1])
+    search = _Search(largest_block(shape, multiple))
+    buffer = torch.empty(largest_block(shape, multiple))
+    for rows in row_blocks(shape, multiple):
+        values = buffer[: (rows.stop - rows.start) * shape[1]]
+        values.view(-1, shape[1]).copy_(weight[rows])
+        here, there = _storage_of(rows, shape[1])
+        _scale_to_one(values, absmax[there])
+        _pack(search.nearest_codes(values), packed[here])
+
+
+def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Multiply with a matrix in 4 bit: `x @ weight.T`.
+
+    On a CPU the weights are unpacked to float32, a few rows at a time, and the product is float32. The same call gives
+    the same bits. On a GPU bitsandbytes unpacks the matrix to the dtype of `x`; that path is untested.
+
+    Args:
+        x: `[..., in]`, float32, bfloat16 or float16.
+        packed: uint8 `[ceil(out × in / 2)]`.
+        absmax: float32 `[ceil(out × in / 64)]`.
+        shape: `(out, in)`.
+
+    Returns:
+        `[..., out]`, in the dtype of `x`.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together.
+    """
+    _check_storage(packed, absmax, shape)
+    if x.is_cuda:
+        return _linear_bitsandbytes(x, packed, absmax, shape)
+    multiple = _rows_to_a_block(shape[1])
+    pairs = _pair_table()
+    indices = torch.empty(largest_block(shape, multiple) // 2 + 1, dtype=torch.int32)
+
+    def unpack(rows: slice, buffer: torch.Tensor) -> None:
+        here, there = _storage_of(rows, shape[1])
+        codes = indices[: here.stop - here.start].copy_(packed[here])
+        _look_up_pairs(codes, pairs, buffer)
+        _scale_back(buffer, absmax[there])
+
+    return linear_by_blocks(x, shape, unpack, multiple).to(x.dtype)
+
+
+def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
+    if (len(packed), len(absmax)) != packed_size(shape) or packed.ndim != 1 or absmax.ndim != 1:
+        raise ValueError(f"codes {list(packed.shape)} and absmax {list(absmax.shape)} do not fit {list(shape)}")
+    if packed.dtype != torch.uint8 or absmax.dtype != torch.float32:
+        raise ValueError(f"codes must be uint8 and absmax float32, not {packed.dtype} and {absmax.dtype}")
+
+
+def _rows_to_a_block(length: int) -> int:
+    """The fewest rows after which a block of 64 ends where a row ends."""
+    return BLOCK_SIZE // math.gcd(length, BLOCK_SIZE)
+
+
+def _storage_of(rows: slice, length: int) -> tuple[slice, slice]:
+    """Which bytes, and which absmax, hold some rows; the first of them begins a block."""
+    begin, end = rows.start * length, rows.stop * length
+    return slice(begin // 2, -(-end // 2)), slice(begin // BLOCK_SIZE, -(-end // BLOCK_SIZE))
+
+
+def _scale_to_one(values: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Divide by the largest magnitude of each block, which is noted; rounded as bitsandbytes rounds."""
+    whole = len(values) // BLOCK_SIZE
+    blocks = values[: whole * BLOCK_SIZE].view(whole, BLOCK_SIZE)
+    if whole:
+        largest = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs_()
+        absmax[:whole] = largest
+        blocks.mul_((1.0 / largest.clamp_(min=1e-38)).unsqueeze(1))
+    rest = values[whole * BLOCK_SIZE :]
+    if len(rest):
+        # A block cut short is divided, not multiplied by an inverse, and its absmax never 0.
+        absmax[whole] = rest.abs().max().clamp_(min=1e-38)
+        rest.div_(absmax[whole])
+
+
+class _Search:
+    """Finds the code nearest to each value in [-1, 1]: what `torch.bucketize` finds, several times faster.
+
+    A grid stands in for the search. Each of its cells has one midpoint nearest to it, and no other is near any value in
+    the cell; so a value's code is that midpoint's number, plus 1 if the value is beyond it.
+
+    Args:
+        size: The most values searched for at once.
+    """
+
+    def __init__(self, size: int) -> None:
+        values = torch.tensor(NF4_VALUES)
+        midpoints = (values[:-1] + values[1:]) / 2
+        centres = (torch.arange(_CELLS) + 0.5 - _HALF) / _HALF
+        nearest = (centres.unsqueeze(1) - midpoints).abs().argmin(1)
+        # A midpoint and its number lie side by side, so that one look-up, of a float64, brings both.
+        table = torch.empty(_CELLS, 2)
+        table[:, 0] = midpoints[nearest]
+        table.view(torch.int32)[:, 1] = nearest.int()
+        self._table = table.view(torch.float64).view(-1)
+        self._grid = torch.empty(size)
+        self._cells = torch.empty(size, dtype=torch.int32)
+        self._found = torch.empty(size, dtype=torch.float64)
+        self._codes = torch.empty(size, dtype=torch.uint8)
+
+    def nearest_codes(self, values: torch.Tensor) -> torch.Tensor:
+        """Search; `values` is float32 `[count]`, the answer uint8 `[count]`, valid until the next call."""
+        count = len(values)
+        grid, found = self._grid[:count], self._found[:count]
+        # The clamp keeps what is not a number from being looked up outside the table.
+        cells = self._cells[:count].copy_(torch.mul(values, _HALF, out=grid).add_(_HALF)).clamp_(0, _CELLS - 1)
+        torch.index_select(self._table, 0, cells, out=found)
+        midpoints, numbers = found.view(torch.float32)[::2], found.view(torch.int32)[1::2]
+        # The sign bit of midpoint - value, spread over the integer: -1 beyond it, else 0. Comparing is slower.
+        beyond = torch.sub(midpoints, values, out=grid).view(torch.int32).bitwise_right_shift_(31)
+        return self._codes[:count].copy_(torch.sub(numbers, beyond, out=cells))
+
+
+def _pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
+    if len(codes) % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1), value=_ZERO_CODE)
+    torch.add(codes[1::2], codes[::2], alpha=16, out=packed)
+
+
+def _pair_table() -> torch.Tensor:
+    """The two float32 values that each byte stands for, as one float64: half as many copies as value by value."""
+    values = torch.tensor(NF4_VALUES)
+    pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
+    return pairs.view(torch.float64).view(-1)
+
+
+def _look_up_pairs(codes: torch.Tensor, pairs: torch.Tensor, buffer: torch.Tensor) -> None:
+    """Write the values of the codes into a flat float32 buffer, which may end within a byte."""
+    if len(buffer) % 2:
+        buffer.copy_(torch.index_select(pairs, 0, codes).view(torch.float32)[: len(buffer)])
+    else:
+        torch.index_select(pairs, 0, codes, out=buffer.view(torch.float64))
+
+
+def _scale_back(values: torch.Tensor, absmax: torch.Tensor) -> None:
+    whole = len(values) // BLOCK_SIZE
+    values[: whole * BLOCK_SIZE].view(whole, BLOCK_SIZE).mul_(absmax[:whole].unsqueeze(1))
+    if len(values) % BLOCK_SIZE:
+        values[whole * BLOCK_SIZE :].mul_(absmax[whole])
+
+
+def _linear_bitsandbytes(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes; takes seconds, so not at the top
+
+    weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK_SIZE, "nf4", shape, x.dtype)
+    return torch.nn.functional.linear(x, weight)

@@ -1,0 +1,286 @@
+"""`ExpertStore`: one model's experts in one dtype, a file each, shared by any number of processes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from switchrun.checkpoint.types import ExpertKey
+from switchrun.errors import StorageError
+from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
+from switchrun.store.layout import Layout
+from switchrun.store.limit import SizeLimit, touch
+from switchrun.store.manifest import MANIFEST, Manifest, check_manifest, mending_command, store_folder
+from switchrun.store.names import expert_path
+from switchrun.units import format_bytes
+
+_log = logging.getLogger(__name__)
+
+Warn = Callable[[str], None]
+
+
+class ExpertStore:
+    """Finds, writes and checks stored experts. Everything in it can be made again from the checkpoint.
+
+    So whatever goes wrong with the disk costs time and no more: `find` then says None and `write` False. Only a folder
+    that belongs to something else is refused, by `open`.
+
+    Processes share a folder without locks: a file appears whole, by a rename, and a second writer of the same expert
+    replaces it by its like. A path that `find` gave may vanish before it is opened (another process keeps its size
+    limit, or the user clears the folder); whoever cannot open it calls `discard` and takes the checkpoint.
+
+    All methods may be called from any thread. Make one with `open`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        limit_bytes: int | None,
+        read_only: bool,
+        warn: Warn,
+        must_write: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.layout = manifest.layout
+        self._format = ExpertFormat(manifest.layout, manifest.identity)
+        self._read_only = read_only
+        self._must_write = must_write
+        self._writable = not read_only
+        self._warn = warn
+        self._lock = threading.Lock()
+        self._known: dict[ExpertKey, StoredExpert] = {}
+        self._verified: set[ExpertKey] = set()
+        #: Damaged files that could not be deleted.
+        self._unusable: set[ExpertKey] = set()
+        self._told_unreadable = False
+        self._limit: SizeLimit | None = None
+        if limit_bytes is not None and not read_only:
+            self._limit = SizeLimit(folder, limit_bytes, self._forget)
+
+    @classmethod
+    def open(
+        cls,
+        offload: str | Path,
+        model: str,
+        fingerprint: str,
+        dtype: str,
+        layout: Layout,
+        *,
+        limit_bytes: int | None = None,
+        read_only: bool = False,
+        must_write: bool = False,
+        warn: Warn | None = None,
+    ) -> ExpertStore:
+        """Open a model's store, and begin one where there is none.
+
+        Args:
+            offload: The offload folder.
+            model: What names the model: its Hub id, its folder (absolute, since any other means another model
+                elsewhere), or `demo`.
+            fingerprint: Changes when the checkpoint does: the Hub's commit, or a hash of its files' stamps.
+            dtype: The compute dtype that the experts are for.
+            layout: What an expert's data is.
+            limit_bytes: What the experts may take on disk; None is no limit.
+            read_only: Write, delete and touch nothing.
+            must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
+            warn: Called with what the user should know, a sentence each; may be called from any thread. Without it,
+                it is logged.
+
+        Raises:
+            CorruptCheckpointError: The folder belongs to another state of the model, another format, or something
+                else; its hint is the command that empties it.
+            StorageError: With `must_write`: nothing can be written there.
+        """
+        folder = store_folder(offload, model, dtype)
+        manifest = Manifest(model, fingerprint, dtype, layout)
+        there = check_manifest(folder, manifest, mending_command(offload, model, dtype))
+        store = cls(folder, manifest, limit_bytes, read_only, warn or _log.warning, must_write)
+        if not read_only:
+            store._begin(there)
+        return store
+
+    def _begin(self, there: bool) -> None:
+        remove_leftovers(self.folder)
+        if not there:
+            try:
+                self._write_manifest()
+            except OSError as error:
+                self._stop(error)
+        if self._limit is not None:
+            self._limit.trim()
+
+    @property
+    def writable(self) -> bool:
+        """Whether writing is asked for, and has not been given up."""
+        return self._writable
+
+    @property
+    def file_bytes(self) -> int:
+        """What each expert takes on disk."""
+        return self._format.file_bytes
+
+    def find(self, key: ExpertKey) -> StoredExpert | None:
+        """Give the place of an expert, if it is stored.
+
+        The first time, its header is read and checked. From then on that is remembered, so it may be gone; see the
+        class. An expert that is not there costs one failing system call each time, so what other processes write is
+        found. A damaged file is discarded here.
+        """
+        with self._lock:
+            known = self._known.get(key)
+            if known is None and key in self._unusable:
+                return None
+        if known is None:
+            known = self._look(key)
+            if known is None:
+                return None
+        if self._limit is not None:
+            self._limit.use(key)
+        return known
+
+    def _look(self, key: ExpertKey) -> StoredExpert | None:
+        path = expert_path(self.folder, key)
+        try:
+            found = self._format.inspect(path, key)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except DamagedFileError as error:
+            self.discard(key, str(error))
+            return None
+        except OSError as error:
+            if not self._told_unreadable:
+                self._told_unreadable = True
+                self._warn(f"cannot read {path}: {error.strerror}; such experts are taken from the checkpoint")
+            return None
+        if not self._read_only:
+            touch(path)
+        with self._lock:
+            return self._known.setdefault(key, found)
+
+    def write(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
+        """Store an expert; blocks until it is safely on disk. One that is there is replaced.
+
+        Args:
+            key: Which one.
+            buffer: Its data, laid out as the store's layout says.
+
+        Returns:
+            Whether it is stored now. Trouble with the disk ends all further writing, with one warning.
+
+        Raises:
+            ValueError: The buffer has another length than the layout.
+            StorageError: There is trouble with the disk, and the store was opened with `must_write`.
+        """
+        data = memoryview(buffer).cast("B")
+        if len(data) != self.layout.nbytes:
+            raise ValueError(f"an expert has {self.layout.nbytes} bytes here, not {len(data)}")
+        if not self._writable:
+            return False
+        checksum = zlib.crc32(data)
+        header = self._format.header(key, checksum)
+        path = expert_path(self.folder, key)
+        if self._limit is not None and not self._limit.reserve(key, self._format.file_bytes):
+            self.stop_writing(f"an expert takes {format_bytes(self._format.file_bytes)}, and the limit leaves no room")
+            return False
+        written = False
+        try:
+            self._make_folder(path.parent)
+            write_atomically(self.folder, path, [header, data])
+            written = True
+        except FileNotFoundError:
+            return False  # The folder was cleared meanwhile. It is made anew for the next expert.
+        except OSError as error:
+            self._stop(error)
+            return False
+        finally:
+            if self._limit is not None:
+                self._limit.settle(key, self._format.file_bytes, written)
+        with self._lock:
+            self._known[key] = StoredExpert(path, len(header), len(data), checksum)
+            self._verified.discard(key)
+            self._unusable.discard(key)
+        return True
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder.is_dir():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # The first expert of a layer is rare enough to look whether the user has cleared the folder meanwhile.
+        if not (self.folder / MANIFEST).exists():
+            self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.manifest.write(self.folder)
+
+    def is_verified(self, key: ExpertKey) -> bool:
+        """Whether `verify` has passed for this expert since it was found or written."""
+        with self._lock:
+            return key in self._verified
+
+    def verify(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
+        """Check data that was read from an expert's file against the checksum.
+
+        Args:
+            key: Which one.
+            buffer: Exactly its data.
+
+        Returns:
+            Whether they agree. If they do not, the caller discards the expert.
+        """
+        checksum = zlib.crc32(memoryview(buffer).cast("B"))
+        with self._lock:
+            known = self._known.get(key)
+        if known is None or known.checksum != checksum:
+            # Another process may have replaced the file after its header was read here.
+            try:
+                known = self._format.inspect(expert_path(self.folder, key), key)
+            except (OSError, DamagedFileError):
+                return False
+            if known.checksum != checksum:
+                return False
+        with self._lock:
+            self._known[key] = known
+            self._verified.add(key)
+        return True
+
+    def discard(self, key: ExpertKey, reason: str = "its bytes do not match its checksum") -> None:
+        """Delete an expert's file that is damaged, and warn. One that is gone is forgotten without a word.
+
+        Whoever has the file open closes it: a new file of that name will be another one.
+        """
+        path = expert_path(self.folder, key)
+        self._forget(key)
+        try:
+            if self._read_only:
+                path.stat()
+                raise PermissionError
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError:
+            with self._lock:
+                self._unusable.add(key)
+        self._warn(f"{path} is damaged: {reason}; the expert is taken from the checkpoint again")
+
+    def stop_writing(self, reason: str) -> None:
+        """Write no more from now on, and warn unless that was so already."""
+        with self._lock:
+            was, self._writable = self._writable, False
+        if self._must_write:
+            raise StorageError(f"{self.folder} cannot be written: {reason}", "make room, or name another folder")
+        if was:
+            self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
+
+    def _stop(self, error: OSError) -> None:
+        self.stop_writing(error.strerror or str(error))
+
+    def _forget(self, key: ExpertKey) -> None:
+        with self._lock:
+            self._known.pop(key, None)
+            self._verified.discard(key)

@@ -1,0 +1,213 @@
+"""Files that are there whole or not at all, and the safetensors file of one expert."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchrun.checkpoint.types import ExpertKey
+from switchrun.store.layout import Layout
+
+PAGE = 4096
+#: Experts of this size on are read past the page cache, so their pages are given back once written.
+_DROP_BYTES = 4 * 1024**2
+_TEMPORARY = re.compile(r"\.[0-9]+-[0-9a-f]{8}\.tmp", re.ASCII)
+#: Where a filesystem has no locks: how old a temporary file must be to be nobody's.
+_ABANDONED_SECONDS = 15 * 60
+_CHECKSUM_DIGITS = 8
+
+
+class DamagedFileError(Exception):
+    """An expert's file is not what this store wrote; its text says in what way."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredExpert:
+    """Where an expert's data lies.
+
+    Attributes:
+        path: The file.
+        offset: First byte of the data, a multiple of 4096.
+        nbytes: Length of the data; the layout says what is in it.
+        checksum: `zlib.crc32` of the data, as the file states it.
+    """
+
+    path: Path
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+class ExpertFormat:
+    """Makes and checks the headers of one store's experts.
+
+    A header names its store and its expert, so that a file of another model, or one that was copied to another's
+    place, is told apart without reading its data.
+
+    Args:
+        layout: What the data is.
+        identity: Another one for every other manifest.
+
+    Attributes:
+        header_bytes: Length of every header, a multiple of 4096: the data begins there.
+    """
+
+    def __init__(self, layout: Layout, identity: str) -> None:
+        self.layout = layout
+        self._identity = identity
+        self._tensors = {
+            part.name: {
+                "dtype": part.dtype,
+                "shape": list(part.shape),
+                "data_offsets": [part.offset, part.offset + part.nbytes],
+            }
+            for part in layout.tensors
+        }
+        longest = 8 + len(self._text(ExpertKey("encoder", 10**9, 10**9), 0))
+        self.header_bytes = -(-longest // PAGE) * PAGE
+
+    @property
+    def file_bytes(self) -> int:
+        """Length of every file."""
+        return self.header_bytes + self.layout.nbytes
+
+    def header(self, key: ExpertKey, checksum: int) -> bytes:
+        """Give all that comes before the data; spaces fill it up, which the format allows."""
+        length = self.header_bytes - 8
+        return length.to_bytes(8, "little") + self._text(key, checksum).ljust(length)
+
+    def _text(self, key: ExpertKey, checksum: int) -> bytes:
+        name = f"{key.stack}.{key.block}/{key.expert}"
+        # The checksum has a fixed length and comes first, so `inspect` knows its place.
+        about = {"crc32": f"{checksum:0{_CHECKSUM_DIGITS}x}", "expert": name, "store": self._identity}
+        return json.dumps({"__metadata__": about, **self._tensors}, separators=(",", ":")).encode()
+
+    def inspect(self, path: Path, key: ExpertKey) -> StoredExpert:
+        """Read and check an expert's header.
+
+        Raises:
+            DamagedFileError: It is not this expert's, or the file has another length than it must have.
+            OSError: The file cannot be read, or is not there.
+        """
+        # A FIFO or a device in its place must not block the fill.
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            # The data is read past the page cache: reading ahead into it would read it twice.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+            size = os.fstat(file).st_size
+            got = os.pread(file, self.header_bytes, 0)
+        finally:
+            os.close(file)
+        begin = 8 + len('{"__metadata__":{"crc32":"')
+        try:
+            checksum = int(got[begin : begin + _CHECKSUM_DIGITS], 16)
+        except ValueError:
+            checksum = -1
+        if checksum < 0 or got != self.header(key, checksum):
+            raise DamagedFileError("its header is not that of this expert")
+        if size != self.file_bytes:
+            raise DamagedFileError(f"it has {size} bytes instead of {self.file_bytes}")
+        return StoredExpert(path, self.header_bytes, self.layout.nbytes, checksum)
+
+
+def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryview]) -> None:
+    """Write a file that is there whole or not at all, whatever happens to the process or the machine.
+
+    Args:
+        store: The store's folder. The temporary file lies in it and not beside the target, so that one listing finds
+            what killed processes left, not one for each of sixty layers.
+        target: The file; one that is there is replaced.
+        chunks: Its bytes.
+
+    Raises:
+        OSError: It could not be written. Nothing is left behind.
+    """
+    temporary = store / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    renamed = False
+    try:
+        try:
+            # Held until the file is closed, by death too: it tells `remove_leftovers` that this one has an owner.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = _write_all(file, chunks)
+            os.fsync(file)
+            if size >= _DROP_BYTES:
+                with contextlib.suppress(OSError):
+                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.replace(temporary, target)  # noqa: PTH105 - the tests kill the process here
+            renamed = True
+        finally:
+            os.close(file)
+    finally:
+        if not renamed:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    _sync_folder(target.parent)
+
+
+def _write_all(file: int, chunks: Sequence[bytes | memoryview]) -> int:
+    position = 0
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        written = 0
+        while written < len(view):
+            written += os.pwrite(file, view[written:], position + written)
+        position += written
+    return position
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some filesystems cannot sync a folder. The file itself is safe, and losing its name loses only time.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(file)
+
+
+def temporaries(store: Path) -> list[Path]:
+    """Give the temporary files in a store's folder, whoever's they are."""
+    try:
+        return [path for path in store.iterdir() if _TEMPORARY.fullmatch(path.name)]
+    except OSError:
+        return []
+
+
+def remove_leftovers(store: Path) -> None:
+    """Delete the temporary files of processes that were killed; those being written now stay.
+
+    Process ids would not do: a store may be shared by containers, which do not see each other's.
+    """
+    for path in temporaries(store):
+        with contextlib.suppress(OSError):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                if _abandoned(file):
+                    # Its owner may be between creating and locking it. Then its rename fails, and it lost only time.
+                    path.unlink()
+            finally:
+                os.close(file)
+
+
+def _abandoned(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return time.time() - os.fstat(file).st_mtime > _ABANDONED_SECONDS
+    return True

@@ -1,0 +1,153 @@
+"""How an expert's parts (codes and scales) lie in one run of bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from switchrun.dtypes import STORED_ITEMSIZE
+
+#: Every part begins at a multiple of this, so that a view of it in a page-aligned buffer suits any kernel.
+ALIGNMENT = 64
+_PADDING = "padding"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of an expert.
+
+    Attributes:
+        name: Its name in the file, such as `wi.weight`.
+        dtype: Its dtype, as safetensors names it.
+        shape: Its shape.
+        offset: Its first byte, counted from the start of the data.
+        nbytes: Its length.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parts of an expert in the order of their bytes.
+
+    A safetensors file must not have holes between its tensors. Where a part's end is not aligned, a tensor of U8
+    called `padding.<n>` therefore fills the gap. Ordering the parts could not avoid that for every size of a model,
+    and the order stays the caller's: what is used first lies first. Common sizes (multiples of 64) need no padding.
+
+    Attributes:
+        tensors: All that the file holds, the padding too.
+    """
+
+    tensors: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
+        """Lay out parts one after the other.
+
+        Args:
+            parts: (name, safetensors dtype, shape) of each.
+
+        Raises:
+            ValueError: Two have the same name, or one has a name kept for padding, or there is none.
+        """
+        tensors: list[Part] = []
+        end = 0
+        for name, dtype, shape in parts:
+            if name.startswith(_PADDING) or any(name == part.name for part in tensors):
+                raise ValueError(f"a part cannot be called {name!r}")
+            gap = -end % ALIGNMENT
+            if gap:
+                tensors.append(Part(f"{_PADDING}.{len(tensors)}", "U8", (gap,), end, gap))
+                end += gap
+            nbytes = math.prod(shape) * STORED_ITEMSIZE[dtype]
+            tensors.append(Part(name, dtype, tuple(shape), end, nbytes))
+            end += nbytes
+        if not tensors:
+            raise ValueError("an expert has at least one part")
+        return cls(tuple(tensors))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors that mean something."""
+        return tuple(part for part in self.tensors if not part.name.startswith(_PADDING))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data, from the first part's start to the last one's end."""
+        last = self.tensors[-1]
+        return last.offset + last.nbytes
+
+    def __getitem__(self, name: str) -> Part:
+        for part in self.tensors:
+            if part.name == name:
+                return part
+        raise KeyError(name)
+
+    def to_json(self) -> list[list[Any]]:
+        """Give the parts as JSON: name, dtype and shape; where they lie follows."""
+        return [[part.name, part.dtype, list(part.shape)] for part in self.parts]
+
+    @classmethod
+    def from_json(cls, rows: Any) -> Layout:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: It is not that.
+        """
+        try:
+            return cls.of((str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in rows)
+        except (TypeError, KeyError, OverflowError) as error:
+            raise ValueError(f"not a layout: {error}") from error
+
+
+def int8_layout(d_model: int, d_ff: int) -> Layout:
+    """Lay out an expert in LLM.int8's row-wise form: codes, and a float32 scale for each row (`SCB`)."""
+    return Layout.of(
+        [
+            ("wi.weight", "I8", (d_ff, d_model)),
+            ("wi.SCB", "F32", (d_ff,)),
+            ("wo.weight", "I8", (d_model, d_ff)),
+            ("wo.SCB", "F32", (d_model,)),
+        ]
+    )
+
+
+#: Elements of a matrix that share a scale in NF4.
+_NF4_BLOCK = 64
+
+
+def nf4_layout(d_model: int, d_ff: int) -> Layout:
+    """Lay out an expert in NF4: two codes a byte, row after row, and a scale for each 64 elements (`absmax`).
+
+    The scales are BF16 where bitsandbytes has F32: with those an expert would take more than 0.28 of its bytes in bf16.
+    """
+    elements = d_model * d_ff
+    codes, scales = (-(-elements // 2),), (-(-elements // _NF4_BLOCK),)
+    return Layout.of(
+        [
+            ("wi.weight", "U8", codes),
+            ("wi.absmax", "BF16", scales),
+            ("wo.weight", "U8", codes),
+            ("wo.absmax", "BF16", scales),
+        ]
+    )
+
+
+def layout_of(dtype: str, d_model: int, d_ff: int) -> Layout:
+    """Lay out an expert in a packed dtype.
+
+    Raises:
+        ValueError: It is neither `int8` nor `nf4`.
+    """
+    if dtype == "int8":
+        return int8_layout(d_model, d_ff)
+    if dtype == "nf4":
+        return nf4_layout(d_model, d_ff)
+    raise ValueError(f"{dtype!r} is not a packed dtype")

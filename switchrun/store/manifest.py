@@ -1,0 +1,156 @@
+"""What a store's folder belongs to: `manifest.json`, and the refusal of a folder that belongs to something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from switchrun.errors import CorruptCheckpointError
+from switchrun.folders import offload_folder
+from switchrun.store.files import write_atomically
+from switchrun.store.layout import Layout
+
+MANIFEST = "manifest.json"
+#: Counts up whenever files written before can no longer be used.
+FORMAT_VERSION = 1
+_MODEL_NAME = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
+_DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
+_TEXTS = ("model", "fingerprint", "dtype")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that must agree before a stored expert may be used.
+
+    Attributes:
+        model: What the user called the model.
+        fingerprint: Changes when the checkpoint does.
+        dtype: The compute dtype that the experts are stored for, such as `int8`.
+        layout: What an expert's data is.
+        version: The format of the store.
+    """
+
+    model: str
+    fingerprint: str
+    dtype: str
+    layout: Layout
+    version: int = FORMAT_VERSION
+
+    @property
+    def identity(self) -> str:
+        """One hash of everything; each expert's file carries it."""
+        return hashlib.sha256(self._text()).hexdigest()[:32]
+
+    def _text(self) -> bytes:
+        record = {
+            "version": self.version,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "layout": self.layout.to_json(),
+        }
+        return json.dumps(record, indent=1).encode() + b"\n"
+
+    def write(self, folder: Path) -> None:
+        """Write it into a store's folder.
+
+        Raises:
+            OSError: That is not possible.
+        """
+        write_atomically(folder, folder / MANIFEST, [self._text()])
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Read a store's manifest.
+
+    Returns:
+        None if there is none.
+
+    Raises:
+        ValueError: It is damaged; the text says how. One of another format version has its version and nothing else.
+        OSError: It cannot be read.
+    """
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        record = json.loads(text)
+        version = record["version"]
+        if type(version) is int and version != FORMAT_VERSION:
+            # What the other fields mean is known to that version only.
+            model, fingerprint, dtype = (str(record.get(name, "")) for name in _TEXTS)
+            return Manifest(model, fingerprint, dtype, Layout(()), version)
+        model, fingerprint, dtype = (record[name] for name in _TEXTS)
+        if version != FORMAT_VERSION or any(type(text) is not str for text in (model, fingerprint, dtype)):
+            raise ValueError("a field has the wrong type")
+        return Manifest(model, fingerprint, dtype, Layout.from_json(record["layout"]))
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def check_manifest(folder: Path, wanted: Manifest, mend: str) -> bool:
+    """Tell whether a store is there already, and refuse one that belongs to something else.
+
+    Args:
+        folder: The store's folder.
+        wanted: What it must be.
+        mend: What to tell the user to do.
+
+    Raises:
+        CorruptCheckpointError: It is damaged, or something else's.
+    """
+    try:
+        found = read_manifest(folder)
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CorruptCheckpointError(f"{folder}: its {MANIFEST} cannot be used: {reason}", mend) from error
+    if found is None:
+        return False
+    if found.version != wanted.version:
+        raise CorruptCheckpointError(
+            f"{folder}: it was written in format {found.version}, this switchrun has format {wanted.version}", mend
+        )
+    if found.model != wanted.model:
+        raise CorruptCheckpointError(f"{folder}: it belongs to another model, {found.model}", mend)
+    if found.fingerprint != wanted.fingerprint:
+        raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", mend)
+    if (found.dtype, found.layout) != (wanted.dtype, wanted.layout):
+        raise CorruptCheckpointError(f"{folder}: its experts have another dtype or another layout", mend)
+    return True
+
+
+def store_folder(offload: str | Path, model: str, dtype: str) -> Path:
+    """Give the folder of a model's experts in one dtype: `<offload>/<model>/<dtype>`.
+
+    A model's id may be a path, absolute or with `..`. Its last words name the folder for people; a hash of all of it
+    keeps models apart whose ids end alike, or differ in letters that a folder's name cannot have.
+
+    Raises:
+        ValueError: The dtype cannot be a folder's name.
+    """
+    if not _DTYPE_NAME.fullmatch(dtype):
+        raise ValueError(f"{dtype!r} is not a dtype's name")
+    digest = hashlib.sha256(model.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[-64:].strip(".-")
+    return Path(offload) / (f"{words}-{digest}" if words else digest) / dtype
+
+
+def is_store_folder(folder: Path) -> bool:
+    """Tell whether a folder's name is one that `store_folder` gives.
+
+    Others have files called manifest.json too, and an offload folder may be any folder of the user's.
+    """
+    return bool(_MODEL_NAME.fullmatch(folder.parent.name) and _DTYPE_NAME.fullmatch(folder.name))
+
+
+def mending_command(offload: str | Path, model: str, dtype: str) -> str:
+    """Give the command that empties a store."""
+    command = f"switchrun offload clear --model {shlex.quote(model)} --dtype {dtype}"
+    if Path(offload).absolute() != offload_folder(None).absolute():
+        command += f" --offload-folder {shlex.quote(str(offload))}"
+    return f"run `{command}`"

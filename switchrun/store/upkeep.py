@@ -1,0 +1,161 @@
+"""All stores of an offload folder: what is there, whether it is whole, and how to get rid of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from switchrun.errors import CorruptCheckpointError
+from switchrun.store.files import DamagedFileError, ExpertFormat, temporaries
+from switchrun.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, is_store_folder, read_manifest
+from switchrun.store.names import block_folders, expert_path, stored_experts
+
+_CHUNK_BYTES = 4 * 1024**2
+
+#: Called with the bytes done and the bytes in all.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """One store that was found.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it belongs to; None if that cannot be read. One of another format version has no layout.
+        experts: How many are stored.
+        nbytes: What they take, headers included.
+        problem: Why it cannot be used, in words; empty if it can.
+    """
+
+    folder: Path
+    manifest: Manifest | None
+    experts: int
+    nbytes: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify_store` found.
+
+    Attributes:
+        experts: How many were read.
+        nbytes: Their bytes, headers included.
+        damaged: (file, what is wrong) of each that is not as it was written.
+    """
+
+    experts: int
+    nbytes: int
+    damaged: tuple[tuple[Path, str], ...]
+
+
+def list_stores(offload: str | Path) -> list[StoreInfo]:
+    """Find every store in an offload folder; a folder that is not there has none."""
+    found = (path.parent for path in sorted(Path(offload).glob(f"*/*/{MANIFEST}")))
+    return [_describe(folder) for folder in found if is_store_folder(folder)]
+
+
+def _describe(folder: Path) -> StoreInfo:
+    sizes = [status.st_size for _, status in stored_experts(folder)]
+    manifest, problem = None, ""
+    try:
+        manifest = read_manifest(folder)
+        if manifest is not None and manifest.version != FORMAT_VERSION:
+            problem = f"format {manifest.version}, not {FORMAT_VERSION}"
+    except (OSError, ValueError) as error:
+        problem = f"its {MANIFEST} cannot be used: {error}"
+    return StoreInfo(folder, manifest, len(sizes), sum(sizes), problem)
+
+
+def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool = False) -> VerifyReport:
+    """Read every expert of a store and compare it with its checksum; memory stays small.
+
+    Args:
+        folder: The store's folder, from `list_stores`.
+        progress: Told after each piece.
+        delete: Delete what is damaged, where that is possible.
+
+    Raises:
+        CorruptCheckpointError: The store's manifest is missing, or cannot be used.
+    """
+    info = _describe(folder)
+    if info.manifest is None or info.problem:
+        problem = info.problem or f"it has no {MANIFEST}"
+        raise CorruptCheckpointError(f"{folder}: nothing in it can be verified: {problem}")
+    form = ExpertFormat(info.manifest.layout, info.manifest.identity)
+    damaged: list[tuple[Path, str]] = []
+    experts = done = 0
+    for key, status in sorted(stored_experts(folder), key=lambda found: found[0]):
+        path = expert_path(folder, key)
+        try:
+            stored = form.inspect(path, key)
+            if _checksum(path, stored.offset, partial(_tell, progress, info, done)) != stored.checksum:
+                raise DamagedFileError("its bytes do not match its checksum")
+        except FileNotFoundError:
+            continue  # Somebody else keeps the folder small.
+        except (DamagedFileError, OSError) as error:
+            damaged.append((path, str(error)))
+            if delete and isinstance(error, DamagedFileError):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        experts += 1
+        done += status.st_size
+        _tell(progress, info, done, 0)
+    return VerifyReport(experts, done, tuple(damaged))
+
+
+def _tell(progress: Progress | None, info: StoreInfo, before: int, count: int) -> None:
+    if progress is not None:
+        # Others may have written since the bytes were counted.
+        progress(before + count, max(before + count, info.nbytes))
+
+
+def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
+    """Sum up a file's data, and give its pages back: a whole store would drive everything else out of the cache."""
+    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    checksum = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(buffer[:count], checksum)
+            progress(file.tell())
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(file.fileno(), 0, file.tell(), os.POSIX_FADV_DONTNEED)
+    return checksum
+
+
+def clear_store(folder: Path, progress: Progress | None = None) -> int:
+    """Delete a store; only files that switchrun writes go, and folders that are empty then.
+
+    The manifest goes last: a store that was cleared halfway is still found, and can be cleared again. A process that
+    uses the store meanwhile takes its experts from the checkpoint.
+
+    Args:
+        folder: The store's folder, from `list_stores` or `store_folder`.
+        progress: Told after each expert.
+
+    Returns:
+        The bytes that were freed.
+
+    Raises:
+        OSError: A file cannot be deleted.
+    """
+    found = list(stored_experts(folder))
+    total, freed = sum(status.st_size for _, status in found), 0
+    for key, status in found:
+        expert_path(folder, key).unlink(missing_ok=True)
+        freed += status.st_size
+        if progress is not None:
+            progress(freed, total)
+    for path in (*temporaries(folder), folder / MANIFEST):
+        path.unlink(missing_ok=True)
+    for empty in (*(path for _, _, path in block_folders(folder)), folder, folder.parent):
+        with contextlib.suppress(OSError):
+            empty.rmdir()
+    return freed
