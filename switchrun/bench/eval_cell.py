@@ -108,9 +108,7 @@ def _passages(task: Task, tokenizer: Any, checkpoint: Any) -> Any:
         task["seed"],
     )
     if not text.usable:
-        raise InputError(
-            f"no line of {task['text']} is long enough for a span", f"{LEAST_TOKENS} tokens are the least"
-        )
+        raise InputError(f"no line of {task['text']} is long enough for a span", f"{LEAST_TOKENS} tokens are the least")
     return text
 
 

@@ -115,7 +115,9 @@ class OffloadedExperts(nn.Module):
         with closing(self.cache.stream(list(tokens_of))) as stream:
             for key, weights in stream:
                 tokens = tokens_of[key].to(hidden_states.device)
-                for rows in tokens.split(most_rows or len(tokens)):
+                step = most_rows or len(tokens)
+                for start in range(0, len(tokens), step):
+                    rows = tokens[start : start + step]
                     expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
                     output.index_copy_(0, rows, expert_output.to(output.dtype))
 

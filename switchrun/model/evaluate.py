@@ -1,8 +1,9 @@
 """The loss of many passages at once, layer by layer: every expert is read once however many passages there are.
 
-A pass keeps the hidden states of all its batches in memory and takes them through the model a block at a time: attention
-and router for one batch after another, then each expert once, over the tokens of all batches that chose it. The modules
-are transformers' own, and expert capacity counts within a sequence, so the outcome is that of one batch after another.
+A pass keeps the hidden states of all its batches in memory and takes them through the model a block at a time:
+attention and router for one batch after another, then each expert once, over the tokens of all batches that chose it.
+The modules are transformers' own, and expert capacity counts within a sequence, so the outcome is that of one batch
+after another.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Batch:
         rows: Their positions in the text.
         input_ids: `[rows, tokens]`.
         labels: `[rows, target tokens]`, -100 for padding.
+        read: Boolean, like `input_ids`: no padding.
+        said: Boolean, like `labels`: no padding.
     """
 
     rows: tuple[int, ...]
@@ -215,10 +218,11 @@ def _score(model: Any, batch: Batch, state: torch.Tensor) -> Iterator[tuple[int,
     for at, row in enumerate(batch.rows):
         hidden, labels = state[at][batch.said[at]], batch.labels[at][batch.said[at]]
         loss, predictions = 0.0, list[int]()
-        for part, wanted in zip(hidden.split(_HEAD_TOKENS), labels.split(_HEAD_TOKENS), strict=True):
-            scores = model.lm_head(part)
+        for start in range(0, len(labels), _HEAD_TOKENS):
+            part = slice(start, start + _HEAD_TOKENS)
+            scores = model.lm_head(hidden[part])
             predictions += scores.argmax(-1).tolist()
-            loss += float(F.cross_entropy(scores.float(), wanted, reduction="sum"))
+            loss += float(F.cross_entropy(scores.float(), labels[part], reduction="sum"))
         yield row, Score(loss, predictions)
 
 

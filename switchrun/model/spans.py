@@ -1,4 +1,4 @@
-"""Span corruption, T5's pre-training task: passages with spans taken out, and those spans as what is to be said. No torch.
+"""Span corruption, T5's pre-training task: passages with spans taken out, and what is to be said for them. No torch.
 
 After Raffel et al. 2020 (https://arxiv.org/abs/1910.10683), section 3.1.4: 15 % of a passage's tokens, in spans of 3 on
 average, each replaced by a sentinel. The target is each sentinel and its span, one more sentinel, and the end.
