@@ -112,7 +112,6 @@ def _plan_record(engine: Any) -> Answer:
     use = plan.tier("cpu")
     return {
         "dtype": plan.dtype,
-        "compute_dtype": plan.compute_dtype,
         "stored_dtype": plan.stored_dtype,
         "num_experts": plan.num_experts,
         "experts_per_layer": engine.checkpoint.num_experts,

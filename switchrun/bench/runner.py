@@ -15,7 +15,8 @@ from switchrun.bench.environment import describe_environment
 from switchrun.bench.page_cache import drop_page_cache
 from switchrun.bench.records import Record, cell_record, failed_record
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype
+from switchrun.dtypes import resolve_dtype
+from switchrun.store import expert_path, model_name, store_folder, stored_experts
 
 _CELL = "switchrun.bench.cell"
 _BASELINE = "switchrun.bench.baseline"
@@ -92,7 +93,7 @@ class Bench:
     def _child(self, module: str, task: dict[str, Any], cell: Cell, timeout: float | None = None) -> dict[str, Any]:
         dropped = None
         if cell.cache == "cold":
-            dropped = drop_page_cache(self._files())
+            dropped = drop_page_cache(self._files(cell))
         return run_child(module, task, cell.memory_limit_bytes, timeout) | {"page_cache_dropped": dropped}
 
     def _run_baseline(self, task: dict[str, Any], plan: dict[str, Any], cell: Cell) -> dict[str, Any]:
@@ -101,7 +102,7 @@ class Bench:
         try:
             more = {
                 "path": str(self.checkpoint.path),
-                "torch_dtype": Dtype(plan["compute_dtype"]).torch_name,
+                "torch_dtype": resolve_dtype(plan["dtype"], plan["stored_dtype"]).compute.torch_name,
                 "cpu_budget_bytes": plan["cpu_budget_bytes"],
                 "scratch": scratch,
             }
@@ -115,9 +116,11 @@ class Bench:
         message = "plain transformers cannot load this checkpoint: " + "; ".join(self.checkpoint.repairs)
         return {"kind": "model", "message": message, "hint": "", "exit_code": 5}
 
-    def _files(self) -> set[Path]:
+    def _files(self, cell: Cell) -> set[Path]:
         slices = [tensor for expert in self.checkpoint.experts.values() for tensor in expert]
-        return {tensor.file for tensor in [*slices, *self.checkpoint.dense.values()]}
+        store = store_folder(self.offload_folder, model_name(self.checkpoint), cell.dtype)
+        packed = {expert_path(store, key) for key, _ in stored_experts(store)}
+        return packed | {tensor.file for tensor in [*slices, *self.checkpoint.dense.values()]}
 
 
 def _keep(answers: list[Any], discard: int) -> list[Any]:

@@ -146,10 +146,11 @@ def check_offload_limit(limit: str | None) -> None:
     """
     from switchrun._plan import offload_limit_bytes
 
+    option = "--offload-limit"
     try:
         offload_limit_bytes(limit)
     except UsageError as error:
-        raise UsageError(f"--offload-limit: {error.message}", error.hint) from None
+        raise UsageError(f"{option}: {error.message}", error.hint) from None
 
 
 def memory_bytes(cpu_memory: str | None) -> int | None:

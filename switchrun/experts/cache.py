@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -209,9 +210,10 @@ class ExpertCache:
                 weights = self._format.convert(load, self._staging, staging, self._slots, slot)
         except BaseException as failure:  # handed to the model's thread
             error = failure
-            again = self._format.give_up(load, failure)
-            if again:
-                self._reader.forget(load.plan.segments[0].file)
+            with contextlib.suppress(Exception):  # whatever goes wrong here, somebody waits for the arrival
+                again = self._format.give_up(load, failure)
+                for segment in load.plan.segments if again else ():
+                    self._reader.forget(segment.file)
         if staging is not None:
             self._free_staging.append(staging)
         self._note_busy(-1)

@@ -122,13 +122,12 @@ class PackedFormat:
         self._direct = direct
         self._layout = store.layout
         self._d_ff, self._d_model = next(iter(slices.values())).wi.shape
-        #: Experts that the store has just failed to give: not asked again at once, whatever it says.
+        #: Experts that the store has failed to give; it is not asked for them before they were packed anew.
         self._failed: set[ExpertKey] = set()
 
     def load(self, key: ExpertKey) -> Load:
         """See `Format`."""
         stored = None if key in self._failed else self._store.find(key)
-        self._failed.discard(key)
         if stored is None:
             return Load(key, plan_reads(self._slices[key], self._direct), staged=True)
         length = -(-stored.nbytes // PAGE) * PAGE if self._direct else stored.nbytes
@@ -148,6 +147,7 @@ class PackedFormat:
         stored = as_stored(self._slices[load.key], load.plan, staging, index)
         weights = self._views(slots, slot)
         quantise(stored, weights)
+        self._failed.discard(load.key)
         if self._writer is not None:
             self._clear_padding(slots, slot)
             self._writer.offer(load.key, slots.view(slot)[: self._layout.nbytes])

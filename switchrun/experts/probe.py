@@ -14,7 +14,7 @@ from pathlib import Path
 from switchrun import hardware
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.reader import WAYS, FileReader, Segment, Way, aligned
+from switchrun.experts.reader import WAYS, FileReader, Segment, Way
 from switchrun.experts.slots import Buffers
 from switchrun.units import MIB
 
@@ -76,7 +76,7 @@ def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
         try:
             for tensor in slices:
                 way = min(WAYS, key=lambda way: len(samples[way]))
-                read = aligned(tensor.file, tensor.offset, min(tensor.nbytes, _SAMPLE_BYTES))
+                read = readers[way].segment(tensor.file, tensor.offset, min(tensor.nbytes, _SAMPLE_BYTES))
                 _forget(read)
                 start = time.perf_counter()
                 readers[way].read([read], buffers.view(0))

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.open_files import OpenFiles
 from switchrun.units import MIB
 
 PAGE = 4096
@@ -54,20 +55,6 @@ class Segment:
     needed: int
 
 
-@dataclass(slots=True, eq=False)
-class _OpenFile:
-    """A descriptor and how many reads use it; one that is retired is closed by the last of them."""
-
-    descriptor: int
-    direct: bool
-    users: int = 0
-    retired: bool = False
-
-
-#: Files kept open though nobody reads them at the moment; experts in the store are a file each.
-MOST_OPEN_FILES = 64
-
-
 class FileReader:
     """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
 
@@ -82,10 +69,7 @@ class FileReader:
     def __init__(self, direct: bool, way: Way = WAYS[0]) -> None:
         self._direct = direct
         self._way = way
-        #: The one used last is the last.
-        self._files: dict[Path, _OpenFile] = {}
-        self._opened = self._opened_buffered = False
-        self._lock = threading.Lock()
+        self._files = OpenFiles()
         self._outstanding = 0
         self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(way.threads, thread_name_prefix="switchrun-reader")
@@ -93,8 +77,7 @@ class FileReader:
     @property
     def reads_past_page_cache(self) -> bool:
         """Whether all files opened so far are really read past the page cache."""
-        with self._lock:
-            return self._opened and not self._opened_buffered
+        return self._files.all_direct
 
     def submit(
         self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
@@ -123,6 +106,14 @@ class FileReader:
                 pending.finish(error)
             raise
         return sum(piece.length for piece in pieces)
+
+    def segment(self, file: Path, offset: int, nbytes: int) -> Segment:
+        """Give the read that brings a byte range to the start of a buffer, or near it if whole pages must be read."""
+        if not self._direct:
+            return Segment(file, offset, nbytes, 0, nbytes)
+        start = offset - offset % PAGE
+        needed = offset + nbytes - start
+        return Segment(file, start, -(-needed // PAGE) * PAGE, 0, needed)
 
     def read(self, segments: Iterable[Segment], buffer: memoryview) -> None:
         """Read segments into a buffer; blocks until they are there.
@@ -166,7 +157,7 @@ class FileReader:
             pending.finish(None)
 
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
-        file = self._acquire(piece.file)
+        file = self._files.acquire(piece.file, self._direct and self._way.direct)
         got = 0
         try:
             while got < piece.needed:
@@ -175,7 +166,7 @@ class FileReader:
                 except OSError as error:
                     if file.direct and error.errno == errno.EINVAL:
                         # Some filesystems take the flag and refuse the read.
-                        file = self._replace_by_buffered(piece.file, file)
+                        file = self._files.replace_by_buffered(piece.file, file)
                         continue
                     raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
                 got += count
@@ -188,62 +179,16 @@ class FileReader:
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(file.descriptor, piece.offset, piece.length, os.POSIX_FADV_DONTNEED)
         finally:
-            self._release(file)
-
-    def _acquire(self, path: Path) -> _OpenFile:
-        with self._lock:
-            file = self._files.pop(path, None) or self._open(path, self._direct and self._way.direct)
-            self._files[path] = file
-            file.users += 1
-            if len(self._files) > MOST_OPEN_FILES:
-                idle = next((name for name, each in self._files.items() if not each.users), None)
-                if idle is not None:
-                    self._retire(idle)
-            return file
-
-    def _release(self, file: _OpenFile) -> None:
-        with self._lock:
-            file.users -= 1
-            if file.retired and not file.users:
-                os.close(file.descriptor)
-
-    def _replace_by_buffered(self, path: Path, refused: _OpenFile) -> _OpenFile:
-        """Open a file anew, through the page cache; other threads may still be reading from the old descriptor."""
-        buffered = self._open(path, direct=False)
-        with self._lock:
-            if self._files.get(path) is refused:
-                self._retire(path)
-            if path in self._files:  # another thread was faster
-                os.close(buffered.descriptor)
-            buffered = self._files.setdefault(path, buffered)
-            buffered.users += 1
-        self._release(refused)
-        return buffered
+            self._files.release(file)
 
     def forget(self, path: Path) -> None:
         """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
-        with self._lock:
-            if path in self._files:
-                self._retire(path)
-
-    def _open(self, path: Path, direct: bool) -> _OpenFile:
-        file = _open_file(path, direct)
-        self._opened = True
-        self._opened_buffered |= not file.direct
-        return file
-
-    def _retire(self, path: Path) -> None:
-        file = self._files.pop(path)
-        file.retired = True
-        if not file.users:
-            os.close(file.descriptor)
+        self._files.forget(path)
 
     def close(self) -> None:
         """Wait for reads in flight, end the threads and close the files."""
         self._pool.shutdown(wait=True, cancel_futures=False)
-        with self._lock:
-            for path in list(self._files):
-                self._retire(path)
+        self._files.close()
 
 
 class _Pending:
@@ -268,13 +213,6 @@ class _Pending:
             self._done(self._error)
 
 
-def aligned(file: Path, offset: int, nbytes: int) -> Segment:
-    """Give the read of whole pages that brings a byte range to the start of a buffer."""
-    start = offset - offset % PAGE
-    needed = offset + nbytes - start
-    return Segment(file, start, -(-needed // PAGE) * PAGE, 0, needed)
-
-
 def _cut(segment: Segment, chunk: int) -> list[Segment]:
     return [
         Segment(
@@ -286,16 +224,3 @@ def _cut(segment: Segment, chunk: int) -> list[Segment]:
         )
         for start in range(0, segment.needed, chunk)
     ]
-
-
-def _open_file(file: Path, direct: bool) -> _OpenFile:
-    """Open a file, past the page cache if it is wanted and possible."""
-    try:
-        if direct and hasattr(os, "O_DIRECT"):
-            try:
-                return _OpenFile(os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True)
-            except OSError:
-                pass  # tmpfs and some network filesystems refuse the flag
-        return _OpenFile(os.open(file, os.O_RDONLY | os.O_CLOEXEC), False)
-    except OSError as error:
-        raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error

@@ -12,7 +12,7 @@ from torch import nn
 
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.errors import UsageError
-from switchrun.experts.reader import FileReader, aligned
+from switchrun.experts.reader import FileReader
 from switchrun.experts.slots import TORCH_DTYPES, Buffers
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_router
@@ -31,7 +31,7 @@ def read_tensor(stored: TensorSlice, reader: FileReader) -> torch.Tensor:
     Raises:
         CorruptCheckpointError: The file cannot be read, or ends too early.
     """
-    read = aligned(stored.file, stored.offset, stored.nbytes)
+    read = reader.segment(stored.file, stored.offset, stored.nbytes)
     buffer = Buffers(1, read.length)
     reader.read([read], buffer.view(0))
     shape = stored.shape[::-1] if stored.transposed else stored.shape

@@ -75,7 +75,10 @@ class Engine:
         with ExitStack() as stack:
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
-            writer = stack.enter_context(BackgroundWriter(store, memory.WRITER_BUFFERS)) if store else None
+            writer = None
+            if store is not None:
+                buffers = memory.writer_buffers(checkpoint, plan.precision)
+                writer = stack.enter_context(BackgroundWriter(store, buffers))
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
             self.model = build_model(checkpoint, dtype, self.cache, self.context)
             # What stays on disk is read again and again: the page cache may help there.

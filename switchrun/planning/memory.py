@@ -18,8 +18,8 @@ FIRST_RUN_BYTES = 160 * MIB
 INDEX_BYTES_PER_TENSOR = 900
 #: Experts being converted to another dtype at a time; each needs a buffer of its stored size.
 STAGING_BUFFERS = 2
-#: Experts that may wait to be written to `offload/`; the next ones are written when they are met again.
-WRITER_BUFFERS = 2
+#: What may wait to be written to `offload/`: at least two experts. The next ones are written when they are met again.
+WRITER_BYTES = 8 * MIB
 #: What packing an expert, or multiplying with a packed one, takes besides; one of each can be under way.
 PACKING_SCRATCH_BYTES = 14 * MIB
 #: From this size on an expert is read past the page cache; below, the alignment would cost more than it saves.
@@ -75,6 +75,14 @@ def read_buffer_bytes(wi_bytes: int, wo_bytes: int) -> int:
     return _round_up(wi_bytes + wo_bytes + 4 * _PAGE, _PAGE)
 
 
+def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
+    """Give what is read for an expert if a share of them lies packed in the offload folder."""
+    if precision.packed is None:
+        return checkpoint.expert_bytes
+    packed = packed_layout(checkpoint, precision.packed).nbytes
+    return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
+
+
 def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
     slices = next(iter(checkpoint.experts.values()))
@@ -83,12 +91,17 @@ def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     return STAGING_BUFFERS * read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
 
 
+def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give how many packed experts may wait to be written to `offload/`."""
+    return max(2, min(WRITER_BYTES // slot_bytes(checkpoint, precision), 64))
+
+
 def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
     if precision.packed is None:
         return 0
     scratch = (STAGING_BUFFERS + 1) * PACKING_SCRATCH_BYTES
-    return WRITER_BUFFERS * slot_bytes(checkpoint, precision) + scratch
+    return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
 
 
 def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:

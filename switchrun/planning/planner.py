@@ -131,7 +131,7 @@ def make_plan(
             expert_slots=sum(use.expert_slots for use in tiers if use.tier != "disk"),
             dense_disk_bytes={m: sizes[m] for m, t in placed.items() if t == "disk"},
             bandwidth=bandwidth,
-            expert_bytes=stored_share * needs.slot + (1 - stored_share) * checkpoint.expert_bytes,
+            expert_bytes=memory.mean_load_bytes(checkpoint, precision, stored_share),
         ),
     )
 

@@ -6,7 +6,7 @@ from switchrun.store.expert_store import ExpertStore
 from switchrun.store.files import StoredExpert
 from switchrun.store.layout import Layout, Part, int8_layout, layout_of, nf4_layout
 from switchrun.store.manifest import Manifest, store_folder
-from switchrun.store.names import model_name, stored_experts
+from switchrun.store.names import expert_path, model_name, stored_experts
 from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
 from switchrun.store.writer import BackgroundWriter
 
@@ -20,6 +20,7 @@ __all__ = [
     "StoredExpert",
     "VerifyReport",
     "clear_store",
+    "expert_path",
     "int8_layout",
     "layout_of",
     "list_stores",

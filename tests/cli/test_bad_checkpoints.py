@@ -275,11 +275,6 @@ def test_a_folder_with_a_revision(copy: Callable[[str], Path], run_switchrun: Ru
     check(run_switchrun(["plan", "--model", f"{folder}@main"]), 2, ("has no revisions", "leave out @main"))
 
 
-def test_int8_is_not_there_yet(copy: Callable[[str], Path], run_switchrun: RunSwitchrun) -> None:
-    done = run_switchrun(["plan", "--model", str(copy("single")), "--dtype", "int8"])
-    check(done, 2, ("int8 is not supported yet", "bf16 or fp32"))
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", [SINGLE, "config.json"])
 def test_a_file_that_must_not_be_read(name: str, copy: Callable[[str], Path], run_switchrun: RunSwitchrun) -> None:

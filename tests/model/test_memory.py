@@ -54,7 +54,7 @@ def peak_of(env: dict[str, str], *arguments: str) -> tuple[int, int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room_mib", [0, 200, 1024])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8", "nf4"])
 def test_the_process_stays_within_the_budget(
     big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str, room_mib: int
 ) -> None:

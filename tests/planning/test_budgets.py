@@ -17,7 +17,7 @@ from tests.planning.made_up import checkpoints, made_up_checkpoint
 PLENTY = 1 << 50
 SHAPES = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["auto", "fp32", "bf16"]),
+        "dtype": st.sampled_from(["auto", "fp32", "bf16", "int8", "nf4"]),
         "batch_size": st.integers(1, 4),
         "num_beams": st.integers(1, 4),
     }

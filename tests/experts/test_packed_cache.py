@@ -1,0 +1,184 @@
+"""The cache with packed experts: from the store or out of the checkpoint, and never anything but the right ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from switchrun.checkpoint import open_checkpoint
+from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
+from switchrun.dtypes import Dtype, PackedDtype, Precision
+from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.cache import ExpertCache
+from switchrun.experts.formats import PackedFormat
+from switchrun.experts.packed import Int8Matrix
+from switchrun.experts.slots import ExpertWeights
+from switchrun.planning import memory
+from switchrun.store import BackgroundWriter, ExpertStore, expert_path
+from tests.experts.test_cache import Stop, idle, keys, stored
+from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
+
+NUM_EXPERTS = 8
+INT8 = Precision(Dtype.FP32, PackedDtype.INT8)
+
+Open = Callable[..., tuple[ExpertCache, ExpertStore]]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> SwitchCheckpoint:
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    model = random_model(tiny_config(num_experts=NUM_EXPERTS))
+    return open_checkpoint(str(save_checkpoint(model, folder)), cache_dir=folder / "index")
+
+
+@pytest.fixture
+def warnings() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def opened(checkpoint: SwitchCheckpoint, tmp_path: Path, warnings: list[str]) -> Iterator[Open]:
+    """Give a function that opens a cache of so many slots over the same store."""
+    with ExitStack() as stack:
+
+        def make(slots: int, direct: bool = False) -> tuple[ExpertCache, ExpertStore]:
+            layout = memory.packed_layout(checkpoint, PackedDtype.INT8)
+            store = ExpertStore.open(tmp_path / "tier", "m", "f", "int8", layout, warn=warnings.append)
+            writer = stack.enter_context(BackgroundWriter(store, NUM_EXPERTS))
+            cache = ExpertCache(
+                checkpoint.experts,
+                torch.float32,
+                slots,
+                memory.slot_bytes(checkpoint, INT8),
+                (memory.STAGING_BUFFERS, memory.staging_bytes(checkpoint, INT8) // memory.STAGING_BUFFERS),
+                direct=direct,
+                slot_format=PackedFormat(checkpoint.experts, store, writer, direct),
+            )
+            stack.callback(writer.flush)
+            return stack.enter_context(cache), store
+
+        yield make
+
+
+def check(checkpoint: SwitchCheckpoint, key: ExpertKey, weights: ExpertWeights) -> None:
+    for matrix, slices in zip((weights.wi, weights.wo), checkpoint.experts[key], strict=True):
+        assert isinstance(matrix, Int8Matrix)
+        back = matrix.codes * (matrix.scb / 127).unsqueeze(1)
+        assert torch.allclose(back, stored(slices), atol=float(matrix.scb.max()) / 250)
+
+
+def wait_for(store: ExpertStore, *wanted: ExpertKey) -> None:
+    import time
+
+    end = time.monotonic() + 10
+    while not all(expert_path(store.folder, key).exists() for key in wanted):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 3, 16])
+def test_every_expert_arrives_from_either_tier(
+    checkpoint: SwitchCheckpoint, opened: Open, warnings: list[str], slots: int, direct: bool
+) -> None:
+    cache, store = opened(slots, direct)
+    wanted = keys(*range(NUM_EXPERTS))
+    for stored_before in (keys(), keys(1, 2, 5), wanted):
+        for key in set(wanted) - set(stored_before):
+            expert_path(store.folder, key).unlink(missing_ok=True)
+            store._forget(key)
+            cache._reader.forget(expert_path(store.folder, key))
+        cache.clear()
+        before = cache.counters()
+        for key, weights in cache.stream(wanted):
+            check(checkpoint, key, weights)
+        counted = cache.counters().since(before)
+        assert counted.loads == NUM_EXPERTS
+        if not direct:
+            packed = len(stored_before)
+            other = (NUM_EXPERTS - packed) * checkpoint.expert_bytes
+            assert counted.load_bytes == packed * store.layout.nbytes + other
+        wait_for(store, *wanted)
+    assert not warnings
+
+
+@pytest.mark.parametrize("slots", [1, 2, 16])
+def test_damaged_and_vanished_experts_come_from_the_checkpoint(
+    checkpoint: SwitchCheckpoint, opened: Open, warnings: list[str], slots: int
+) -> None:
+    cache, store = opened(slots)
+    wanted = keys(*range(NUM_EXPERTS))
+    list(cache.stream(wanted))
+    wait_for(store, *wanted)
+    fresh, again = opened(slots)
+    damaged, vanished, *_ = wanted
+    path = expert_path(again.folder, damaged)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x55")
+    assert again.find(vanished) is not None
+    expert_path(again.folder, vanished).unlink()
+    for key, weights in fresh.stream(wanted):
+        check(checkpoint, key, weights)
+    counted = fresh.counters()
+    assert (counted.loads, counted.requests, counted.hits) == (NUM_EXPERTS, NUM_EXPERTS, 0)
+    assert idle(fresh) == set(fresh._entries)
+    assert sum("is damaged" in warning for warning in warnings) == len(warnings) == 1
+    wait_for(again, damaged, vanished)
+
+
+@pytest.mark.parametrize("where", ["before the read", "while it is being cut into pieces", "after an arrival"])
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("stored_before", [False, True])
+def test_a_signal_in_the_middle_leaves_all_in_order(
+    checkpoint: SwitchCheckpoint,
+    opened: Open,
+    warnings: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    slots: int,
+    stored_before: bool,
+) -> None:
+    def stop(*_: object) -> None:
+        raise Stop
+
+    cache, store = opened(slots)
+    if stored_before:
+        list(cache.stream(keys(0, 1, 2, 3)))
+        wait_for(store, *keys(0, 1, 2, 3))
+        cache.clear()
+    with monkeypatch.context() as patched:
+        if where == "before the read":
+            cache.on_load = stop
+        elif where == "while it is being cut into pieces":
+            patched.setattr(cache._reader._pool, "submit", stop)
+        else:
+            arrive = cache._next_arrival
+            patched.setattr(cache, "_next_arrival", lambda: stop(arrive()))
+        with pytest.raises(Stop):
+            list(cache.stream(keys(1, 2, 3)))
+    cache.on_load = None
+    for key, weights in cache.stream(keys(*range(NUM_EXPERTS))):
+        check(checkpoint, key, weights)
+    assert len(cache._free) + len(cache._entries) == slots
+    assert idle(cache) == set(cache._entries)
+    assert cache._busy == 0
+    assert not warnings
+
+
+def test_a_checkpoint_that_cannot_be_read_is_an_error(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, store = opened(2)
+    list(cache.stream(keys(0)))
+    wait_for(store, *keys(0))
+    cache.clear()
+
+    def refuse(*_: object) -> None:
+        raise CorruptCheckpointError("gone")
+
+    monkeypatch.setattr(cache._reader, "_read_piece", refuse)
+    for expert in (0, 1):
+        with pytest.raises(CorruptCheckpointError, match="gone"):
+            list(cache.stream(keys(expert)))
+    assert len(cache._free) == 2
