@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
+_EVERYTHING = 1 << 50
 
 
 def measure(task: Task) -> Answer:
@@ -72,23 +73,39 @@ def measure(task: Task) -> Answer:
 
 
 def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
+    """Plan with all dense weights in memory.
+
+    Raises:
+        BudgetError: They and a slot do not fit.
+    """
+    from switchrun.planning.budgets import resolve_budgets
+    from switchrun.units import MIB, format_bytes
+
+    allowed = resolve_budgets(cpu_memory, None).cpu_bytes
+    try:
+        return _plan(task, allowed)
+    except BudgetError as error:
+        use = _plan(task, _EVERYTHING).plan.tier("cpu")
+        least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
+        raise BudgetError(
+            f"eval keeps all dense weights in memory and needs at least {least} MiB, {format_bytes(allowed)} is allowed",
+            f"use --cpu-memory {least}MiB or more",
+        ) from error
+
+
+def _plan(task: Task, cpu_bytes: int) -> Prepared:
     from switchrun._plan import prepare
 
-    try:
-        return prepare(
-            task["model"],
-            dtype=task["dtype"],
-            cpu_memory=cpu_memory,
-            offload_folder=task["offload_folder"],
-            # Blocks are run one by one, past the hooks that would bring weights in from disk.
-            device_map={"": "cpu"},
-            batch_size=task["batch_size"],
-            output_tokens=max(1, task["max_new_tokens"]),
-        )
-    except BudgetError as error:
-        raise BudgetError(
-            f"eval keeps all dense weights in memory, but {error.message}", "raise --cpu-memory"
-        ) from error
+    return prepare(
+        task["model"],
+        dtype=task["dtype"],
+        cpu_memory=cpu_bytes,
+        offload_folder=task["offload_folder"],
+        # Blocks are run one by one, past the hooks that would bring weights in from disk.
+        device_map={"": "cpu"},
+        batch_size=task["batch_size"],
+        output_tokens=max(1, task["max_new_tokens"]),
+    )
 
 
 def _passages(task: Task, tokenizer: Any, checkpoint: Any) -> Any:

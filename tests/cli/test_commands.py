@@ -23,7 +23,9 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
     return set(json.loads(done.stderr.splitlines()[-1].replace("'", '"')))
 
 
-@pytest.mark.parametrize("args", ["--help", "--version", "fill --help", "plan --help", "fill nosentinel"])
+@pytest.mark.parametrize(
+    "args", ["--help", "--version", "fill --help", "plan --help", "eval --help", "fill nosentinel"]
+)
 def test_light_commands_import_nothing_heavy(hermetic: dict[str, str], args: str) -> None:
     assert _imported(args, hermetic) == set()
 

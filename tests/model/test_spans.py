@@ -48,7 +48,7 @@ def test_as_much_as_the_paper_takes_out(count: int, seed: int) -> None:
     assert all(length > 0 for _, length in spans)
     ends = [start + length for start, length in spans]
     assert all(end < start for end, (start, _) in zip(ends, spans[1:], strict=False))
-    assert 0 <= spans[0][0]
+    assert spans[0][0] >= 0
     assert ends[-1] <= count
 
 
