@@ -88,7 +88,7 @@ def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
         use = _plan(task, _EVERYTHING).plan.tier("cpu")
         least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
         raise BudgetError(
-            f"eval keeps all dense weights in memory and needs at least {least} MiB, {format_bytes(allowed)} is allowed",
+            f"eval keeps all dense weights in memory and needs {least} MiB, {format_bytes(allowed)} is allowed",
             f"use --cpu-memory {least}MiB or more",
         ) from error
 

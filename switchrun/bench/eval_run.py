@@ -52,7 +52,7 @@ class Evaluation:
             tell: Called with a line for a human now and then.
 
         Raises:
-            SwitchrunError: Something is wrong that no other dtype would mend.
+            SwitchrunError: Something is wrong that no other dtype would mend, or every dtype failed.
         """
         answers: dict[str, Record] = {}
         failures: dict[str, Record] = {}
@@ -67,12 +67,14 @@ class Evaluation:
                 continue
             for warning in answers[dtype]["warnings"]:
                 tell(f"warning: {dtype}: {warning}")
+        if not answers:
+            raise as_error(next(iter(failures.values())))
         base = answers.get(reference)
-        first = next(iter(answers.values()), None)
+        first = next(iter(answers.values()))
         return {
             "schema_version": SCHEMA_VERSION,
-            "model": None if first is None else first["model"],
-            "text": None if first is None else _text(self, first),
+            "model": first["model"],
+            "text": _text(self, first),
             "seed": self.seed,
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,

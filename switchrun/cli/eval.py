@@ -87,8 +87,7 @@ def evaluate(
         report(f"{row['name']}: {as_error(row['error'])}")
     write_answer(format_evaluation(record, style))
     if failed:
-        all_failed = len(failed) == len(dtypes)
-        raise typer.Exit(int(failed[0]["error"]["exit_code"]) if all_failed else EXIT_SOME_FAILED)
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def _entries(text: str) -> Iterable[Entry]:
@@ -124,7 +123,7 @@ def _readable(name: str, entries: Iterable[Entry]) -> list[str]:
 
 
 def _tell_notes(record: dict[str, Any], tell: Callable[[str], Any]) -> None:
-    text = record["text"] or {"skipped": 0, "cut": 0}
+    text = record["text"]
     if text["skipped"]:
         tell(f"note: lines skipped, for they are too short for a span: {text['skipped']}")
     if text["cut"]:

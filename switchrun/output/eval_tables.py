@@ -26,9 +26,7 @@ def format_evaluation(record: dict[str, Any], style: EvalFormat) -> str:
     """Write an evaluation as whole lines in one of the formats."""
     if style is EvalFormat.JSON:
         return format_record(record, indent=True)
-    title = "Span-corruption loss"
-    if record["model"] is not None:
-        title += f", {record['model']['id']}"
+    title = f"Span-corruption loss, {record['model']['id']}"
     if style is EvalFormat.MD:
         lines = [f"### {title}", "", _line(_HEAD), _line(["---"] + ["---:"] * (len(_HEAD) - 1))]
         lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in _rows(record)]
@@ -63,10 +61,9 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:
     """Tell what the columns are about, and whatever was left out."""
-    if record["text"] is not None:
-        text = record["text"]
-        yield f"{text['passages']} passages, {text['target_tokens']} target tokens; loss in nats per target token"
-        yield f"reference {record['reference']}, seed {record['seed']}"
+    text = record["text"]
+    yield f"{text['passages']} passages, {text['target_tokens']} target tokens; loss in nats per target token"
+    yield f"reference {record['reference']}, seed {record['seed']}"
     for row in record["rows"]:
         if row["status"] == "failed":
             yield f"{row['name']}: {row['error']['message']}"

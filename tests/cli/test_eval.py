@@ -137,7 +137,7 @@ def test_little_memory_makes_several_passes(invoke: Invoke, tasks: Tasks, tiny: 
     least = run(invoke, tiny, *options, "--cpu-memory", "1MiB")
     assert least.code == 6
     assert "eval keeps all dense weights in memory" in least.stderr
-    needed = int(least.stderr.partition("at least ")[2].split()[0])
+    needed = int(least.stderr.partition("needs ")[2].split()[0])
     row = record_of(run(invoke, tiny, *options, "--cpu-memory", f"{needed}MiB"))["rows"][0]
     assert row["passes"] > one["passes"] == 1
     assert row["hidden_bytes"] < one["hidden_bytes"]
@@ -212,8 +212,7 @@ def test_a_dtype_that_fails_keeps_its_row(
     assert (row["loss_difference"], row["token_agreement"], row["output_agreement"]) == (None, None, None)
     assert "failed" in run(invoke, tiny, *"--dtype fp32,bf16 -q".split()).stdout
     done = run(invoke, tiny, *"--dtype fp32 --format json -q".split())
-    assert done.code == 6
-    assert record_of(done)["model"] is None
+    assert (done.code, done.stdout) == (6, "")
 
 
 @pytest.mark.slow
