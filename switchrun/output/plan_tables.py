@@ -39,7 +39,8 @@ def _model(plan: Plan) -> Table:
     table.add_row("folder", plan.path)
     table.add_row("size", format_bytes(plan.total_bytes))
     table.add_row("experts", f"{plan.num_experts} of {format_bytes(plan.expert_bytes)}")
-    table.add_row("dtype", f"{plan.dtype} (stored as {plan.stored_dtype})")
+    computed = "" if plan.dtype == plan.compute_dtype else f"computed in {plan.compute_dtype}, "
+    table.add_row("dtype", f"{plan.dtype} ({computed}stored as {plan.stored_dtype})")
     return table
 
 

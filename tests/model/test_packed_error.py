@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import SwitchTransformersForConditionalGeneration
 
 from switchrun import Session
+from switchrun.checkpoint import open_checkpoint
 from tests.model.test_packed import logits_of
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.sessions import small_process
@@ -45,11 +47,11 @@ def with_llm_int8(model: Any) -> Any:
     return result
 
 
-def errors(model: Any, session: Session, positions: Any = slice(None)) -> tuple[float, float]:
+def errors(model: Any, session: Session) -> tuple[float, float]:
     """Give the relative error of the session's logits and of LLM.int8's, against plain float32."""
-    reference = logits_of(model, session)[positions]
-    ours = logits_of(session.engine.model, session)[positions]
-    theirs = logits_of(with_llm_int8(model), session)[positions]
+    reference = logits_of(model, session)
+    ours = logits_of(session.engine.model, session)
+    theirs = logits_of(with_llm_int8(model), session)
     return relative(ours, reference), relative(theirs, reference)
 
 
@@ -57,17 +59,40 @@ def relative(result: torch.Tensor, reference: torch.Tensor) -> float:
     return ((result - reference).norm() / reference.norm()).item()
 
 
-@pytest.mark.slow
-def test_int8_on_the_demo_model(tmp_path: Path) -> None:
-    with Session.open(dtype="int8", offload_folder=tmp_path / "tier") as session:
-        model = SwitchTransformersForConditionalGeneration.from_pretrained(session.checkpoint.path).eval()
-        if session.plan.compute_dtype == "bf16":
-            # Everything else is in bfloat16 for all three: only the experts are compared.
-            ours, theirs = errors(model.bfloat16(), session)
-        else:
-            ours, theirs = errors(model, session)
-    print(f"demo: ours {ours:.5f}, LLM.int8 {theirs:.5f}")
+@pytest.fixture
+def demo(tmp_path: Path) -> tuple[Any, Path]:
+    """Give the demo model, and a copy of it stored in float32: else everything but the experts is in bfloat16."""
+    there = open_checkpoint().path
+    model = SwitchTransformersForConditionalGeneration.from_pretrained(there, dtype=torch.float32).eval()
+    folder = tmp_path / "demo"
+    shutil.copytree(there, folder, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_checkpoint(model, folder)
+    return model, folder
+
+
+def test_int8_on_the_demo_model(tmp_path: Path, demo: tuple[Any, Path]) -> None:
+    model, folder = demo
+    with Session.open(folder, dtype="int8", batch_size=3, offload_folder=tmp_path / "tier") as session:
+        assert session.plan.compute_dtype == "fp32"
+        ours, theirs = errors(model, session)
     assert ours <= theirs
+
+
+def test_int8_on_the_demo_model_in_bfloat16(tmp_path: Path, demo: tuple[Any, Path]) -> None:
+    """All three are as far from float32 as bfloat16's own rounding is: int8 is lost in it.
+
+    The median counts: a token whose experts are nearly equal to the router may go to the other one.
+    """
+    model, _ = demo
+    with Session.open(dtype="int8", batch_size=3, offload_folder=tmp_path / "tier") as session:
+        assert session.plan.compute_dtype == "bf16"
+        reference = logits_of(model, session)
+        rounded = copy.deepcopy(model).bfloat16()
+        ours, theirs, plain = (
+            ((logits_of(each, session).float() - reference).norm(dim=-1) / reference.norm(dim=-1)).median().item()
+            for each in (session.engine.model, with_llm_int8(rounded), rounded)
+        )
+    assert ours <= 1.25 * max(theirs, plain)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -77,7 +102,6 @@ def test_int8_on_random_checkpoints(tmp_path: Path, seed: int) -> None:
     save_tiny_tokenizer(save_checkpoint(model, tmp_path / "model"))
     with Session.open(tmp_path / "model", dtype="int8", batch_size=3, offload_folder=tmp_path / "tier") as session:
         ours, theirs = errors(model, session)
-    print(f"random: ours {ours:.5f}, LLM.int8 {theirs:.5f}")
     assert ours <= theirs
     assert ours < 0.05
 

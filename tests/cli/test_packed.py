@@ -1,0 +1,60 @@
+"""`--dtype int8` and `nf4` on the command line: answers, warnings and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunSwitchrun, validate
+
+TEXT = "A man <extra_id_0> into a bar."
+
+
+def test_a_fill_a_damaged_expert_and_a_folder_of_something_else(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
+    tier = tmp_path / "tier"
+    command = ["fill", "--dtype", "int8", "--offload-folder", str(tier), TEXT]
+    first = run_switchrun([*command, "--format", "json"])
+    assert (first.returncode, first.stderr) == (0, "")
+    record = json.loads(first.stdout)
+    validate(record, "fill")
+    assert record["model"]["dtype"] == "int8"
+
+    damaged = sorted(tier.rglob("*.safetensors"))[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    second = run_switchrun(command)
+    assert (second.returncode, second.stdout) == (0, record["text"] + "\n")
+    (warning,) = second.stderr.splitlines()
+    assert warning.startswith(f"switchrun: warning: {damaged} is damaged: ")
+    assert damaged.read_bytes() == whole
+
+    (manifest,) = tier.rglob("manifest.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"fingerprint": "another"}))
+    third = run_switchrun(command)
+    assert (third.returncode, third.stdout) == (7, "")
+    assert "the checkpoint has changed since these experts were made of it" in third.stderr
+    assert "switchrun offload clear" in third.stderr
+
+
+def test_the_limit_leaves_no_room(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
+    command = ["fill", "--dtype", "nf4", "--offload-folder", str(tmp_path / "tier"), "--offload-limit", "1KiB", TEXT]
+    done = run_switchrun(command)
+    assert done.returncode == 0
+    (warning,) = done.stderr.splitlines()
+    assert "the limit leaves no room; no more experts are stored there" in warning
+    quiet = run_switchrun([*command, "--quiet"])
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, done.stdout, "")
+    assert not list((tmp_path / "tier").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_a_plan(run_switchrun: RunSwitchrun, dtype: str) -> None:
+    done = run_switchrun(["plan", "--dtype", dtype, "--format", "json"])
+    assert done.returncode == 0
+    record = json.loads(done.stdout)
+    validate(record, "plan")
+    assert (record["dtype"], record["compute_dtype"]) == (dtype, "bf16")
+    shown = run_switchrun(["plan", "--dtype", dtype])
+    assert f"{dtype} (computed in bf16, stored as BF16)" in shown.stdout
