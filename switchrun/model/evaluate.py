@@ -96,17 +96,20 @@ def hidden_bytes(batches: Sequence[Batch], d_model: int, itemsize: int) -> int:
     """
     encoder = sum(batch.input_ids.numel() for batch in batches)
     decoder = sum(batch.labels.numel() for batch in batches)
-    return max(2 * encoder, encoder + 2 * decoder) * d_model * itemsize + (encoder + decoder) * _TOKEN_BYTES
+    return _hidden_bytes(encoder, decoder, d_model * itemsize)
 
 
 def split_passes(batches: Sequence[Batch], d_model: int, itemsize: int, allowed_bytes: int) -> list[list[Batch]]:
     """Group batches into passes whose hidden states fit; a single batch always does, for the plan counts it."""
     passes: list[list[Batch]] = []
+    encoder = decoder = 0
     for batch in batches:
-        if passes and hidden_bytes([*passes[-1], batch], d_model, itemsize) <= allowed_bytes:
+        encoder, decoder = encoder + batch.input_ids.numel(), decoder + batch.labels.numel()
+        if passes and _hidden_bytes(encoder, decoder, d_model * itemsize) <= allowed_bytes:
             passes[-1].append(batch)
         else:
             passes.append([batch])
+            encoder, decoder = batch.input_ids.numel(), batch.labels.numel()
     return passes
 
 
@@ -133,6 +136,10 @@ def evaluate(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int) -> P
     itemsize = model.shared.weight.element_size()
     most = max(hidden_bytes(batches, model.config.d_model, itemsize) for batches in passes)
     return PassResult([scores[row] for row in sorted(scores)], len(passes), most, len(used))
+
+
+def _hidden_bytes(encoder: int, decoder: int, state_bytes: int) -> int:
+    return max(2 * encoder, encoder + 2 * decoder) * state_bytes + (encoder + decoder) * _TOKEN_BYTES
 
 
 def _encode(model: Any, batches: Sequence[Batch], most_rows: int, used: set[ExpertKey]) -> list[torch.Tensor]:
