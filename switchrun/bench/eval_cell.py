@@ -69,6 +69,7 @@ def measure(task: Task) -> Answer:
             "expert_slots": engine.cache.num_slots,
             "slot_bytes": use.slot_bytes,
             "warnings": warnings,
+            "repairs": list(checkpoint.repairs),
         }
 
 

@@ -71,6 +71,8 @@ class Evaluation:
             raise as_error(next(iter(failures.values())))
         base = answers.get(reference)
         first = next(iter(answers.values()))
+        for repair in first["repairs"]:
+            tell(f"note: {repair}")
         return {
             "schema_version": SCHEMA_VERSION,
             "model": first["model"],

@@ -217,11 +217,12 @@ def test_a_dtype_that_fails_keeps_its_row(
 
 @pytest.mark.slow
 def test_processes_of_their_own(run_switchrun: RunSwitchrun) -> None:
-    done = run_switchrun(
-        "eval --text - --dtype auto,int8 --max-new-tokens 2 --cpu-memory 2GiB --format json".split(), input=ENGLISH
-    )
+    lines = ENGLISH * 80
+    options = "--dtype fp32,int8 --max-new-tokens 0 --cpu-memory 900MiB --format json"
+    done = run_switchrun(["eval", "--text", "-", *options.split()], input=lines, timeout=120)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     validate(record, "eval")
     for row in record["rows"]:
-        assert 100 * 2**20 < row["peak_rss_bytes"] < 2 * 2**30
+        assert row["hidden_bytes"] > 3 * 2**20
+        assert 100 * 2**20 < row["peak_rss_bytes"] < 900 * 2**20

@@ -16,7 +16,7 @@ ANSWER = {
     "experts_used": 1, "open_seconds": 1.0, "peak_rss_bytes": 10**8, "expert_slots": 4, "slot_bytes": 1000,
     "loss_pass": {"seconds": 1.0, "expert_loads": 1, "load_bytes": 1000},
     "generation": {"seconds": 1.0, "expert_loads": 1, "load_bytes": 1000},
-    "warnings": ["the folder is full"],
+    "warnings": ["the folder is full"], "repairs": ["a name was mended"],
 }  # fmt: skip
 SCRIPT = """
 import sys, time
@@ -50,6 +50,7 @@ def test_a_closed_pipe(hermetic: dict[str, str], style: str) -> None:
     process.stderr.close()
     assert process.wait(30) == 141
     assert "warning: int8: the folder is full" in errors
+    assert errors.count("note: a name was mended") == 1
     assert "Traceback" not in errors
 
 
