@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from demo_corpus import Corpus
-from demo_spans import IGNORE, PAD, Blanked, Example, blank, collate, prepare, single_words, span_starts
+from demo_spans import IGNORE, PAD, Blanked, Example, blank, collate, prepare, single_words
 from demo_tokenizer import Units
 from demo_train import is_span_token
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
+
+from switchrun.model.spans import span_starts
 
 SEED = 7
 BATCH = 64

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from demo_tokenizer import Units, split_units
 
-NOISE = 0.15
-MEAN_SPAN = 3
+from switchrun.model.spans import span_starts
+
 EOS, PAD, IGNORE = 1, 0, -100
 
 
@@ -49,22 +49,6 @@ def prepare(texts: list[str], units: Units) -> list[Example]:
     return examples
 
 
-def span_starts(count: int, rng: random.Random) -> list[tuple[int, int]]:
-    """T5's span corruption: (start, length) of the spans to blank in a text of count units."""
-    noise = max(1, round(count * NOISE))
-    spans = max(1, round(noise / MEAN_SPAN))
-    lengths = _partition(noise, spans, rng)
-    # The text between spans is cut at random too; a span may stand at the very start or end.
-    gaps = _partition(count - noise + 2, spans + 1, rng)
-    gaps[0] -= 1
-    starts, position = [], 0
-    for gap, length in zip(gaps, lengths, strict=False):
-        position += gap
-        starts.append((position, length))
-        position += length
-    return starts
-
-
 def single_words(words: tuple[str, ...], rng: random.Random, at_most: int = 8) -> list[tuple[int, int]]:
     """Between one blank and a quarter of the words, no two of them neighbours."""
     places = [index for index, word in enumerate(words) if word[0].isalpha()]
@@ -75,12 +59,6 @@ def single_words(words: tuple[str, ...], rng: random.Random, at_most: int = 8) -
         if len(chosen) < wanted and not {place - 1, place + 1} & chosen:
             chosen.add(place)
     return [(place, 1) for place in sorted(chosen)]
-
-
-def _partition(total: int, parts: int, rng: random.Random) -> list[int]:
-    """Split total into that many random positive parts."""
-    cuts = sorted(rng.sample(range(1, total), parts - 1))
-    return [right - left for left, right in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
 def blank(example: Example, spans: list[tuple[int, int]], units: Units) -> Blanked:

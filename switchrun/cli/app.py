@@ -10,6 +10,7 @@ import typer
 
 from switchrun import __version__
 from switchrun.cli.bench import bench
+from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
 from switchrun.cli.libraries import debugging
 from switchrun.cli.offload import app as offload
@@ -26,6 +27,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(fill)
 app.command()(plan)
 app.command()(bench)
+app.command("eval")(evaluate)
 app.command()(prepare)
 app.add_typer(offload, name="offload")
 

@@ -115,14 +115,15 @@ def bench(
 ) -> None:
     """Measure how fast a model runs here: every combination of the lists is a cell, in processes of its own."""
     from switchrun.bench.cells import Cell, product
-    from switchrun.dtypes import DtypeChoice
 
     _check_model(model, synthetic, materialize)
-    dtypes = [_dtype(word, DtypeChoice) for word in _words("--dtype", dtype)]
+    dtypes = options.dtype_list(dtype)
     memories = (
-        [None] if cpu_memory is None else [_size("--cpu-memory", word) for word in _words("--cpu-memory", cpu_memory)]
+        [None]
+        if cpu_memory is None
+        else [_size("--cpu-memory", word) for word in options.words("--cpu-memory", cpu_memory)]
     )
-    batches = [_batch(word) for word in _words("--batch-size", batch_size)]
+    batches = [_batch(word) for word in options.words("--batch-size", batch_size)]
     options.check_memory(None, gpu_memory)
     first = Cell(
         model,
@@ -147,20 +148,6 @@ def _check_model(model: str | None, synthetic: str | None, materialize: str | No
         raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
     if materialize is not None and synthetic is None:
         raise UsageError("--materialize does nothing without --synthetic", "add --synthetic NAME")
-
-
-def _words(option: str, text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words) or len(set(words)) < len(words):
-        raise UsageError(f"{option}: '{text}' is not a list", "write different values with commas between them")
-    return words
-
-
-def _dtype(word: str, choices: Any) -> str:
-    from switchrun.dtypes import resolve_dtype
-
-    resolve_dtype(word, "BF16")
-    return str(choices(word).value)
 
 
 def _size(option: str, word: str) -> int:

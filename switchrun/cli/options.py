@@ -151,3 +151,36 @@ def check_offload_limit(limit: str | None) -> None:
         offload_limit_bytes(limit)
     except UsageError as error:
         raise UsageError(f"{option}: {error.message}", error.hint) from None
+
+
+def memory_bytes(cpu_memory: str | None) -> int | None:
+    """Give the bytes of a checked `--cpu-memory`; None if it is not given."""
+    from switchrun.units import parse_bytes
+
+    return None if cpu_memory is None else parse_bytes(cpu_memory)
+
+
+def words(option: str, text: str) -> list[str]:
+    """Take a list of values apart.
+
+    Raises:
+        UsageError: One is empty, or there twice.
+    """
+    found = [word.strip() for word in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise UsageError(f"{option}: '{text}' is not a list", "write different values with commas between them")
+    return found
+
+
+def dtype_list(text: str, option: str = "--dtype") -> list[str]:
+    """Take a list of dtypes apart.
+
+    Raises:
+        UsageError: One is not a dtype, or there twice.
+    """
+    from switchrun.dtypes import resolve_dtype
+
+    found = words(option, text)
+    for word in found:
+        resolve_dtype(word, "BF16")
+    return found

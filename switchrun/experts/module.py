@@ -79,21 +79,47 @@ class OffloadedExperts(nn.Module):
         active = self._live_only(kept.bool())
         # Small index arithmetic on the CPU: the cache needs plain numbers anyway.
         positions = active.nonzero().squeeze(1).cpu()
-        experts = chosen.cpu()[positions]
-        tokens_of = {
-            ExpertKey(self._stack, self._block, expert): positions[experts == expert]
-            for expert in sorted(set(experts.tolist()))
-        }
         output = torch.zeros_like(hidden_states)
-        # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
-        with closing(self.cache.stream(list(tokens_of))) as stream:
-            for key, weights in stream:
-                rows = tokens_of[key].to(hidden_states.device)
-                expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
-                output.index_add_(0, rows, expert_output.to(output.dtype))
+        self.compute(hidden_states, positions, chosen.cpu()[positions], routing_weights, output)
         if self._context.on_layer is not None:
             self._context.on_layer()
         return output
+
+    def compute(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor,
+        chosen: torch.Tensor,
+        routing_weights: torch.Tensor,
+        output: torch.Tensor,
+        most_rows: int | None = None,
+    ) -> None:
+        """Run each expert once over all tokens that chose it; blocks while experts are read.
+
+        Args:
+            hidden_states: `[tokens, d_model]`.
+            positions: `[active]`, on the CPU: the tokens that have an expert.
+            chosen: `[active]`, on the CPU: which one.
+            routing_weights: `[tokens, 1]`.
+            output: `[tokens, d_model]`, written at the positions; may be `hidden_states` itself.
+            most_rows: Tokens to run an expert with at a time, if scratch memory must be bounded.
+
+        Raises:
+            CorruptCheckpointError: An expert cannot be read.
+        """
+        tokens_of = {
+            ExpertKey(self._stack, self._block, expert): positions[chosen == expert]
+            for expert in sorted(set(chosen.tolist()))
+        }
+        # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
+        with closing(self.cache.stream(list(tokens_of))) as stream:
+            for key, weights in stream:
+                tokens = tokens_of[key].to(hidden_states.device)
+                step = most_rows or len(tokens)
+                for start in range(0, len(tokens), step):
+                    rows = tokens[start : start + step]
+                    expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
+                    output.index_copy_(0, rows, expert_output.to(output.dtype))
 
     def _run(self, weights: ExpertWeights, tokens: torch.Tensor) -> torch.Tensor:
         return multiply(self._activation(multiply(tokens, weights.wi)), weights.wo)

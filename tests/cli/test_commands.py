@@ -24,7 +24,17 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "args", ["--help", "--version", "fill --help", "plan --help", "prepare --help", "offload --help", "fill nosentinel"]
+    "args",
+    [
+        "--help",
+        "--version",
+        "fill --help",
+        "plan --help",
+        "eval --help",
+        "prepare --help",
+        "offload --help",
+        "fill nosentinel",
+    ],
 )
 def test_light_commands_import_nothing_heavy(hermetic: dict[str, str], args: str) -> None:
     assert _imported(args, hermetic) == set()

@@ -110,7 +110,7 @@ def test_options_that_the_documents_use_exist():
     for command in typer.main.get_command(app).commands.values():
         known |= {name for parameter in command.params for name in parameter.opts}
     for page in PAGES:
-        for line in re.findall(r"^(?:\$ )?switchrun (?:fill|plan) .*$", read(page), flags=re.M):
+        for line in re.findall(r"^(?:\$ )?switchrun (?:fill|plan|eval) .*$", read(page), flags=re.M):
             words = shlex.split(line.partition("|")[0], comments=True)
             used = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert used <= known, f"{page.name}: {line}"

@@ -1,0 +1,139 @@
+"""`switchrun eval`: what each precision costs and saves on a text, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from switchrun.cli import options
+from switchrun.cli.fill_run import EXIT_SOME_FAILED
+from switchrun.cli.streams import Entry, read_lines, report, stdin_lines, write_answer
+from switchrun.errors import InputError, UsageError
+from switchrun.output.eval_tables import EvalFormat, format_evaluation
+
+
+def evaluate(
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="What to score: one passage a line; - is stdin.")],
+    model: options.Model = None,
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="LIST", envvar="SWITCHRUN_DTYPE", help="What to compare, like fp32,bf16,int8,nf4."),
+    ] = "auto,int8,nf4",
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", show_default="the first", help="Which of them the others are held against."),
+    ] = None,
+    cpu_memory: options.CpuMemory = None,
+    offload_folder: options.OffloadFolder = None,
+    tokenizer: options.Tokenizer = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides which spans are taken out.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", show_default="all", help="Take only the first N lines.")
+    ] = None,
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            "--batch-size",
+            envvar="SWITCHRUN_BATCH_SIZE",
+            min=1,
+            help="Passages that attend, and generate, together. For the loss an expert is read once whatever it is.",
+        ),
+    ] = 8,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            envvar="SWITCHRUN_MAX_NEW_TOKENS",
+            min=0,
+            help="Most tokens to generate for a passage; 0 leaves the generation out.",
+        ),
+    ] = 32,
+    style: Annotated[EvalFormat, typer.Option("--format", help="table, md: to read; json: to process.")] = (
+        EvalFormat.TABLE
+    ),
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
+) -> None:
+    """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
+    from switchrun import folders
+    from switchrun.bench.eval_run import Evaluation, as_error
+
+    dtypes = options.dtype_list(dtype)
+    chosen = dtypes[0] if reference is None else options.dtype_list(reference, "--reference")[0]
+    if chosen not in dtypes:
+        raise UsageError(f"--reference: '{reference}' is not one of --dtype", "add it there, or leave --reference out")
+    options.check_memory(cpu_memory, None)
+    name = "stdin" if text == "-" else text
+    lines = _readable(name, islice(_entries(text), limit))
+    tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    evaluation = Evaluation(
+        model=model,
+        text=name,
+        lines=lines,
+        cpu_memory=options.memory_bytes(cpu_memory),
+        offload_folder=str(folders.offload_folder(offload_folder)),
+        tokenizer=tokenizer,
+        seed=seed,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    record = evaluation.run(dtypes, chosen, tell)
+    _tell_notes(record, tell)
+    failed = [row for row in record["rows"] if row["status"] == "failed"]
+    for row in failed:
+        report(f"{row['name']}: {as_error(row['error'])}")
+    write_answer(format_evaluation(record, style))
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _entries(text: str) -> Iterable[Entry]:
+    """Give the lines of the text.
+
+    Raises:
+        UsageError: There is no such file.
+    """
+    if text == "-":
+        yield from stdin_lines()
+        return
+    try:
+        with Path(text).open("rb") as file:
+            yield from read_lines(file)
+    except OSError as error:
+        raise UsageError(f"--text: '{text}' cannot be read: {error.strerror}", "give a file, or - for stdin") from error
+
+
+def _readable(name: str, entries: Iterable[Entry]) -> list[str]:
+    """Give the lines; a loss over those that happen to be readable would not be that of the text.
+
+    Raises:
+        InputError: A line is not text, or there is none.
+    """
+    lines = []
+    for entry in entries:
+        if entry.error is not None:
+            raise InputError(f"{name}, line {entry.id + 1}: {entry.error.message}", entry.error.hint)
+        lines.append(entry.text)
+    if not lines:
+        raise InputError(f"{name} has no lines", "put one passage on each line")
+    return lines
+
+
+def _tell_notes(record: dict[str, Any], tell: Callable[[str], Any]) -> None:
+    text = record["text"]
+    if text["skipped"]:
+        tell(f"note: lines skipped, for they are too short for a span: {text['skipped']}")
+    if text["cut"]:
+        tell(f"note: lines cut at the longest input that the model takes: {text['cut']}")
+    for row in record["rows"]:
+        if row["status"] == "ok" and row["dtype"] != row["compute_dtype"]:
+            loads = row["loss_pass"]["expert_loads"]
+            # A stored one takes no more than a slot: more was read of the checkpoint, to be packed.
+            if row["loss_pass"]["load_bytes"] > loads * row["slot_bytes"]:
+                tell(
+                    f"note: {row['name']}: experts were read from the checkpoint and packed; the next run reads them "
+                    "packed, in fewer bytes and less time"
+                )
