@@ -162,16 +162,18 @@ def test_options_reach_the_session(invoke: Invoke, tmp_path: Path) -> None:
     sampling = ["--sample", "--temperature", "0.5", "--top-p", "0.9", "--top-k", "7", "--seed", "3"]
     limits = ["--max-new-tokens", "9", "--num-beams", "2", "--batch-size", "4"]
     memory = ["--cpu-memory", "6GiB", "--gpu-memory", "1GiB", "--offload-folder", "o", "--device-map", str(map_file)]
+    memory += ["--offload-limit", "3GiB"]
     outcome = invoke("fill", GOOD, "-m", "M", "--dtype", "fp32", "--tokenizer", "T", *sampling, *limits, *memory)
     session = outcome.sessions[0]
     assert session.options == [GenerationOptions(9, 2, True, 0.5, 0.9, 7, 3)]
-    settings = {name: value for name, value in session.settings.items() if name != "progress"}
+    settings = {name: value for name, value in session.settings.items() if name not in ("progress", "warn")}
     assert session.model == "M"
     assert settings == {
         "dtype": "fp32",
         "cpu_memory": "6GiB",
         "gpu_memory": "1GiB",
         "offload_folder": Path("o"),
+        "offload_limit": "3GiB",
         "device_map": map_file,
         "tokenizer": "T",
         "batch_size": 4,
