@@ -9,7 +9,7 @@ from switchrun.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
     from switchrun._plan import Prepared
-    from switchrun.experts.cache import CacheCounters
+    from switchrun.experts.slot_table import CacheCounters
 
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5

@@ -16,7 +16,7 @@ from switchrun.bench.process import io_read_bytes
 from switchrun.bench.replay import Range
 from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
-from switchrun.experts.cache import CacheCounters
+from switchrun.experts.slot_table import CacheCounters
 from switchrun.experts.module import OffloadedExperts
 from switchrun.experts.reader import Segment
 from switchrun.experts.slots import ExpertWeights

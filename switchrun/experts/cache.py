@@ -10,47 +10,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from mmap import mmap
+from typing import cast
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.experts.formats import Format, Load, PlainFormat
-from switchrun.experts.policy import NextUsePolicy
 from switchrun.experts.reader import WAYS, FileReader, Segment, Way
+from switchrun.experts.slot_table import CacheCounters, SlotTable
 from switchrun.experts.slots import Buffers, ExpertWeights
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """What a cache did since it was made.
-
-    Attributes:
-        requests: Experts asked for, once for each layer and step that needs one.
-        hits: Of those, the ones that were in memory.
-        loads: Experts brought from disk.
-        load_bytes: Bytes read for them, alignment included.
-        load_seconds: Time in which at least one read was under way.
-        wait_seconds: Time in which the model stood still for a read.
-    """
-
-    requests: int = 0
-    hits: int = 0
-    loads: int = 0
-    load_bytes: int = 0
-    load_seconds: float = 0.0
-    wait_seconds: float = 0.0
-
-    def since(self, earlier: CacheCounters) -> CacheCounters:
-        """Give what was counted after an earlier snapshot."""
-        return CacheCounters(*(getattr(self, name) - getattr(earlier, name) for name in self.__slots__))
-
-
-@dataclass(slots=True)
-class _Entry:
-    """One slot's content; `weights` is None while it is being read."""
-
-    slot: int
-    weights: ExpertWeights | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +70,7 @@ class ExpertCache:
         self._slots = Buffers(num_slots, slot_bytes)
         self._staging = Buffers(*staging)
         self._reader = FileReader(direct, way)
-        self._entries: dict[ExpertKey, _Entry] = {}
-        self._policy = NextUsePolicy()
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._table = SlotTable(num_slots)
         self._closing = threading.Event()
         self._toucher = threading.Thread(target=self._touch, args=(min(touch, num_slots),), name="switchrun-touch")
         self._free_staging = list(range(staging[0]))
@@ -143,21 +110,27 @@ class ExpertCache:
         Raises:
             CorruptCheckpointError: An expert cannot be read.
         """
-        hits = [key for key in keys if key in self._entries]
-        missing = deque(key for key in keys if key not in self._entries)
-        self._counters.requests += len(keys)
-        self._counters.hits += len(hits)
-        self._policy.begin_visit()
-        for key in hits:
-            self._policy.use(key)
+        yield from self.begin(keys)
+
+    def begin(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
+        """Do what `stream` does, but submit the reads now and not when the first expert is asked for."""
+        stream = self._visit(keys)
+        next(stream)
+        return cast(Generator[tuple[ExpertKey, ExpertWeights], None, None], stream)
+
+    def _visit(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights] | None, None, None]:
+        """Yield None once the reads are submitted, then the experts."""
+        hits, missing_keys = self._table.ask(keys, self._counters)
+        missing = deque(missing_keys)
         finished = False
         try:
             self._submit(missing)
+            yield None
             for key in hits:
-                entry = self._entries[key]
-                assert entry.weights is not None
-                yield key, entry.weights
-                self._policy.release(key)
+                weights = self._table.entries[key].weights
+                assert weights is not None
+                yield key, weights
+                self._table.policy.release(key)
                 self._submit(missing)
             while self._in_flight:
                 start = time.perf_counter()
@@ -169,12 +142,12 @@ class ExpertCache:
                     raise arrival.error or AssertionError("a read ended with neither weights nor an error")
                 else:
                     yield arrival.key, arrival.weights
-                    self._policy.release(arrival.key)
+                    self._table.policy.release(arrival.key)
                 self._submit(missing)
             finished = True
         finally:
             if not finished:
-                self._recover(keys)
+                self._recover()
 
     def _submit(self, missing: deque[ExpertKey]) -> None:
         """Start as many reads as there are slots that nobody uses."""
@@ -182,13 +155,12 @@ class ExpertCache:
             load = self._format.load(missing[0])
             if load.staged and not self._free_staging:
                 return
-            slot = self._take_slot()
+            slot = self._table.take()
             if slot is None:
                 return
             key = missing.popleft()
             staging = self._free_staging.pop() if load.staged else None
-            self._entries[key] = _Entry(slot, None)
-            self._policy.use(key)
+            self._table.put(key, slot, None)
             self._in_flight += 1
             self._note_busy(+1)
             buffer = self._slots.view(slot) if staging is None else self._staging.view(staging)
@@ -219,25 +191,18 @@ class ExpertCache:
         self._note_busy(-1)
         self._arrived.put(_Arrival(load.key, weights, error, again))
 
-    def _take_slot(self) -> int | None:
-        """Give a free slot, or that of the expert that is needed last and is not in use; None if all are."""
-        if self._free:
-            return self._free.pop()
-        victim = self._policy.victim()
-        return None if victim is None else self._entries.pop(victim).slot
-
     def _next_arrival(self) -> _Arrival:
         """Wait for a read to end, whichever is first."""
         arrival = self._arrived.get()
         self._in_flight -= 1
-        self._entries[arrival.key].weights = arrival.weights
+        self._table.entries[arrival.key].weights = arrival.weights
         if arrival.weights is None:
-            self._free.append(self._entries.pop(arrival.key).slot)
+            self._table.free.append(self._table.entries.pop(arrival.key).slot)
         if arrival.again:
             self._counters.loads -= 1
         return arrival
 
-    def _recover(self, keys: Sequence[ExpertKey]) -> None:
+    def _recover(self) -> None:
         """Leave nothing in flight and nothing in use: a read failed, the caller stopped early, or a signal came.
 
         A signal may have come between any two steps, so the books are made anew from what is there.
@@ -245,15 +210,9 @@ class ExpertCache:
         self._reader.wait()
         while not self._arrived.empty():
             arrival = self._arrived.get()
-            if arrival.key in self._entries:
-                self._entries[arrival.key].weights = arrival.weights
-        for key in keys:
-            entry = self._entries.get(key)
-            if entry is not None and entry.weights is None:
-                del self._entries[key]
-        self._policy.keep(self._entries)
-        taken = {entry.slot for entry in self._entries.values()}
-        self._free = [slot for slot in range(self._slots.count) if slot not in taken]
+            if arrival.key in self._table.entries:
+                self._table.entries[arrival.key].weights = arrival.weights
+        self._table.rebuild()
         self._free_staging = list(range(self._staging.count))
         self._in_flight = 0
         self._note_busy(-self._busy)
@@ -268,9 +227,7 @@ class ExpertCache:
 
     def clear(self) -> None:
         """Forget every expert, so that each is read again; the slots keep their memory. Not while `stream` runs."""
-        self._free += [entry.slot for entry in self._entries.values()]
-        self._entries.clear()
-        self._policy.keep(())
+        self._table.drop(self._table.entries)
 
     def close(self) -> None:
         """Wait for reads in flight and close the files; the slots go when the last view of them does."""
@@ -283,6 +240,11 @@ class ExpertCache:
         for slot in range(count):
             if self._closing.is_set() or not self._slots.touch(slot):
                 return
+
+    @property
+    def memory(self) -> mmap:
+        """The mapping that all slots lie in."""
+        return self._slots.memory
 
     def __enter__(self) -> ExpertCache:
         return self

@@ -10,6 +10,7 @@ from torch import nn
 
 from switchrun.checkpoint.types import ExpertKey, Stack
 from switchrun.experts.cache import ExpertCache
+from switchrun.experts.gpu_cache import GpuCache
 from switchrun.experts.packed import multiply
 from switchrun.experts.slots import ExpertWeights
 
@@ -37,7 +38,7 @@ class OffloadedExperts(nn.Module):
     token the output of its expert times the router's probability, zero for dropped tokens.
 
     Args:
-        cache: Where experts come from.
+        cache: Where experts come from; that of the GPU on which the layer computes, if it does on one.
         stack: `encoder` or `decoder`.
         block: The block's number.
         activation: The function between the two matrices.
@@ -46,7 +47,7 @@ class OffloadedExperts(nn.Module):
 
     def __init__(
         self,
-        cache: ExpertCache,
+        cache: ExpertCache | GpuCache,
         stack: Stack,
         block: int,
         activation: Callable[[torch.Tensor], torch.Tensor],
@@ -80,6 +81,7 @@ class OffloadedExperts(nn.Module):
         # Small index arithmetic on the CPU: the cache needs plain numbers anyway.
         positions = active.nonzero().squeeze(1).cpu()
         output = torch.zeros_like(hidden_states)
+        routing_weights = routing_weights.to(hidden_states.device)
         self.compute(hidden_states, positions, chosen.cpu()[positions], routing_weights, output)
         if self._context.on_layer is not None:
             self._context.on_layer()
@@ -107,14 +109,17 @@ class OffloadedExperts(nn.Module):
         Raises:
             CorruptCheckpointError: An expert cannot be read.
         """
-        tokens_of = {
-            ExpertKey(self._stack, self._block, expert): positions[chosen == expert]
-            for expert in sorted(set(chosen.tolist()))
-        }
+        keys = [ExpertKey(self._stack, self._block, expert) for expert in sorted(set(chosen.tolist()))]
+        of_expert = [positions[chosen == key.expert] for key in keys]
+        if not keys:
+            return
+        # Brought to the device together: each transfer waits for all that is being computed there.
+        together = torch.cat(of_expert).to(hidden_states.device)
+        tokens_of = dict(zip(keys, together.split([len(tokens) for tokens in of_expert]), strict=True))
         # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
-        with closing(self.cache.stream(list(tokens_of))) as stream:
+        with closing(self.cache.stream(keys)) as stream:
             for key, weights in stream:
-                tokens = tokens_of[key].to(hidden_states.device)
+                tokens = tokens_of[key]
                 step = most_rows or len(tokens)
                 for start in range(0, len(tokens), step):
                     rows = tokens[start : start + step]

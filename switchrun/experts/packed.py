@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from switchrun.experts.nf4 import linear_nf4, quantise_nf4
 from switchrun.experts.product import linear
 from switchrun.experts.slots import TORCH_DTYPES, Buffers, ExpertWeights
 from switchrun.store.layout import Layout
+
+#: Brings a tensor somewhere.
+Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +33,9 @@ class Int8Matrix:
         """Give `x @ weight.T`, in the dtype of `x`."""
         return linear_int8(x, self.codes, self.scb)
 
-    def to(self, device: torch.device) -> Int8Matrix:
-        """Give the matrix on a device: itself if it is there already."""
-        return Int8Matrix(self.codes.to(device), self.scb.to(device))
+    def moved(self, move: Move) -> Int8Matrix:
+        """Give the matrix made of what `move` gives for each of its tensors."""
+        return Int8Matrix(move(self.codes), move(self.scb))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,9 @@ class Nf4Matrix:
         """Give `x @ weight.T`, in the dtype of `x`."""
         return linear_nf4(x, self.packed, self.absmax.float(), self.shape)
 
-    def to(self, device: torch.device) -> Nf4Matrix:
-        """Give the matrix on a device: itself if it is there already."""
-        return Nf4Matrix(self.packed.to(device), self.absmax.to(device), self.shape)
+    def moved(self, move: Move) -> Nf4Matrix:
+        """Give the matrix made of what `move` gives for each of its tensors."""
+        return Nf4Matrix(move(self.packed), move(self.absmax), self.shape)
 
 
 def multiply(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix | Nf4Matrix) -> torch.Tensor:
@@ -67,8 +71,16 @@ def multiply(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix | Nf4Matrix) -> 
     Returns:
         `[tokens, out]`, in the dtype of `x`.
     """
-    there = matrix.to(x.device)
-    return linear(x, there) if isinstance(there, torch.Tensor) else there.product(x)
+    # With hand-made device maps an expert may be needed elsewhere than where its slot is.
+    if isinstance(matrix, torch.Tensor):
+        return linear(x, matrix.to(x.device))
+    return matrix.moved(lambda tensor: tensor.to(x.device)).product(x)
+
+
+def moved(weights: ExpertWeights, move: Move) -> ExpertWeights:
+    """Give an expert made of what `move` gives for each of its tensors."""
+    wi, wo = (move(m) if isinstance(m, torch.Tensor) else m.moved(move) for m in (weights.wi, weights.wo))
+    return ExpertWeights(wi, wo)
 
 
 def views(buffers: Buffers, index: int, layout: Layout, dtype: str, d_model: int, d_ff: int) -> ExpertWeights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from switchrun import hardware
-from switchrun.experts.cache import CacheCounters
+from switchrun.experts.slot_table import CacheCounters
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats, Timing, TokenCounts
 from switchrun.planning.types import TierUse
 

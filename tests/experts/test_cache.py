@@ -54,7 +54,7 @@ def keys(*experts: int) -> list[ExpertKey]:
 
 def idle(cache: ExpertCache) -> set[ExpertKey]:
     """Give the experts that the cache could evict."""
-    return {key for layer in cache._policy._layers.values() for key in layer.idle}
+    return {key for layer in cache._table.policy._layers.values() for key in layer.idle}
 
 
 def stored(tensor: TensorSlice) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_counters_agree_with_what_is_resident(
             assert counted.hits == len(resident & set(wanted))
             assert counted.loads == len(wanted) - counted.hits
             assert counted.load_bytes == counted.loads * checkpoint.expert_bytes
-            resident = set(cache._entries)
+            resident = set(cache._table.entries)
             assert len(resident) <= slots
             assert idle(cache) == resident
 
@@ -203,10 +203,10 @@ def test_a_signal_in_the_middle_neither_hangs_nor_loses_slots(
             assert sorted(seen) == keys(*range(NUM_EXPERTS))
             for key, wi in seen.items():
                 assert torch.equal(wi, stored(checkpoint.experts[key].wi).to(wi.dtype))
-        assert len(cache._free) + len(cache._entries) == slots
-        assert idle(cache) == set(cache._entries)
+        assert len(cache._table.free) + len(cache._table.entries) == slots
+        assert idle(cache) == set(cache._table.entries)
         before = cache.counters().load_seconds
-        list(cache.stream(list(cache._entries)))
+        list(cache.stream(list(cache._table.entries)))
         assert cache._busy == 0
         assert cache.counters().load_seconds == before  # nothing was read, so no time was spent on reading
 

@@ -124,7 +124,7 @@ def test_damaged_and_vanished_experts_come_from_the_checkpoint(
         check(checkpoint, key, weights)
     counted = fresh.counters()
     assert (counted.loads, counted.requests, counted.hits) == (NUM_EXPERTS, NUM_EXPERTS, 0)
-    assert idle(fresh) == set(fresh._entries)
+    assert idle(fresh) == set(fresh._table.entries)
     assert sum("is damaged" in warning for warning in warnings) == len(warnings) == 1
     wait_for(again, damaged, vanished)
 
@@ -162,8 +162,8 @@ def test_a_signal_in_the_middle_leaves_all_in_order(
     cache.on_load = None
     for key, weights in cache.stream(keys(*range(NUM_EXPERTS))):
         check(checkpoint, key, weights)
-    assert len(cache._free) + len(cache._entries) == slots
-    assert idle(cache) == set(cache._entries)
+    assert len(cache._table.free) + len(cache._table.entries) == slots
+    assert idle(cache) == set(cache._table.entries)
     assert cache._busy == 0
     assert not warnings
 
@@ -181,4 +181,4 @@ def test_a_checkpoint_that_cannot_be_read_is_an_error(opened: Open, monkeypatch:
     for expert in (0, 1):
         with pytest.raises(CorruptCheckpointError, match="gone"):
             list(cache.stream(keys(expert)))
-    assert len(cache._free) == 2
+    assert len(cache._table.free) == 2

@@ -1,0 +1,149 @@
+"""The cache's fast level: slots on a GPU, filled from the experts in CPU memory while the GPU computes."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.accelerator import CopyStream
+from switchrun.experts.cache import ExpertCache
+from switchrun.experts.packed import moved
+from switchrun.experts.slot_table import CacheCounters, SlotTable
+from switchrun.experts.slots import ExpertWeights
+
+#: Matrices begin at multiples of this in a slot: kernels want it, and allocators round to no less.
+_ALIGNMENT = 256
+
+
+class GpuCache:
+    """Keeps experts in equal slots on one GPU; what is missing there comes from the cache in CPU memory.
+
+    Two copies of an expert may exist, one on each level: what leaves the GPU stays in CPU memory as long as that
+    level's own policy keeps it. One thread calls `stream`.
+
+    No slot is overwritten while it is used: a copy waits, on a stream of its own, for an event that was recorded after
+    the slot's last expert was given to the GPU to compute, and computing waits for the copy. The slot in CPU memory is
+    let go of once its copy is made. So while one expert is computed, the next is copied.
+
+    Args:
+        source: The cache in CPU memory; it stays the caller's.
+        place: The GPU.
+        num_slots: Experts that it holds, at least 1; all are allocated now.
+        slot_bytes: Size of a slot.
+
+    Raises:
+        torch.OutOfMemoryError: The GPU has less memory.
+    """
+
+    def __init__(self, source: ExpertCache, place: torch.device, num_slots: int, slot_bytes: int) -> None:
+        self._source = source
+        self._slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=place) for _ in range(num_slots)]
+        self._table = SlotTable(num_slots)
+        self._stream = CopyStream(place)
+        # The allocator may give out memory that is still being computed with.
+        self._last_use: list[Any] = [self._stream.computed()] * num_slots
+        self._counters = CacheCounters()
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that the GPU holds."""
+        return len(self._slots)
+
+    def counters(self) -> CacheCounters:
+        """Give a snapshot of the counters; loads are copies from CPU memory."""
+        return replace(self._counters)
+
+    def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
+        """Give experts one after another: first those on the GPU, then the others as they arrive in CPU memory.
+
+        An expert may be computed with until the next one is asked for. Reads are submitted before hits are given.
+
+        Args:
+            keys: Different experts, in any order.
+
+        Raises:
+            CorruptCheckpointError: An expert cannot be read.
+        """
+        hits, missing = self._table.ask(keys, self._counters)
+        before: ExpertKey | None = None
+        finished = False
+        try:
+            with closing(self._source.begin(missing)) as arrivals:
+                for key in hits:
+                    entry = self._table.entries[key]
+                    assert entry.weights is not None
+                    yield key, entry.weights
+                    before = self._done(key, before)
+                for key, weights in arrivals:
+                    slot = self._table.take()
+                    if slot is None and before is not None:  # a single slot
+                        self._table.policy.release(before)
+                        before, slot = None, self._table.take()
+                    assert slot is not None
+                    there = self._copy(weights, slot)
+                    copied = self._stream.copied()
+                    self._table.put(key, slot, there)
+                    yield key, there
+                    before = self._done(key, before)
+                    copied.synchronize()
+            if before is not None:
+                self._table.policy.release(before)
+            finished = True
+        finally:
+            if not finished:
+                self._recover()
+
+    def _done(self, key: ExpertKey, before: ExpertKey | None) -> ExpertKey:
+        """Note that an expert is being computed; it is kept until the next one has a slot, the one before no longer."""
+        self._last_use[self._table.entries[key].slot] = self._stream.computed()
+        if before is not None:
+            self._table.policy.release(before)
+        return key
+
+    def _copy(self, weights: ExpertWeights, slot: int) -> ExpertWeights:
+        """Have an expert copied into a slot, matrix by matrix."""
+        begin = 0
+
+        def place(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal begin
+            stored = tensor if tensor.is_contiguous() else tensor.t()  # a transposed one is moved as it lies
+            target = self._slots[slot][begin : begin + stored.nbytes].view(stored.dtype).view(stored.shape)
+            target.copy_(stored, non_blocking=True)
+            begin += -(-stored.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self._counters.load_bytes += stored.nbytes
+            return target if stored is tensor else target.t()
+
+        self._counters.loads += 1
+        with self._stream.copying(after=self._last_use[slot]):
+            return moved(weights, place)
+
+    def _recover(self) -> None:
+        """Leave no copy on its way and nothing in use: computing failed, the caller stopped early, or a signal came."""
+        self._stream.finish()
+        self._last_use = [self._stream.computed()] * self.num_slots
+        self._table.rebuild()
+
+    def shrink(self) -> bool:
+        """Give up half of the slots, with what lies in them; False if there is only one. Not while `stream` runs."""
+        count = self.num_slots // 2
+        if not count:
+            return False
+        self._stream.finish()
+        self._table.keep_only(count)
+        del self._slots[count:], self._last_use[count:]
+        return True
+
+    def clear(self) -> None:
+        """Forget every expert; the slots keep their memory. Not while `stream` runs."""
+        self._table.drop(self._table.entries)
+
+    def close(self) -> None:
+        """Wait for copies and give the slots up; their memory goes when the last view of them does."""
+        self._stream.finish()
+        self._table.drop(self._table.entries)
+        self._slots.clear()

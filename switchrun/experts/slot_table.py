@@ -1,0 +1,107 @@
+"""Which expert lies in which slot, and which slot is given up for the next one: the books of a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.policy import NextUsePolicy
+from switchrun.experts.slots import ExpertWeights
+
+
+@dataclass(slots=True)
+class CacheCounters:
+    """What a cache did since it was made.
+
+    Attributes:
+        requests: Experts asked for, once for each layer and step that needs one.
+        hits: Of those, the ones that were in memory.
+        loads: Experts brought from the slower tier.
+        load_bytes: Bytes brought for them; of reads, alignment included.
+        load_seconds: Time in which at least one read was under way.
+        wait_seconds: Time in which the model stood still for a read, or for a copy.
+    """
+
+    requests: int = 0
+    hits: int = 0
+    loads: int = 0
+    load_bytes: int = 0
+    load_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    def since(self, earlier: CacheCounters) -> CacheCounters:
+        """Give what was counted after an earlier snapshot."""
+        return CacheCounters(*(getattr(self, name) - getattr(earlier, name) for name in self.__slots__))
+
+
+@dataclass(slots=True)
+class Entry:
+    """One slot's content; `weights` is None while it is on its way."""
+
+    slot: int
+    weights: ExpertWeights | None
+
+
+class SlotTable:
+    """The books of a cache of equal slots; not thread-safe.
+
+    Args:
+        num_slots: How many slots there are.
+
+    Attributes:
+        entries: What lies in a slot, or is on its way there.
+        free: Slots that hold nothing.
+        policy: Tells which expert leaves.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.entries: dict[ExpertKey, Entry] = {}
+        self.free = list(range(num_slots - 1, -1, -1))
+        self.policy = NextUsePolicy()
+
+    def ask(self, keys: Sequence[ExpertKey], counters: CacheCounters) -> tuple[list[ExpertKey], list[ExpertKey]]:
+        """Take note of a layer's request; its hits are in use from now on.
+
+        Returns:
+            Which experts are in slots, and which are missing.
+        """
+        hits = [key for key in keys if key in self.entries]
+        counters.requests += len(keys)
+        counters.hits += len(hits)
+        self.policy.begin_visit()
+        for key in hits:
+            self.policy.use(key)
+        return hits, [key for key in keys if key not in self.entries]
+
+    def take(self) -> int | None:
+        """Give a free slot, or that of the expert that is needed last and is not in use; None if all are."""
+        if self.free:
+            return self.free.pop()
+        victim = self.policy.victim()
+        return None if victim is None else self.entries.pop(victim).slot
+
+    def put(self, key: ExpertKey, slot: int, weights: ExpertWeights | None) -> None:
+        """Note what a taken slot is for; the expert is in use."""
+        self.entries[key] = Entry(slot, weights)
+        self.policy.use(key)
+
+    def rebuild(self) -> None:
+        """Make the books anew from the entries that are complete: all idle, all other slots free."""
+        for key in [key for key, entry in self.entries.items() if entry.weights is None]:
+            del self.entries[key]
+        self.policy.keep(self.entries)
+        taken = {entry.slot for entry in self.entries.values()}
+        self.free = [slot for slot in range(self.num_slots - 1, -1, -1) if slot not in taken]
+
+    def keep_only(self, num_slots: int) -> None:
+        """Give up the slots from a number on, and what lies in them."""
+        self.num_slots = num_slots
+        self.drop(key for key, entry in self.entries.items() if entry.slot >= num_slots)
+
+    def drop(self, keys: Iterable[ExpertKey]) -> None:
+        """Forget experts; nothing is in use."""
+        for key in list(keys):
+            del self.entries[key]
+        self.rebuild()
