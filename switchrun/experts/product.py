@@ -3,7 +3,7 @@
 Measured with torch 2.13 on two Zen 3 cores, both matrices of an expert of 2080 × 6144 (`benchmarks/products.py`, table
 in docs/performance.md). MKL's float32 product takes up to 1.6 times as long for `x @ weight.T` with 4 to 32 rows as for
 the same product the other way round, `weight @ x.T`, with its columns padded. Where the processor does not know
-bfloat16, torch's product takes as long for each further row as for the first; from a few rows on it is faster to widen
+bfloat16, torch's product takes as long for each further row as for the first; from 6 rows on it is faster to widen
 the weight, a part at a time that stays in the processor's cache.
 """
 
@@ -19,8 +19,9 @@ from torch import nn
 _LARGE_WEIGHT = 1 << 18
 #: Columns of the right matrix are padded to a multiple of this.
 _COLUMNS = 16
-#: From so many rows on widening bfloat16 is worth it, where the processor does not know it.
-_WIDEN_FROM = 6
+#: From so many rows on bfloat16 is widened, where the processor does not know it. It would pay from 6 on; but sums in
+#: another order round otherwise, and a single prompt of a sentence gets the very same tokens as from plain torch.
+_WIDEN_FROM = 33
 #: Rows of a weight that are widened at a time; for 2,080 columns they take 2 MiB.
 _WIDEN_ROWS = 256
 
