@@ -104,7 +104,7 @@ def _examine(task: Task, engine: Any, probe: Any, rows: list[list[int]], first: 
     ring.close()
     record: Answer = first.as_record() | {"raw": raw, "expert_use": use, "second_pass": None}
     if task["cold"]:
-        engine.cache.clear()
+        engine.levels.clear()
         drop_page_cache({each.file for stack in reads.values() for each in stack})
         record["second_pass"] = probe.fill(rows, task["output_tokens"]).as_record()
     record["compute"] = probe.compute_only(rows, task["output_tokens"]).as_record()

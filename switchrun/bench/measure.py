@@ -16,9 +16,12 @@ from switchrun.bench.process import io_read_bytes
 from switchrun.bench.replay import Range
 from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
-from switchrun.experts.slot_table import CacheCounters
+from switchrun.experts.cache import ExpertCache
+from switchrun.experts.gpu_cache import GpuCache
+from switchrun.experts.levels import ExpertLevels, since, total
 from switchrun.experts.module import OffloadedExperts
 from switchrun.experts.reader import Segment
+from switchrun.experts.slot_table import CacheCounters
 from switchrun.experts.slots import ExpertWeights
 from switchrun.model.engine import Engine
 from switchrun.model.generate import generate_batch
@@ -33,12 +36,14 @@ class StageTimes:
     Attributes:
         seconds: From its start to its end.
         expert_layer_seconds: Of that, spent in sparse layers after the router: waiting and computing.
-        counters: What the expert cache did meanwhile.
+        counters: What the expert cache did meanwhile, all its levels together.
+        gpus: What those on GPUs did.
     """
 
     seconds: float = 0.0
     expert_layer_seconds: float = 0.0
     counters: CacheCounters = field(default_factory=CacheCounters)
+    gpus: CacheCounters = field(default_factory=CacheCounters)
 
 
 @dataclass(slots=True)
@@ -94,7 +99,7 @@ class Probe:
         self.use: Counter[ExpertKey] = Counter()
         self._inside: dict[Stack, float] = dict.fromkeys(STACKS, 0.0)
         self._encoder_end = 0.0
-        self._encoder_counters = CacheCounters()
+        self._encoder_counters: Mapping[str, CacheCounters] = {}
 
     def __enter__(self) -> Probe:
         self._hooks = ExitStack()
@@ -112,10 +117,10 @@ class Probe:
     def fill(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
         """Generate exactly so many tokens for each row of ids, all rows of one length; blocks until it is done."""
         self.start()
-        ids = torch.tensor(rows)
+        ids = torch.tensor(rows, device=self._engine.device)
         options = GenerationOptions(max_new_tokens=output_tokens)
         times: list[float] = []
-        io, before = io_read_bytes(), self._engine.cache.counters()
+        io, before = io_read_bytes(), self._engine.levels.counters()
         start = time.perf_counter()
         outputs = generate_batch(
             self._engine.model,
@@ -127,17 +132,14 @@ class Probe:
             min_new_tokens=output_tokens,
         )
         end = time.perf_counter()
-        after, io_after = self._engine.cache.counters(), io_read_bytes()
+        after, io_after = self._engine.levels.counters(), io_read_bytes()
+        middle = self._encoder_counters
         return Measured(
             seconds=end - start,
             token_seconds=times,
             stages={
-                "encoder": StageTimes(
-                    self._encoder_end - start, self._inside["encoder"], self._encoder_counters.since(before)
-                ),
-                "decoder": StageTimes(
-                    end - self._encoder_end, self._inside["decoder"], after.since(self._encoder_counters)
-                ),
+                "encoder": _stage_times(self._encoder_end - start, self._inside["encoder"], since(middle, before)),
+                "decoder": _stage_times(end - self._encoder_end, self._inside["decoder"], since(after, middle)),
             },
             output_ids=[list(output.ids) for output in outputs],
             io_read_bytes=None if io is None or io_after is None else io_after - io,
@@ -150,18 +152,18 @@ class Probe:
         The experts that are in memory stand in for all others, and the routing is that of the last fill. What is
         generated means nothing.
         """
-        cache = self._engine.cache
+        levels = self._engine.levels
         latest = dict.fromkeys(key for keys, _ in reversed(self._routes) for key in keys)
-        stand_ins = _StandIns([weights for _, weights in cache.stream(list(latest)[: cache.num_slots])])
+        stand_ins = _StandIns(levels, list(latest))
         self._forced = iter([route for _, route in self._routes])
         try:
             for module in self._layers:
-                module.cache = stand_ins
+                module.levels = stand_ins
             return self.fill(rows, output_tokens)
         finally:
             self._forced = None
             for module in self._layers:
-                module.cache = cache
+                module.levels = levels
 
     def _enter(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, selected, weights = args
@@ -182,21 +184,41 @@ class Probe:
 
     def _end_of_encoder(self, *_: Any) -> None:
         self._encoder_end = time.perf_counter()
-        self._encoder_counters = self._engine.cache.counters()
+        self._encoder_counters = self._engine.levels.counters()
 
     def _note_load(self, key: ExpertKey, segments: tuple[Segment, ...]) -> None:
         self.reads[key.stack] += [Range(each.file, each.offset, each.length) for each in segments]
 
 
 class _StandIns:
-    """In the place of the cache: gives the same few experts again and again, whatever is asked for."""
+    """In the place of the caches: gives the same few experts again and again, whatever is asked for."""
 
-    def __init__(self, weights: Sequence[ExpertWeights]) -> None:
-        self._weights = itertools.cycle(weights)
+    def __init__(self, levels: ExpertLevels, keys: Sequence[ExpertKey]) -> None:
+        self._gpus = {number: _StandIn(cache, keys) for number, cache in levels.gpus.items()}
+        self._cpu = _StandIn(levels.cpu, keys)
+
+    def on(self, device: torch.device) -> _StandIn:
+        """Give the stand-in for what is computed on a device."""
+        return self._cpu if device.type == "cpu" else self._gpus[device.index]
+
+
+class _StandIn:
+    """In the place of one cache."""
+
+    def __init__(self, cache: ExpertCache | GpuCache, keys: Sequence[ExpertKey]) -> None:
+        self._weights = itertools.cycle([weights for _, weights in cache.stream(keys[: cache.num_slots])])
 
     def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
         """Give an expert for each key at once."""
         yield from zip(keys, self._weights, strict=False)
+
+
+def _stage_times(seconds: float, inside: float, levels: Mapping[str, CacheCounters]) -> StageTimes:
+    gpus = CacheCounters()
+    for tier, counters in levels.items():
+        if tier != "cpu":
+            gpus = gpus.plus(counters)
+    return StageTimes(seconds, inside, total(levels), gpus)
 
 
 def used_experts(use: Mapping[ExpertKey, int]) -> dict[str, dict[str, int]]:

@@ -65,7 +65,10 @@ def cell_record(head: Record, answers: Sequence[Any], beside: Sequence[Any], obs
 
 def _fill_metrics(fill: Any, knobs: Record, plan: Record, best: Mapping[str, int | None]) -> dict[str, float | None]:
     encoder, decoder = (fill["stages"][stage] for stage in _STAGES)
-    counters = {name: encoder["counters"][name] + decoder["counters"][name] for name in encoder["counters"]}
+    counters, gpus = (
+        {name: encoder[kind][name] + decoder[kind][name] for name in encoder[kind]} for kind in ("counters", "gpus")
+    )
+    has_gpu = gpus["requests"] > 0
     steps = [later - earlier for earlier, later in pairwise(fill["token_seconds"])]
     inside = encoder["expert_layer_seconds"] + decoder["expert_layer_seconds"]
     used = sum(len(experts) for experts in fill["expert_use"].values())
@@ -78,6 +81,8 @@ def _fill_metrics(fill: Any, knobs: Record, plan: Record, best: Mapping[str, int
         "sequences_per_second": knobs["batch_size"] / fill["seconds"],
         "expert_requests": counters["requests"],
         "hit_rate": divide(counters["hits"], counters["requests"]),
+        "gpu_hit_rate": divide(gpus["hits"], gpus["requests"]),
+        "gpu_load_bytes": gpus["load_bytes"] if has_gpu else None,
         "expert_loads": counters["loads"],
         "load_bytes": counters["load_bytes"],
         "distinct_expert_bytes": used * plan["expert_bytes"],

@@ -16,6 +16,9 @@ import torch
 
 _log = logging.getLogger(__name__)
 
+#: cudaHostRegisterPortable: for all GPUs.
+_PORTABLE = 1
+
 
 def device_type() -> str | None:
     """Give what torch calls this machine's GPUs, such as `cuda`; None if it finds none."""
@@ -31,6 +34,11 @@ def device_count() -> int:
 def device(number: int) -> torch.device:
     """Give the device of the tier `gpu:number`."""
     return torch.device(device_type() or "cuda", number)
+
+
+def wake(number: int) -> None:
+    """Have the driver set up a GPU for this process, so that what this takes in CPU memory can be measured."""
+    torch.zeros(1, device=device(number))
 
 
 def memory_in_use(number: int) -> tuple[int, int]:
@@ -93,27 +101,45 @@ class CopyStream:
         self._stream.synchronize()
 
 
-@contextlib.contextmanager
-def page_locked(memory: mmap) -> Iterator[None]:
-    """Keep a mapping page-locked, so that CUDA copies from it at full speed and beside computing.
+class PageLocks:
+    """Page-locks buffers, so that CUDA copies from them at full speed and beside computing; closing lets them go.
 
-    All of its pages are taken from the system now. Other makers' GPUs, and systems that refuse, copy from it as it is.
+    Each is locked when it is first copied from: locking takes all of its pages from the system, and for a large memory
+    that would take longer than opening may. Other makers' GPUs copy from memory as it is.
+
+    Args:
+        memory: A mapping of equal buffers, the first at its start.
+        size: Size of a buffer, a multiple of the page size.
     """
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    runtime = torch.cuda.cudart() if device_type() == "cuda" else None
-    locked = False
-    if runtime is not None:
-        code = int(runtime.cudaHostRegister(address, len(memory), 0))
-        locked = code == 0
-        if not locked:
-            _log.warning("memory cannot be page-locked (CUDA error %d): copies to the GPU take longer", code)
-    try:
-        yield
-    finally:
-        if locked:
-            runtime.cudaHostUnregister(address)
+
+    def __init__(self, memory: mmap, size: int) -> None:
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._size = size
+        self._locked: set[int] = set()
+        self._runtime: Any = torch.cuda.cudart() if device_type() == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def lock(self, tensor: torch.Tensor) -> None:
+        """Lock the buffer that a tensor begins in; blocks until its pages are there."""
+        start = self._base + (tensor.data_ptr() - self._base) // self._size * self._size
+        if self._runtime is None or start in self._locked:
+            return
+        code = int(self._runtime.cudaHostRegister(start, self._size, _PORTABLE))
+        if not code:
+            self._locked.add(start)
+            return
+        _log.warning("memory cannot be page-locked (CUDA error %d): copies to the GPU take longer", code)
+        self._runtime = None
+        # CUDA would tell the next one who asks of this error.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=device(0))
+
+    def close(self) -> None:
+        """Unlock what is locked; nothing is being copied from it any more."""
+        for start in self._locked:
+            self._runtime.cudaHostUnregister(start)
+        self._locked.clear()
 
 
 def _module() -> Any:
-    """torch's own module for these GPUs: `torch.cuda`, `torch.xpu`; they have the same names in it."""
+    """Torch's own module for these GPUs: `torch.cuda`, `torch.xpu`; they have the same names in it."""
     return torch.get_device_module(device_type() or "cuda")

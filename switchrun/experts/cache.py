@@ -88,6 +88,11 @@ class ExpertCache:
         return self._slots.count
 
     @property
+    def slot_bytes(self) -> int:
+        """Size of a slot."""
+        return self._slots.size
+
+    @property
     def reads_past_page_cache(self) -> bool:
         """Whether what was read came from the disk itself."""
         return self._reader.reads_past_page_cache

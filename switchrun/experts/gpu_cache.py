@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.experts.accelerator import CopyStream
+from switchrun.experts.accelerator import CopyStream, PageLocks
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.packed import moved
 from switchrun.experts.slot_table import CacheCounters, SlotTable
@@ -35,13 +36,17 @@ class GpuCache:
         place: The GPU.
         num_slots: Experts that it holds, at least 1; all are allocated now.
         slot_bytes: Size of a slot.
+        locks: Page-locks the slots in CPU memory; it stays the caller's.
 
     Raises:
         torch.OutOfMemoryError: The GPU has less memory.
     """
 
-    def __init__(self, source: ExpertCache, place: torch.device, num_slots: int, slot_bytes: int) -> None:
+    def __init__(
+        self, source: ExpertCache, place: torch.device, num_slots: int, slot_bytes: int, locks: PageLocks
+    ) -> None:
         self._source = source
+        self._locks = locks
         self._slots = [torch.empty(slot_bytes, dtype=torch.uint8, device=place) for _ in range(num_slots)]
         self._table = SlotTable(num_slots)
         self._stream = CopyStream(place)
@@ -90,7 +95,9 @@ class GpuCache:
                     self._table.put(key, slot, there)
                     yield key, there
                     before = self._done(key, before)
+                    start = time.perf_counter()
                     copied.synchronize()
+                    self._counters.wait_seconds += time.perf_counter() - start
             if before is not None:
                 self._table.policy.release(before)
             finished = True
@@ -111,6 +118,7 @@ class GpuCache:
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal begin
+            self._locks.lock(tensor)
             stored = tensor if tensor.is_contiguous() else tensor.t()  # a transposed one is moved as it lies
             target = self._slots[slot][begin : begin + stored.nbytes].view(stored.dtype).view(stored.shape)
             target.copy_(stored, non_blocking=True)

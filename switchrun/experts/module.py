@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from switchrun.checkpoint.types import ExpertKey, Stack
-from switchrun.experts.cache import ExpertCache
-from switchrun.experts.gpu_cache import GpuCache
+from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.packed import multiply
 from switchrun.experts.slots import ExpertWeights
 
@@ -38,7 +37,7 @@ class OffloadedExperts(nn.Module):
     token the output of its expert times the router's probability, zero for dropped tokens.
 
     Args:
-        cache: Where experts come from; that of the GPU on which the layer computes, if it does on one.
+        levels: Where experts come from: from the level of the device on which the hidden states are.
         stack: `encoder` or `decoder`.
         block: The block's number.
         activation: The function between the two matrices.
@@ -47,14 +46,14 @@ class OffloadedExperts(nn.Module):
 
     def __init__(
         self,
-        cache: ExpertCache | GpuCache,
+        levels: ExpertLevels,
         stack: Stack,
         block: int,
         activation: Callable[[torch.Tensor], torch.Tensor],
         context: RoutingContext,
     ) -> None:
         super().__init__()
-        self.cache = cache
+        self.levels = levels
         self._stack: Stack = stack
         self._block = block
         self._activation = activation
@@ -115,9 +114,10 @@ class OffloadedExperts(nn.Module):
             return
         # Brought to the device together: each transfer waits for all that is being computed there.
         together = torch.cat(of_expert).to(hidden_states.device)
-        tokens_of = dict(zip(keys, together.split([len(tokens) for tokens in of_expert]), strict=True))
+        parts = torch.split(together, [len(tokens) for tokens in of_expert])
+        tokens_of = dict(zip(keys, parts, strict=True))
         # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
-        with closing(self.cache.stream(keys)) as stream:
+        with closing(self.levels.on(hidden_states.device).stream(keys)) as stream:
             for key, weights in stream:
                 tokens = tokens_of[key]
                 step = most_rows or len(tokens)

@@ -62,19 +62,16 @@ class Nf4Matrix:
 
 
 def multiply(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix | Nf4Matrix) -> torch.Tensor:
-    """Give `x @ matrix.T` on the device of `x`, whatever the matrix is kept in.
+    """Give `x @ matrix.T`, whatever the matrix is kept in.
 
     Args:
         x: `[tokens, in]`.
-        matrix: `[out, in]`; a plain one has the dtype of `x`.
+        matrix: `[out, in]`, on the device of `x`; a plain one has its dtype too.
 
     Returns:
         `[tokens, out]`, in the dtype of `x`.
     """
-    # With hand-made device maps an expert may be needed elsewhere than where its slot is.
-    if isinstance(matrix, torch.Tensor):
-        return linear(x, matrix.to(x.device))
-    return matrix.moved(lambda tensor: tensor.to(x.device)).product(x)
+    return linear(x, matrix) if isinstance(matrix, torch.Tensor) else matrix.product(x)
 
 
 def moved(weights: ExpertWeights, move: Move) -> ExpertWeights:

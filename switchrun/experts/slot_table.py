@@ -34,6 +34,10 @@ class CacheCounters:
         """Give what was counted after an earlier snapshot."""
         return CacheCounters(*(getattr(self, name) - getattr(earlier, name) for name in self.__slots__))
 
+    def plus(self, other: CacheCounters) -> CacheCounters:
+        """Give what two caches counted together."""
+        return CacheCounters(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
 
 @dataclass(slots=True)
 class Entry:

@@ -16,6 +16,7 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import PackedFormat
+from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import OffloadedExperts, RoutingContext
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
@@ -53,7 +54,7 @@ def build_cache(
     )
 
 
-def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertCache, context: RoutingContext) -> Any:
+def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, levels: ExpertLevels, context: RoutingContext) -> Any:
     """Build the model on the meta device, its experts replaced by `OffloadedExperts`.
 
     transformers would make every expert a module: 61,440 of them take minutes to build for switch-c-2048. So the
@@ -62,7 +63,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
     Args:
         checkpoint: Gives the configuration and which blocks are sparse.
         dtype: What dense weights compute in; routers stay in float32.
-        cache: Where experts come from.
+        levels: Where experts come from.
         context: Shared by all sparse layers.
 
     Raises:
@@ -90,7 +91,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
             mlp.router.classifier = nn.Linear(
                 config.d_model, num_experts, bias=config.router_bias, device="meta", dtype=torch.float32
             )
-            mlp.experts = OffloadedExperts(cache, stack, block, activation, context)
+            mlp.experts = OffloadedExperts(levels, stack, block, activation, context)
     model.generation_config = _generation_config(checkpoint.path, config)
     model.eval()
     return model

@@ -14,6 +14,7 @@ from torch import nn
 
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.errors import UsageError
+from switchrun.experts import accelerator
 from switchrun.experts.reader import FileReader
 from switchrun.experts.slots import TORCH_DTYPES, Buffers
 from switchrun.model.preload import DensePreload
@@ -92,18 +93,30 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return tuple(self._slices)
 
 
-def check_gpus(device_map: Mapping[str, Tier]) -> None:
-    """Refuse a device map with GPUs that this machine does not have.
+def check_gpus(device_map: Mapping[str, Tier]) -> list[int]:
+    """Refuse a device map with GPUs that this machine does not have, and wake those that it has.
+
+    Returns:
+        The numbers of the map's GPUs.
 
     Raises:
-        UsageError: It names such a GPU.
+        UsageError: It names a GPU that is not there.
     """
-    wanted = max((tier for tier in device_map.values() if isinstance(tier, int)), default=-1)
-    there = torch.cuda.device_count()
-    if wanted >= there:
-        raise UsageError(
-            f"gpu:{wanted} is asked for, and torch finds {there} GPUs here", "leave out --gpu-memory, or change the map"
-        )
+    wanted = sorted({tier for tier in device_map.values() if isinstance(tier, int)})
+    there = accelerator.device_count() if wanted else 0
+    for number in wanted:
+        if number >= there:
+            raise UsageError(
+                f"gpu:{number} is asked for, and torch finds {there} GPUs here",
+                "leave out --gpu-memory, or change the map",
+            )
+        accelerator.wake(number)
+    return wanted
+
+
+def input_device(device_map: Mapping[str, Tier]) -> torch.device:
+    """Give the device for token ids: that of `shared`, or the CPU, from which hooks move them where they are wanted."""
+    return _device(tier_of("shared.weight", device_map))
 
 
 def place_dense_weights(
@@ -134,7 +147,7 @@ def place_dense_weights(
                     on_bytes(tensor.nbytes)
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)
-    if any(tier != "cpu" for tier in tiers.values()):
+    if len(set(tiers.values())) > 1 or "disk" in tiers.values():
         _attach_hooks(model, weights, tiers)
 
 
@@ -151,8 +164,7 @@ def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers
 
 def _attach_hooks(model: nn.Module, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
     """Move inputs to where each module's weights are, and bring the weights that stay on disk in and out."""
-    gpus = sorted(tier for tier in tiers.values() if isinstance(tier, int))
-    main = _device(gpus[0] if gpus else "cpu")
+    main = _device(min((tier for tier in tiers.values() if isinstance(tier, int)), default="cpu"))
     modules = dict(_whole_modules(model, "", tiers))
     devices = {name: main if tier == "disk" else _device(tier) for name, tier in modules.items()}
     offload = {name: tier == "disk" for name, tier in modules.items()}
@@ -176,4 +188,4 @@ def _whole_modules(model: nn.Module, name: str, tiers: Mapping[str, Tier]) -> It
 
 
 def _device(tier: Tier) -> torch.device:
-    return torch.device("cuda", tier) if isinstance(tier, int) else torch.device("cpu")
+    return accelerator.device(tier) if isinstance(tier, int) else torch.device("cpu")

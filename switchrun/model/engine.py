@@ -11,15 +11,18 @@ import torch
 from switchrun import hardware
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.experts import accelerator
 from switchrun.experts.cache import ExpertCache
+from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import RoutingContext
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
 from switchrun.model.build import build_cache, build_model
-from switchrun.model.dense import DenseWeights, check_gpus, place_dense_weights
+from switchrun.model.dense import DenseWeights, check_gpus, input_device, place_dense_weights
 from switchrun.model.preload import DensePreload
 from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
+from switchrun.planning.types import tier_name
 from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
 
 #: So many bytes read are a fair measurement of the disk.
@@ -40,7 +43,9 @@ class Engine:
         checkpoint: The checkpoint.
         plan: What went where.
         model: transformers' model, its experts replaced.
-        cache: Where its experts come from.
+        cache: Where its experts come from: the level in CPU memory.
+        levels: The same and those on GPUs.
+        device: Where the model wants token ids.
         context: What its sparse layers share.
 
     Raises:
@@ -51,6 +56,8 @@ class Engine:
     plan: Plan
     model: Any
     cache: ExpertCache
+    levels: ExpertLevels
+    device: torch.device
     context: RoutingContext
 
     def __init__(
@@ -61,7 +68,8 @@ class Engine:
         preload: DensePreload | None = None,
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
-        check_gpus(prepared.plan.device_map)
+        gpus = check_gpus(prepared.plan.device_map)
+        self.device = input_device(prepared.plan.device_map)
         self.context = RoutingContext()
         total = sum(use.dense_bytes for use in prepared.plan.tiers if use.tier != "disk")
         done = 0
@@ -87,11 +95,15 @@ class Engine:
                 buffers = memory.writer_buffers(checkpoint, plan.precision)
                 writer = stack.enter_context(BackgroundWriter(store, buffers))
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
-            self.model = build_model(checkpoint, dtype, self.cache, self.context)
+            self.levels = stack.enter_context(ExpertLevels(self.cache))
+            self.model = build_model(checkpoint, dtype, self.levels, self.context)
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
             weights = DenseWeights(checkpoint.dense, dtype, reader, preload)
             place_dense_weights(self.model, weights, plan.device_map, on_bytes)
+            for number in gpus:
+                use = plan.tier(tier_name(number))
+                self.levels.add(accelerator.device(number), use.expert_slots, use.slot_bytes)
             self._stack = stack.pop_all()
 
     def close(self) -> None:

@@ -66,14 +66,42 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class TierCounts:
+    """What one level of the expert cache did.
+
+    Attributes:
+        tier: `gpu:0` or `cpu`.
+        requests: Experts asked for; what a GPU has not is asked of `cpu`.
+        hits: Of those, the ones that were there.
+        loads: Experts brought in: copied from CPU memory to a GPU, read from disk into CPU memory.
+        load_bytes: Bytes brought in for them.
+    """
+
+    tier: str
+    requests: int
+    hits: int
+    loads: int
+    load_bytes: int
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hits ÷ requests; None if nothing was requested."""
+        return self.hits / self.requests if self.requests else None
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertCounts:
-    """What the expert cache did for the batch that the input ran in."""
+    """What the expert cache did, all levels together: a hit was in some memory, a load was read from disk.
+
+    `tiers` has the levels, fast to slow.
+    """
 
     requests: int
     hits: int
     loads: int
     load_bytes: int
     load_seconds: float
+    tiers: tuple[TierCounts, ...] = ()
 
     @property
     def hit_rate(self) -> float | None:
@@ -119,6 +147,8 @@ class FillResult:
         """Give the result as a JSON-ready dict."""
         record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         record["experts"]["hit_rate"] = self.experts.hit_rate
+        for tier, counts in zip(record["experts"]["tiers"], self.experts.tiers, strict=True):
+            tier["hit_rate"] = counts.hit_rate
         return record
 
 
@@ -136,7 +166,7 @@ class SessionStats:
         ttft_seconds: Mean time to the first token; None before the first fill.
         itl_seconds: Mean time of each later token; None if there was none.
         experts: Counters of the expert cache.
-        wait_seconds: Time in which the model stood still for a read.
+        wait_seconds: Time in which the model stood still for a read, or for a copy to a GPU.
     """
 
     tiers: tuple[TierUse, ...]

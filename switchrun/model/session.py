@@ -9,6 +9,7 @@ from typing import Any
 
 from switchrun._plan import Prepared, prepare
 from switchrun.errors import BudgetError, InputError
+from switchrun.experts.levels import since
 from switchrun.model.engine import Engine
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.preload import DensePreload
@@ -70,7 +71,7 @@ class Session:
         self._progress = progress
         self._tokenizer = load_tokenizer(prepared.checkpoint, tokenizer)
         self.engine = engine = Engine(prepared, self._tell_open, warn, preload)
-        self.checkpoint, self.plan, self._cache = engine.checkpoint, engine.plan, engine.cache
+        self.checkpoint, self.plan, self._levels = engine.checkpoint, engine.plan, engine.levels
         self._totals = Totals()
         self.open_seconds = time.perf_counter() - started
 
@@ -182,7 +183,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Give what the session took so far."""
-        return self._totals.stats(self.plan.tiers, self.open_seconds, self._cache.counters())
+        return self._totals.stats(self.plan.tiers, self.open_seconds, self._levels.counters())
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
@@ -196,7 +197,7 @@ class Session:
 
     def _fill_batch(self, texts: Sequence[str], options: GenerationOptions, first_id: int) -> list[FillResult]:
         start = time.perf_counter()
-        before = self._cache.counters()
+        before = self._levels.counters()
         encoded = self._tokenizer(list(texts), padding=True, return_tensors="pt")
         layers = len(self.checkpoint.sparse_blocks["encoder"])
         passed = 0
@@ -211,15 +212,15 @@ class Session:
         outputs = generate_batch(
             self.engine.model,
             self.engine.context,
-            encoded.input_ids,
-            encoded.attention_mask,
+            encoded.input_ids.to(self.engine.device),
+            encoded.attention_mask.to(self.engine.device),
             options,
             on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
             # Else the same text on two lines would get the same answer twice.
             seed=options.seed + first_id,
         )
         end = time.perf_counter()
-        experts = expert_counts(self._cache.counters().since(before))
+        experts = expert_counts(since(self._levels.counters(), before))
         results = []
         for row, (text, output) in enumerate(zip(texts, outputs, strict=True)):
             tokens = TokenCounts(int(encoded.attention_mask[row].sum()), len(output.ids) - 1, output.dropped)
@@ -260,4 +261,4 @@ class Session:
 
     def _tell(self, stage: Stage, done: int, total: int) -> None:
         if self._progress is not None:
-            self._progress(Progress(stage, done, total, self._cache.counters().load_bytes))
+            self._progress(Progress(stage, done, total, self._levels.cpu.counters().load_bytes))

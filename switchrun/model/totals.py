@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
 
 from switchrun import hardware
+from switchrun.experts import accelerator
+from switchrun.experts.levels import total
 from switchrun.experts.slot_table import CacheCounters
-from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats, Timing, TokenCounts
+from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats, TierCounts, Timing, TokenCounts
 from switchrun.planning.types import TierUse
 
 
@@ -27,7 +29,9 @@ class Totals:
             self._later_tokens += tokens.output - 1
             self._later_seconds += timing.itl_seconds * (tokens.output - 1)
 
-    def stats(self, tiers: tuple[TierUse, ...], open_seconds: float, counters: CacheCounters) -> SessionStats:
+    def stats(
+        self, tiers: tuple[TierUse, ...], open_seconds: float, levels: Mapping[str, CacheCounters]
+    ) -> SessionStats:
         """Give the sums beside what a session knows otherwise."""
         return SessionStats(
             tiers=tiers,
@@ -38,17 +42,25 @@ class Totals:
             fill_seconds=self.fill_seconds,
             ttft_seconds=self._ttft_seconds / self._inputs if self._inputs else None,
             itl_seconds=self._later_seconds / self._later_tokens if self._later_tokens else None,
-            experts=expert_counts(counters),
-            wait_seconds=counters.wait_seconds,
+            experts=expert_counts(levels),
+            wait_seconds=total(levels).wait_seconds,
         )
 
 
-def expert_counts(counters: CacheCounters) -> ExpertCounts:
-    """Give the counters that a record has."""
-    return ExpertCounts(counters.requests, counters.hits, counters.loads, counters.load_bytes, counters.load_seconds)
+def expert_counts(levels: Mapping[str, CacheCounters]) -> ExpertCounts:
+    """Give the counters that a record has; see `ExpertLevels.counters`."""
+    all_together = total(levels)
+    return ExpertCounts(
+        all_together.requests,
+        all_together.hits,
+        all_together.loads,
+        all_together.load_bytes,
+        all_together.load_seconds,
+        tuple(TierCounts(tier, c.requests, c.hits, c.loads, c.load_bytes) for tier, c in levels.items()),
+    )
 
 
 def memory_peak() -> MemoryPeak:
-    """Give the peaks of this process so far."""
-    gpu = int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
-    return MemoryPeak(hardware.peak_rss_bytes(), gpu)
+    """Give the peaks of this process so far, those of all GPUs added up."""
+    gpus = [accelerator.peak_bytes(number) for number in range(accelerator.device_count())]
+    return MemoryPeak(hardware.peak_rss_bytes(), sum(gpus) if gpus else None)

@@ -65,6 +65,8 @@ METRICS: tuple[tuple[str, str, Format], ...] = (
     ("sequences_per_second", "sequences/s", _number),
     ("expert_requests", "expert requests", _count),
     ("hit_rate", "hit rate", _share),
+    ("gpu_hit_rate", "hit rate on GPUs", _share),
+    ("gpu_load_bytes", "copied to GPUs", format_bytes),
     ("expert_loads", "expert loads", _count),
     ("load_bytes", "experts read", format_bytes),
     ("distinct_expert_bytes", "experts used, each once", format_bytes),

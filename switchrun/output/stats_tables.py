@@ -50,5 +50,10 @@ def _experts(stats: SessionStats) -> Table:
     if experts.load_seconds > 0:
         read += f" in {format_seconds(experts.load_seconds)}, {format_rate(experts.load_bytes / experts.load_seconds)}"
     table.add_row("loads", read)
-    table.add_row("waited for reads", format_seconds(stats.wait_seconds))
+    for tier in experts.tiers:
+        if tier.tier != "cpu":
+            rate = "" if tier.hit_rate is None else f", {tier.hit_rate:.1%} there"
+            table.add_row(f"requests on {tier.tier}", f"{tier.requests}{rate}")
+            table.add_row(f"copies to {tier.tier}", f"{tier.loads}, {format_bytes(tier.load_bytes)}")
+    table.add_row("waited for them", format_seconds(stats.wait_seconds))
     return table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.errors import UsageError
-from switchrun.planning.types import Tier
+from switchrun.planning.types import Tier, tier_name
 
 
 def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
@@ -82,3 +82,28 @@ def check_device_map(device_map: Mapping[str, Tier], names: Iterable[str]) -> No
     for module in device_map:
         if module not in known and ".mlp.experts" not in module:
             raise UsageError(f"the device map names '{module}', which this model does not have")
+
+
+def check_layers(placed: Mapping[str, Tier]) -> None:
+    """Refuse to split a layer of a block: it adds its output to its input, so both must be on one device.
+
+    Args:
+        placed: The tier of each dense tensor.
+
+    Raises:
+        UsageError: A layer would compute on two devices.
+    """
+    # What stays on disk computes there too.
+    first = min((tier for tier in placed.values() if isinstance(tier, int)), default="cpu")
+    devices: dict[str, Tier] = {}
+    for name, tier in placed.items():
+        parts = name.split(".")
+        if parts[1] != "block":
+            continue
+        layer = ".".join(parts[:5])
+        device = first if tier == "disk" else tier
+        if devices.setdefault(layer, device) != device:
+            one, other = (tier_name(found) for found in (devices[layer], device))
+            raise UsageError(
+                f"the device map lets '{layer}' compute on {one} and {other}", "put all of it on one device"
+            )

@@ -10,7 +10,7 @@ from switchrun.dtypes import Dtype, Precision, resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
-from switchrun.planning.device_map import check_device_map, tier_of
+from switchrun.planning.device_map import check_device_map, check_layers, tier_of
 from switchrun.planning.estimate import Bandwidth, estimate_fill
 from switchrun.planning.types import Placement, Plan, Tier, TierUse, tier_name
 from switchrun.units import format_bytes
@@ -95,6 +95,7 @@ def make_plan(
     else:
         check_device_map(device_map, checkpoint.dense)
         placed = {name: tier_of(name, device_map) for name in checkpoint.dense}
+        check_layers(placed)
         reason = dict.fromkeys(placed, "by the given device map")
     full_map = _with_aliases(device_map or placed, checkpoint)
     sizes = _sizes(checkpoint, compute, placed)

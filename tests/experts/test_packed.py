@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from switchrun.experts.packed import Int8Matrix, Nf4Matrix, multiply, quantise, views
+from switchrun.experts.packed import Int8Matrix, Nf4Matrix, moved, multiply, quantise, views
 from switchrun.experts.slots import Buffers, ExpertWeights
 from switchrun.store import layout_of
 
@@ -39,10 +39,13 @@ def test_a_packed_expert_has_the_promised_share_of_bfloat16(dtype: str, d_model:
 
 
 def test_a_packed_matrix_is_moved_part_by_part() -> None:
-    device = torch.device("meta")
-    int8 = Int8Matrix(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2)).to(device)
-    nf4 = Nf4Matrix(torch.zeros(3, dtype=torch.uint8), torch.ones(1, dtype=torch.bfloat16), (2, 3)).to(device)
-    assert {part.device.type for part in (int8.codes, int8.scb, nf4.packed, nf4.absmax)} == {"meta"}
+    int8 = Int8Matrix(torch.zeros(2, 3, dtype=torch.int8), torch.ones(2))
+    nf4 = Nf4Matrix(torch.zeros(3, dtype=torch.uint8), torch.ones(1, dtype=torch.bfloat16), (2, 3))
+    there = moved(ExpertWeights(int8, nf4), lambda tensor: tensor.to("meta"))
+    assert isinstance(there.wi, Int8Matrix)
+    assert isinstance(there.wo, Nf4Matrix)
+    assert {part.device.type for part in (there.wi.codes, there.wi.scb, there.wo.packed, there.wo.absmax)} == {"meta"}
+    assert there.wo.shape == (2, 3)
 
 
 def test_only_packed_dtypes_have_a_layout() -> None:

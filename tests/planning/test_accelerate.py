@@ -22,9 +22,9 @@ PLENTY = 1 << 50
 
 
 def expert_free_model(checkpoint: SwitchCheckpoint) -> Any:
-    """The model as sessions build it. Its cache is never asked for anything."""
-    cache: Any = None
-    return build_model(checkpoint, torch.bfloat16, cache, RoutingContext())
+    """The model as sessions build it. Its caches are never asked for anything."""
+    levels: Any = None
+    return build_model(checkpoint, torch.bfloat16, levels, RoutingContext())
 
 
 def plain_model(checkpoint: SwitchCheckpoint) -> Any:

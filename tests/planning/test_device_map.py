@@ -11,7 +11,8 @@ import pytest
 import switchrun
 from switchrun.errors import BudgetError, UsageError
 from switchrun.planning import Budgets, make_plan
-from switchrun.planning.device_map import check_device_map, read_device_map, tier_of
+from switchrun.planning.device_map import check_device_map, check_layers, read_device_map, tier_of
+from switchrun.planning.types import Tier
 from switchrun.units import MIB
 from tests.planning.made_up import made_up_checkpoint
 
@@ -89,6 +90,18 @@ def test_uncovered_and_unknown_modules() -> None:
 def test_entries_that_only_accelerate_knows() -> None:
     expert = "encoder.block.1.layer.1.mlp.experts.expert_0"
     check_device_map({expert: "disk", "lm_head": 0, "encoder.embed_tokens": 0}, ["shared.weight"])
+
+
+def test_a_layer_computes_on_one_device() -> None:
+    def check(shared: Tier, norm: Tier, wi: Tier) -> None:
+        layer = "encoder.block.1.layer.1"
+        check_layers({"shared.weight": shared, f"{layer}.layer_norm.weight": norm, f"{layer}.mlp.wi.weight": wi})
+
+    check("cpu", 0, 0)
+    check("cpu", 1, "disk")
+    check("disk", "cpu", "disk")
+    with pytest.raises(UsageError, match=r"lets 'encoder\.block\.1\.layer\.1' compute on gpu:1 and gpu:0 \(put all"):
+        check(0, 1, "disk")
 
 
 def test_a_map_that_does_not_fit() -> None:

@@ -20,7 +20,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "fakegpu"
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten._copy_from.default)
@@ -104,6 +103,9 @@ class FakeTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
+
+    def tolist(self) -> Any:
+        return self.to("cpu").tolist()  # torch's own refuses subclasses
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"fake({self.inner!r}, {self.device})"
@@ -254,7 +256,8 @@ def _index(device: Any) -> int:
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operation on the CPU tensors within, on the device that it belongs to."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors: list[torch.Tensor] = []
+    _map(lambda tensor: tensors.append(tensor) or tensor, (*args, *kwargs.values()))
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     if func in _COPIES and (kwargs.get("device") is not None or len(tensors) == 2):
         return _copy(func, *args, **kwargs)
@@ -269,14 +272,14 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     if GPUS.current_stream(device.index).compute:
         for fake in fakes:
             _use(fake)
-    inner_kwargs = dict(kwargs, device="cpu") if target is not None else kwargs
-    result = func(*_inner(args), **_inner(inner_kwargs))
+    inner_kwargs = {name: "cpu" if name == "device" else _map(_inner, value) for name, value in kwargs.items()}
+    result = func(*_map(_inner, args), **inner_kwargs)
     wrappers = {id(fake.inner): fake for fake in fakes}  # what is changed in place stays what it is
 
     def wrap(tensor: torch.Tensor) -> FakeTensor:
         return wrappers[id(tensor)] if id(tensor) in wrappers else FakeTensor(tensor, device)
 
-    return tree_map_only(torch.Tensor, wrap, result)
+    return _map(wrap, result)
 
 
 def _copy(func: Any, first: Any, second: Any = None, *_: Any, **kwargs: Any) -> Any:
@@ -336,5 +339,14 @@ def _use(tensor: FakeTensor) -> None:
     block.last_use = block.device.clock
 
 
-def _inner(tree: Any) -> Any:
-    return tree_map_only(FakeTensor, lambda tensor: tensor.inner, tree)
+def _inner(tensor: Any) -> Any:
+    return tensor.inner if isinstance(tensor, FakeTensor) else tensor
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change every tensor among an operation's arguments or results; torch's own way takes longer than the rest."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)([_map(change, each) for each in value])
+    return value

@@ -1,0 +1,88 @@
+"""The sacred test with GPUs: the tokens of plain transformers on the CPU, wherever the weights and slots are."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from switchrun import GenerationOptions
+from tests.model.test_same_tokens import MAX_NEW_TOKENS, TEXTS, check_ids, check_logits, saved
+from tests.support.fake_accelerator import fake_gpus
+from tests.support.gpu_sessions import open_on_gpus
+from tests.support.sessions import generate, oracle_for, small_process
+from tests.support.strategies import CheckpointSpec, checkpoint_specs
+
+__all__ = ["small_process"]
+pytestmark = pytest.mark.usefixtures("small_process")
+
+MAPS: list[dict[str, Any]] = [
+    {"": 0},
+    {"": 0, "encoder": "cpu"},
+    {"": 0, "encoder": "disk", "decoder.block.0": "disk"},
+    {"": 0, "shared": "disk"},
+    {"": "cpu", "decoder": 0},
+    {"": "disk", "decoder": 0, "decoder.embed_tokens": "disk"},
+    {"": "cpu", "encoder.block.0": 0, "encoder.block.1": "disk", "decoder.block.1": 0},
+    {"": 0, "decoder": 1},
+    {"": 1, "encoder": 0, "lm_head": "cpu"},
+    {"": 0, "encoder.block.1": 1, "decoder.block.0": "disk", "decoder.block.1": 1},
+    {"": "cpu", "encoder": 0, "encoder.block.1.layer.1": 1, "decoder.block.1.layer.2": 0},
+]
+#: Slots on each GPU and in CPU memory; None is one for each expert.
+SLOTS: list[tuple[int, int | None]] = [(8, None), (1, 1), (2, 1), (1, 3), (2, None)]
+MIXES = [
+    *((device_map, SLOTS[at % len(SLOTS)], "fp32") for at, device_map in enumerate(MAPS)),
+    *((device_map, SLOTS[at % len(SLOTS)], "bf16") for at, device_map in enumerate(MAPS[:8:2], 1)),
+]
+
+
+@pytest.mark.parametrize(("device_map", "slots", "dtype"), MIXES, ids=str)
+def test_every_mix_of_tiers(
+    tmp_path: Path, device_map: dict[str, Any], slots: tuple[int, int | None], dtype: str
+) -> None:
+    oracle = oracle_for(saved(CheckpointSpec(container="torch", tied=dtype == "bf16"), tmp_path), dtype)
+    with fake_gpus(None, None) as gpus:
+        with open_on_gpus(tmp_path, device_map, *slots, dtype=dtype, batch_size=3) as session:
+            check_logits(oracle, session, dtype)
+            check_ids(oracle, session, TEXTS, dtype)
+            check_ids(oracle, session, TEXTS[:1], dtype)
+            used = {tier for tier in device_map.values() if isinstance(tier, int)}
+            assert {gpu.index for gpu in gpus if gpu.bytes_to_device} == used
+            assert session.engine.levels.gpus.keys() == used
+        del session
+        gc.collect()
+        assert [gpu.allocated for gpu in gpus] == [0, 0]
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    spec=checkpoint_specs(),
+    dtype=st.sampled_from(["fp32", "bf16"]),
+    slots=st.sampled_from(SLOTS),
+    tiers=st.fixed_dictionaries(
+        {module: st.sampled_from([0, 1, "cpu", "disk"]) for module in ("", "encoder", "decoder", "shared")}
+    ),
+)
+def test_every_kind_of_model(
+    spec: CheckpointSpec, dtype: str, slots: tuple[int, int | None], tiers: dict[str, Any]
+) -> None:
+    with TemporaryDirectory() as folder, fake_gpus(None, None):
+        oracle = oracle_for(saved(spec, Path(folder)), dtype)
+        with open_on_gpus(Path(folder), tiers, *slots, dtype=dtype, batch_size=3) as session:
+            check_logits(oracle, session, dtype)
+            check_ids(oracle, session, TEXTS, dtype)
+
+
+@pytest.mark.parametrize("device_map", [MAPS[0], MAPS[7]], ids=str)
+def test_beams(tmp_path: Path, device_map: dict[str, Any]) -> None:
+    oracle = oracle_for(saved(CheckpointSpec(), tmp_path), "fp32")
+    options = GenerationOptions(max_new_tokens=MAX_NEW_TOKENS, num_beams=3)
+    with fake_gpus(None, None), open_on_gpus(tmp_path, device_map, 2, 2, batch_size=3, num_beams=3) as session:
+        expected = generate(oracle, session, TEXTS, num_beams=3, max_new_tokens=MAX_NEW_TOKENS)
+        assert [list(result.output_ids) for result in session.fill(TEXTS, options)] == expected
