@@ -25,6 +25,7 @@ from switchrun.experts.slot_table import CacheCounters
 from switchrun.experts.slots import ExpertWeights
 from switchrun.model.engine import Engine
 from switchrun.model.generate import generate_batch
+from switchrun.model.gpu_memory import told_as_budget
 from switchrun.model.records import GenerationOptions
 from switchrun.model.totals import memory_peak
 
@@ -122,15 +123,16 @@ class Probe:
         times: list[float] = []
         io, before = io_read_bytes(), self._engine.levels.counters()
         start = time.perf_counter()
-        outputs = generate_batch(
-            self._engine.model,
-            self._engine.context,
-            ids,
-            torch.ones_like(ids),
-            options,
-            on_token=lambda _: times.append(time.perf_counter() - start),
-            min_new_tokens=output_tokens,
-        )
+        with told_as_budget(self._engine.plan):
+            outputs = generate_batch(
+                self._engine.model,
+                self._engine.context,
+                ids,
+                torch.ones_like(ids),
+                options,
+                on_token=lambda _: times.append(time.perf_counter() - start),
+                min_new_tokens=output_tokens,
+            )
         end = time.perf_counter()
         after, io_after = self._engine.levels.counters(), io_read_bytes()
         middle = self._encoder_counters

@@ -57,9 +57,10 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
 def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
     """Multiply with a matrix in 8 bit: `x @ weight.T`.
 
-    On a CPU, weights are unpacked and activations are left as they are. bfloat16 with few tokens goes through torch's
+    Weights are unpacked and activations are left as they are. On a CPU, bfloat16 with few tokens goes through torch's
     own kernel where the row length allows, which rounds SCB to bfloat16; everything else is computed in float32. The
-    same call gives the same bits. On a GPU this is bitsandbytes' LLM.int8, outliers included; that path is untested.
+    same call gives the same bits. On CUDA this is bitsandbytes' LLM.int8, outliers included; that path has not been
+    run yet.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16.
@@ -79,7 +80,8 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
         return _linear_bitsandbytes(x, codes, scb)
     scale = scb / 127.0
     tokens = x.reshape(-1, in_features)
-    if x.dtype == torch.bfloat16 and 0 < len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
+    small = x.device.type == "cpu" and x.dtype == torch.bfloat16 and 0 < len(tokens) < _UNPACK_TOKENS
+    if small and in_features % _KERNEL_MULTIPLE == 0:
         result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
         return result.view(*x.shape[:-1], out_features)
 

@@ -67,8 +67,8 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
 def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Multiply with a matrix in 4 bit: `x @ weight.T`.
 
-    On a CPU the weights are unpacked to float32, a few rows at a time, and the product is float32. The same call gives
-    the same bits. On a GPU bitsandbytes unpacks the matrix to the dtype of `x`; that path is untested.
+    The weights are unpacked to float32, a few rows at a time, and the product is float32. The same call gives the same
+    bits. On CUDA bitsandbytes unpacks the matrix to the dtype of `x`; that path has not been run yet.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16.
@@ -86,8 +86,8 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     if x.is_cuda:
         return _linear_bitsandbytes(x, packed, absmax, shape)
     multiple = _rows_to_a_block(shape[1])
-    pairs = _pair_table()
-    indices = torch.empty(largest_block(shape, multiple) // 2 + 1, dtype=torch.int32)
+    pairs = _pair_table().to(x.device)
+    indices = torch.empty(largest_block(shape, multiple) // 2 + 1, dtype=torch.int32, device=x.device)
 
     def unpack(rows: slice, buffer: torch.Tensor) -> None:
         here, there = _storage_of(rows, shape[1])

@@ -58,8 +58,8 @@ def linear_by_blocks(
     if x.shape[-1] != in_features:
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
     tokens = x.reshape(-1, in_features).float()
-    result = torch.empty(tokens.shape[0], out_features)
-    buffer = torch.empty(largest_block(shape, multiple))
+    result = torch.empty(tokens.shape[0], out_features, device=x.device)
+    buffer = torch.empty(largest_block(shape, multiple), device=x.device)
     for rows in row_blocks(shape, multiple):
         block = buffer[: (rows.stop - rows.start) * in_features]
         unpack(rows, block)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,11 +21,16 @@ from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
 from switchrun.model.build import build_cache, build_model
 from switchrun.model.dense import DenseWeights, check_gpus, input_device, place_dense_weights
+from switchrun.model.gpu_memory import told_as_budget
 from switchrun.model.preload import DensePreload
 from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
-from switchrun.planning.types import tier_name
+from switchrun.planning.types import gpu_number, tier_name
 from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: So many bytes read are a fair measurement of the disk.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
@@ -68,7 +75,7 @@ class Engine:
         preload: DensePreload | None = None,
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
-        gpus = check_gpus(prepared.plan.device_map)
+        self._warn = warn or _log.warning
         self.device = input_device(prepared.plan.device_map)
         self.context = RoutingContext()
         total = sum(use.dense_bytes for use in prepared.plan.tiers if use.tier != "disk")
@@ -79,7 +86,8 @@ class Engine:
             done += nbytes
             on_dense_bytes(done, total)
 
-        with ExitStack() as stack:
+        with ExitStack() as stack, told_as_budget(prepared.plan):
+            gpus = check_gpus(prepared.plan.device_map)
             preload = preload or DensePreload(prepared)
             stack.callback(preload.close)
             for name in preload.names:
@@ -102,9 +110,65 @@ class Engine:
             weights = DenseWeights(checkpoint.dense, dtype, reader, preload)
             place_dense_weights(self.model, weights, plan.device_map, on_bytes)
             for number in gpus:
-                use = plan.tier(tier_name(number))
-                self.levels.add(accelerator.device(number), use.expert_slots, use.slot_bytes)
+                self._add_level(number)
             self._stack = stack.pop_all()
+
+    def _add_level(self, number: int) -> None:
+        use, place = self.plan.tier(tier_name(number)), accelerator.device(number)
+        try:
+            self.levels.add(place, use.expert_slots, use.slot_bytes)
+            return
+        except RuntimeError as error:
+            if use.expert_slots == 1 or not accelerator.is_out_of_memory(error):
+                raise
+        # Only here has the error let go of the slots that there was room for.
+        accelerator.release_unused()
+        self.levels.add(place, use.expert_slots // 2, use.slot_bytes)
+        self._note_fewer_slots()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Let the model do some work; if the memory of a GPU runs out, do it anew with half of the GPUs' slots.
+
+        Args:
+            work: Can be done twice.
+
+        Raises:
+            BudgetError: The memory runs out again.
+        """
+        if not self.levels.gpus:
+            return work()
+        try:
+            return work()
+        except RuntimeError as error:
+            if not accelerator.is_out_of_memory(error):
+                raise
+        # Only here has the error let go of what had been computed.
+        with told_as_budget(self.plan):
+            if self.levels.shrink():
+                accelerator.release_unused()
+                self._note_fewer_slots()
+            return work()
+
+    def _note_fewer_slots(self) -> None:
+        """Warn of what GPUs have given up, and put it into the plan."""
+        tiers = []
+        for use in self.plan.tiers:
+            number = gpu_number(use.tier)
+            level = None if number is None else self.levels.gpus.get(number)
+            if level is not None and level.num_slots < use.expert_slots:
+                self._warn(
+                    f"{use.tier} ran out of memory: it holds {level.num_slots} experts from now on, not "
+                    f"{use.expert_slots} (a smaller --gpu-memory avoids this)"
+                )
+                given_up = (use.expert_slots - level.num_slots) * use.slot_bytes
+                use = replace(
+                    use,
+                    expert_slots=level.num_slots,
+                    expert_bytes=use.expert_bytes - given_up,
+                    total_bytes=use.total_bytes - given_up,
+                )
+            tiers.append(use)
+        self.plan = replace(self.plan, tiers=tuple(tiers))
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""

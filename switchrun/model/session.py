@@ -159,7 +159,7 @@ class Session:
 
         Raises:
             InputError: A text cannot be filled.
-            BudgetError: More beams or tokens are asked for than memory was reserved for.
+            BudgetError: More beams or tokens are asked for than memory was reserved for, or a GPU's memory runs out.
         """
         options = options or GenerationOptions()
         for text in texts:
@@ -183,7 +183,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Give what the session took so far."""
-        return self._totals.stats(self.plan.tiers, self.open_seconds, self._levels.counters())
+        return self._totals.stats(self.engine.plan.tiers, self.open_seconds, self._levels.counters())
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
@@ -209,15 +209,17 @@ class Session:
                 self._tell("encode", passed, layers)
 
         self.engine.context.on_layer = on_layer
-        outputs = generate_batch(
-            self.engine.model,
-            self.engine.context,
-            encoded.input_ids.to(self.engine.device),
-            encoded.attention_mask.to(self.engine.device),
-            options,
-            on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
-            # Else the same text on two lines would get the same answer twice.
-            seed=options.seed + first_id,
+        outputs = self.engine.run(
+            lambda: generate_batch(
+                self.engine.model,
+                self.engine.context,
+                encoded.input_ids.to(self.engine.device),
+                encoded.attention_mask.to(self.engine.device),
+                options,
+                on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
+                # Else the same text on two lines would get the same answer twice.
+                seed=options.seed + first_id,
+            )
         )
         end = time.perf_counter()
         experts = expert_counts(since(self._levels.counters(), before))

@@ -21,6 +21,11 @@ def tier_name(tier: Tier) -> str:
     return f"gpu:{tier}" if isinstance(tier, int) else tier
 
 
+def gpu_number(name: str) -> int | None:
+    """Give the number in a tier's name `gpu:0`; None if it is another tier's."""
+    return int(name.removeprefix("gpu:")) if name.startswith("gpu:") else None
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where one group of dense weights goes, and why."""
