@@ -12,6 +12,7 @@ from switchrun.dtypes import resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.gpus import Gpu
 from switchrun.planning import Budgets, Plan, make_plan, memory
+from switchrun.planning.fit import fit_to_runtime
 from switchrun.units import GIB, MIB
 from tests.planning.made_up import made_up_checkpoint
 
@@ -168,3 +169,11 @@ def test_by_default_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert plan.tier("gpu:0").budget_bytes == 7 * GIB - 512 * MIB
     assert switchrun.plan(cpu_memory="2GiB", gpu_memory=0).gpus == ()
     assert switchrun.plan(cpu_memory="2GiB", gpu_memory="0").tiers[0].tier == "cpu"
+
+
+@pytest.mark.parametrize("gpu_bytes", [{}, {0: PLENTY}])
+def test_a_process_that_cuda_makes_too_large_is_told_of_the_way_without(gpu_bytes: dict[int, int]) -> None:
+    plan = plan_for(gpu_bytes, cpu_bytes=plan_for({}).minimum_cpu_bytes)
+    with pytest.raises(BudgetError, match="the libraries take") as caught:
+        fit_to_runtime(plan, CHECKPOINT, 4 * GIB)
+    assert ("--gpu-memory 0" in caught.value.hint) is bool(gpu_bytes)
