@@ -16,9 +16,7 @@ from switchrun.experts.cache import ExpertCache
 from switchrun.experts.packed import moved
 from switchrun.experts.slot_table import CacheCounters, SlotTable
 from switchrun.experts.slots import ExpertWeights
-
-#: Matrices begin at multiples of this in a slot: kernels want it, and allocators round to no less.
-_ALIGNMENT = 256
+from switchrun.planning.memory import GPU_ALIGNMENT
 
 
 class GpuCache:
@@ -122,7 +120,7 @@ class GpuCache:
             stored = tensor if tensor.is_contiguous() else tensor.t()  # a transposed one is moved as it lies
             target = self._slots[slot][begin : begin + stored.nbytes].view(stored.dtype).view(stored.shape)
             target.copy_(stored, non_blocking=True)
-            begin += -(-stored.nbytes // _ALIGNMENT) * _ALIGNMENT
+            begin += -(-stored.nbytes // GPU_ALIGNMENT) * GPU_ALIGNMENT
             self._counters.load_bytes += stored.nbytes
             return target if stored is tensor else target.t()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 
@@ -93,25 +93,20 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return tuple(self._slices)
 
 
-def check_gpus(device_map: Mapping[str, Tier]) -> list[int]:
-    """Refuse a device map with GPUs that this machine does not have, and wake those that it has.
-
-    Returns:
-        The numbers of the map's GPUs.
+def check_gpus(numbers: Sequence[int]) -> None:
+    """Refuse a plan with GPUs that this machine does not have, and wake those that it has.
 
     Raises:
-        UsageError: It names a GPU that is not there.
+        UsageError: A GPU is not there.
     """
-    wanted = sorted({tier for tier in device_map.values() if isinstance(tier, int)})
-    there = accelerator.device_count() if wanted else 0
-    for number in wanted:
+    there = accelerator.device_count() if numbers else 0
+    for number in numbers:
         if number >= there:
             raise UsageError(
                 f"gpu:{number} is asked for, and torch finds {there} GPUs here",
-                "leave out --gpu-memory, or change the map",
+                "give --gpu-memory 0, or change the map",
             )
         accelerator.wake(number)
-    return wanted
 
 
 def input_device(device_map: Mapping[str, Tier]) -> torch.device:

@@ -25,7 +25,7 @@ from switchrun.model.gpu_memory import told_as_budget
 from switchrun.model.preload import DensePreload
 from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
-from switchrun.planning.types import gpu_number, tier_name
+from switchrun.planning.types import tier_name
 from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
 
 _log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Engine:
             on_dense_bytes(done, total)
 
         with ExitStack() as stack, told_as_budget(prepared.plan):
-            gpus = check_gpus(prepared.plan.device_map)
+            check_gpus(prepared.plan.gpus)
             preload = preload or DensePreload(prepared)
             stack.callback(preload.close)
             for name in preload.names:
@@ -109,12 +109,14 @@ class Engine:
             stack.callback(reader.close)
             weights = DenseWeights(checkpoint.dense, dtype, reader, preload)
             place_dense_weights(self.model, weights, plan.device_map, on_bytes)
-            for number in gpus:
+            for number in plan.gpus:
                 self._add_level(number)
             self._stack = stack.pop_all()
 
     def _add_level(self, number: int) -> None:
         use, place = self.plan.tier(tier_name(number)), accelerator.device(number)
+        if not use.expert_slots:
+            return  # no sparse layer computes there
         try:
             self.levels.add(place, use.expert_slots, use.slot_bytes)
             return
@@ -151,24 +153,23 @@ class Engine:
 
     def _note_fewer_slots(self) -> None:
         """Warn of what GPUs have given up, and put it into the plan."""
-        tiers = []
-        for use in self.plan.tiers:
-            number = gpu_number(use.tier)
-            level = None if number is None else self.levels.gpus.get(number)
-            if level is not None and level.num_slots < use.expert_slots:
-                self._warn(
-                    f"{use.tier} ran out of memory: it holds {level.num_slots} experts from now on, not "
-                    f"{use.expert_slots} (a smaller --gpu-memory avoids this)"
-                )
-                given_up = (use.expert_slots - level.num_slots) * use.slot_bytes
-                use = replace(
-                    use,
-                    expert_slots=level.num_slots,
-                    expert_bytes=use.expert_bytes - given_up,
-                    total_bytes=use.total_bytes - given_up,
-                )
-            tiers.append(use)
-        self.plan = replace(self.plan, tiers=tuple(tiers))
+        for number, level in self.levels.gpus.items():
+            use = self.plan.tier(tier_name(number))
+            given_up = use.expert_slots - level.num_slots
+            if not given_up:
+                continue
+            self._warn(
+                f"{use.tier} ran out of memory: it holds {level.num_slots} experts from now on, not {use.expert_slots} "
+                "(a smaller --gpu-memory avoids this)"
+            )
+            smaller = replace(
+                use,
+                expert_slots=level.num_slots,
+                expert_bytes=use.expert_bytes - given_up * use.slot_bytes,
+                total_bytes=use.total_bytes - given_up * use.slot_bytes,
+            )
+            tiers = tuple(smaller if tier is use else tier for tier in self.plan.tiers)
+            self.plan = replace(self.plan, tiers=tiers)
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""

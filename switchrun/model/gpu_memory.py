@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from switchrun.errors import BudgetError
 from switchrun.experts import accelerator
-from switchrun.planning.types import Plan, TierUse, gpu_number
+from switchrun.planning.types import Plan, TierUse, tier_name
 from switchrun.units import MIB, format_bytes
 
 #: Of what this process could have on a GPU, and of a budget that was too large, this share is tried next.
@@ -25,10 +25,9 @@ def told_as_budget(plan: Plan) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        uses = {number: use for use in plan.tiers if (number := gpu_number(use.tier)) is not None and use.total_bytes}
-        if not uses or not accelerator.is_out_of_memory(error):
+        if not plan.gpus or not accelerator.is_out_of_memory(error):
             raise
-        raise _out_of_memory(uses) from error
+        raise _out_of_memory({number: plan.tier(tier_name(number)) for number in plan.gpus}) from error
 
 
 def _out_of_memory(uses: Mapping[int, TierUse]) -> BudgetError:

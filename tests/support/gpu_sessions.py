@@ -19,11 +19,11 @@ def open_on_gpus(
     """Open a session with a device map, a number of slots on each of its GPUs and, if given, in CPU memory."""
     numbers = sorted({tier for tier in device_map.values() if isinstance(tier, int)})
     budgets = ",".join(f"{number}={PLENTY}" for number in numbers)
-    prepared = prepare(folder, device_map=device_map, gpu_memory=budgets, cpu_memory=PLENTY, **options)
+    prepared = prepare(folder, device_map=device_map, gpu_memory=budgets or 0, cpu_memory=PLENTY, **options)
     plan = prepared.plan
     tiers = []
     for use in plan.tiers:
         slots = gpu_slots if use.tier.startswith("gpu:") else cpu_slots if use.tier == "cpu" else None
-        count = use.expert_slots if slots is None else slots
+        count = use.expert_slots if slots is None else min(slots, use.expert_slots)
         tiers.append(replace(use, expert_slots=count, expert_bytes=count * use.slot_bytes))
     return Session(prepared._replace(plan=replace(plan, tiers=tuple(tiers))))

@@ -1,0 +1,131 @@
+"""Which GPUs this process may use and what is free on them, asked of NVIDIA's driver: no torch, no CUDA context.
+
+CUDA's own library tells which GPUs are visible and numbers them, so that `CUDA_VISIBLE_DEVICES` and
+`CUDA_DEVICE_ORDER` count here just as they do for torch. Only NVML tells what is free without a context on the GPU,
+which would take some hundred MiB of it; the two know a GPU by the same UUID.
+
+Tried with made-up libraries only: nothing here has met a real driver yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import runpy
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+_NAME_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU that this process may use.
+
+    Attributes:
+        number: Its number for torch and in a device map: the 1 of `cuda:1` and `gpu:1`.
+        name: What its maker calls it.
+        total_bytes: Its memory.
+        free_bytes: What no process has taken of it.
+    """
+
+    number: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """Give the GPUs that CUDA lets this process use, in CUDA's order; none without a driver.
+
+    Left out is a GPU whose free memory the driver does not tell, as where CPU and GPU share one memory. Never raises.
+    The first call initialises CUDA in this process, as torch would: a child that is forked later cannot use it.
+    """
+    cuda = _load_cuda()
+    if cuda is None:
+        return ()
+    with _nvml() as nvml:
+        if nvml is None:
+            return ()
+        count = ctypes.c_int()
+        if cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)):
+            return ()  # no GPU, none visible, or a driver that does not fit its kernel module
+        return tuple(gpu for number in range(count.value) if (gpu := _ask(cuda, nvml, number)) is not None)
+
+
+def driver_version() -> str | None:
+    """Give the version of NVIDIA's driver, such as `550.54.15`; None without one. Never raises."""
+    if _load_cuda() is None:
+        return None
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
+        try:
+            return str(nvml.nvmlSystemGetDriverVersion())
+        except nvml.NVMLError:
+            return None
+
+
+def torch_has_cuda() -> bool:
+    """Tell whether the torch that is installed was built for CUDA, from the file that says so. Never raises."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        return runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda") is not None
+    except (OSError, SyntaxError, ImportError):
+        return False
+
+
+def _load_cuda() -> ctypes.CDLL | None:
+    """Load the driver's own library, which comes with no package: only with the driver."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[ModuleType | None]:
+    """Open NVML for a moment; None if it cannot be."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        yield pynvml
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def _ask(cuda: ctypes.CDLL, nvml: ModuleType, number: int) -> Gpu | None:
+    device, total = ctypes.c_int(), ctypes.c_size_t()
+    name, identity = ctypes.create_string_buffer(_NAME_BYTES), ctypes.create_string_buffer(16)
+    try:
+        if (
+            cuda.cuDeviceGet(ctypes.byref(device), number)
+            or cuda.cuDeviceGetName(name, _NAME_BYTES, device)
+            or cuda.cuDeviceGetUuid_v2(identity, device)
+            or cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device)
+        ):
+            return None
+    except AttributeError:
+        return None  # a driver from before CUDA 11.4, which is too old for torch as well
+    free = _free_bytes(nvml, uuid.UUID(bytes=identity.raw))
+    return None if free is None else Gpu(number, name.value.decode(errors="replace"), total.value, free)
+
+
+def _free_bytes(nvml: ModuleType, identity: uuid.UUID) -> int | None:
+    """Ask for the free memory of a whole GPU, or of a part of one under MIG."""
+    for kind in ("GPU", "MIG"):
+        with contextlib.suppress(nvml.NVMLError):
+            return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{identity}")).free)
+    return None
