@@ -147,8 +147,7 @@ class FillResult:
         """Give the result as a JSON-ready dict."""
         record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         record["experts"]["hit_rate"] = self.experts.hit_rate
-        for tier, counts in zip(record["experts"]["tiers"], self.experts.tiers, strict=True):
-            tier["hit_rate"] = counts.hit_rate
+        record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in self.experts.tiers]
         return record
 
 

@@ -21,6 +21,9 @@ STAGE = {
     "counters": {
         "requests": 4, "hits": 1, "loads": 3, "load_bytes": 3000, "load_seconds": 0.5, "wait_seconds": 1.0,
     },
+    "gpus": {
+        "requests": 0, "hits": 0, "loads": 0, "load_bytes": 0, "load_seconds": 0.0, "wait_seconds": 0.0,
+    },
 }  # fmt: skip
 FILL = {
     "seconds": 4.0,
