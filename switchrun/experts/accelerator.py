@@ -116,22 +116,23 @@ class PageLocks:
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._size = size
         self._locked: set[int] = set()
+        self._refused = False
         self._runtime: Any = torch.cuda.cudart() if device_type() == "cuda" else None  # type: ignore[no-untyped-call]
 
     def lock(self, tensor: torch.Tensor) -> None:
         """Lock the buffer that a tensor begins in; blocks until its pages are there."""
         start = self._base + (tensor.data_ptr() - self._base) // self._size * self._size
-        if self._runtime is None or start in self._locked:
+        if self._runtime is None or self._refused or start in self._locked:
             return
         code = int(self._runtime.cudaHostRegister(start, self._size, _PORTABLE))
         if not code:
             self._locked.add(start)
             return
         _log.warning("memory cannot be page-locked (CUDA error %d): copies to the GPU take longer", code)
-        self._runtime = None
+        self._refused = True
         # CUDA would tell the next one who asks of this error.
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device(0))
+            wake(0)
 
     def close(self) -> None:
         """Unlock what is locked; nothing is being copied from it any more."""

@@ -138,9 +138,14 @@ class Stream:
         self.record_event().synchronize()
 
     def run_until(self, position: int) -> None:
-        for work in self.queue[self.done : position]:
+        while self.done < position:
             self.done += 1
-            work()
+            self.queue[self.done - 1]()
+            self.queue[self.done - 1] = _nothing  # lets go of the tensors
+
+
+def _nothing() -> None:
+    pass
 
 
 class Event:
