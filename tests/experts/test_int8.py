@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchrun.experts.int8 import linear_int8, quantise_int8
+from switchrun.experts.int8 import _linear_bitsandbytes, linear_int8, quantise_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -125,3 +125,19 @@ def test_what_does_not_fit_is_refused() -> None:
         quantise_int8(torch.randn(4, 7), codes, scb)
     with pytest.raises(ValueError, match="SCB float32"):
         quantise_int8(torch.randn(4, 6), codes, scb.half())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-3, 1.0, 1e5, 1e12])
+def test_the_way_of_cuda_takes_activations_that_float16_cannot_hold(dtype: torch.dtype, magnitude: float) -> None:
+    """By bitsandbytes' operations for the CPU, which have the same names."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64), (torch.randn(5, 64) * magnitude).to(dtype)
+    x[0] *= 1000
+    found = _linear_bitsandbytes(x, *quantised(weight))
+    assert found.dtype == dtype
+    if magnitude:
+        for row, wanted in zip(found, x.float() @ weight.T, strict=True):
+            assert relative_error(row, wanted) < 0.02
+    else:
+        assert not found.any()
