@@ -16,9 +16,6 @@ from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_bl
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
 
-#: What bitsandbytes is given at most: it keeps sums in float16, up to 65,504.
-_LARGEST_ACTIVATION = 256.0
-
 #: From so many tokens on, unpacking to float32 once beats torch's int8 kernel, which unpacks again for every few.
 _UNPACK_TOKENS = 16
 
@@ -101,10 +98,8 @@ def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor
 
     operations = torch.ops.bitsandbytes
     tokens = x.reshape(-1, x.shape[-1])
-    # These compute in float16, which T5's activations overflow. Scaling by a power of two changes no code.
-    scale = tokens.float().abs().amax(1, keepdim=True).div_(_LARGEST_ACTIVATION).clamp_(min=1).log2_().ceil_().exp2_()
-    tokens = (tokens / scale).to(x.dtype)
+    # What float16 cannot hold is an outlier, and those are multiplied as they are in `tokens`.
     x_codes, x_stats, outliers = operations.int8_vectorwise_quant(tokens.to(torch.float16), OUTLIER_THRESHOLD)
     result: torch.Tensor
     result, _ = operations.int8_mixed_scaled_mm(tokens, x_codes, codes, x_stats, scb, outliers)
-    return (result * scale).to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return result.view(*x.shape[:-1], codes.shape[0])
