@@ -28,7 +28,7 @@ def device_type() -> str | None:
 
 def device_count() -> int:
     """Give how many GPUs torch finds."""
-    return 0 if device_type() is None else int(_module().device_count())
+    return 0 if device_type() is None else int(module().device_count())
 
 
 def device(number: int) -> torch.device:
@@ -43,18 +43,18 @@ def wake(number: int) -> None:
 
 def memory_in_use(number: int) -> tuple[int, int]:
     """Give the bytes that torch has allocated on a GPU, and those that are free there for anybody."""
-    free, _ = _module().mem_get_info(device(number))
-    return int(_module().memory_allocated(device(number))), int(free)
+    free, _ = module().mem_get_info(device(number))
+    return int(module().memory_allocated(device(number))), int(free)
 
 
 def peak_bytes(number: int) -> int:
     """Give the most bytes that torch had allocated on a GPU."""
-    return int(_module().max_memory_allocated(device(number)))
+    return int(module().max_memory_allocated(device(number)))
 
 
 def release_unused() -> None:
     """Give memory that torch keeps for later back to the driver."""
-    _module().empty_cache()
+    module().empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -74,26 +74,26 @@ class CopyStream:
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
-        self._stream = _module().Stream(device=place)
+        self._stream = module().Stream(device=place)
 
     def computed(self) -> Any:
         """Give an event for all that has been given to the GPU to compute so far."""
-        event = _module().Event()
-        event.record(_module().current_stream(self._place))
+        event = module().Event()
+        event.record(module().current_stream(self._place))
         return event
 
     @contextlib.contextmanager
     def copying(self, after: Any) -> Iterator[None]:
         """Let the copies in the block be made beside computing, but after an event."""
         self._stream.wait_event(after)
-        with _module().stream(self._stream):
+        with module().stream(self._stream):
             yield
 
     def copied(self) -> Any:
         """Give an event for all copies so far, and let what is computed from now on wait for it."""
-        event = _module().Event()
+        event = module().Event()
         event.record(self._stream)
-        _module().current_stream(self._place).wait_event(event)
+        module().current_stream(self._place).wait_event(event)
         return event
 
     def finish(self) -> None:
@@ -141,6 +141,6 @@ class PageLocks:
         self._locked.clear()
 
 
-def _module() -> Any:
+def module() -> Any:
     """Torch's own module for these GPUs: `torch.cuda`, `torch.xpu`; they have the same names in it."""
     return torch.get_device_module(device_type() or "cuda")

@@ -146,6 +146,12 @@ def place_dense_weights(
         _attach_hooks(model, weights, tiers)
 
 
+def drop_weights(model: nn.Module) -> None:
+    """Let go of a model's weights now: its modules refer to one another, and may outlive their last use for long."""
+    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+        set_module_tensor_to_device(model, name, "meta")
+
+
 def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
     """Let an alias be the same parameter, or a copy of it if the map puts it on another device."""
     if tiers[alias] == "disk":

@@ -20,7 +20,7 @@ from switchrun.experts.module import RoutingContext
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
 from switchrun.model.build import build_cache, build_model
-from switchrun.model.dense import DenseWeights, check_gpus, input_device, place_dense_weights
+from switchrun.model.dense import DenseWeights, check_gpus, drop_weights, input_device, place_dense_weights
 from switchrun.model.gpu_memory import told_as_budget
 from switchrun.model.preload import DensePreload
 from switchrun.planning import Plan, memory
@@ -178,6 +178,7 @@ class Engine:
                 self._remember_bandwidth()
         finally:
             self._stack.close()
+            drop_weights(self.model)
 
     def _remember_bandwidth(self) -> None:
         """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""

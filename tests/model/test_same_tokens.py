@@ -129,9 +129,9 @@ def check_tie(
         prefix = torch.tensor([theirs[:at]])
         logits = (
             oracle(
-                input_ids=input_ids[row : row + 1],
-                attention_mask=attention_mask[row : row + 1],
-                decoder_input_ids=prefix,
+                input_ids=input_ids[row : row + 1].to(oracle.device),
+                attention_mask=attention_mask[row : row + 1].to(oracle.device),
+                decoder_input_ids=prefix.to(oracle.device),
             )
             .logits[0, -1]
             .float()

@@ -59,6 +59,7 @@ def generate(oracle: Any, session: Session, texts: Sequence[str], **options: Any
     if oracle.config.num_decoder_layers > oracle.config.num_layers:
         # transformers 5.23 makes a cache with as many layers as the encoder, and fails.
         options[CACHE_ARGUMENT] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    input_ids, attention_mask = input_ids.to(oracle.device), attention_mask.to(oracle.device)
     with torch.no_grad():
         rows = oracle.generate(input_ids, attention_mask=attention_mask, do_sample=False, **options).tolist()
     eos = oracle.generation_config.eos_token_id
