@@ -27,7 +27,7 @@ def check_gpus(answer: Answer, wanted: Collection[int] = ()) -> Check:
 
     Args:
         answer: Of the torch probe.
-        wanted: The numbers of the GPUs in `--gpu-memory`.
+        wanted: The numbers of the GPUs that a fill would use.
     """
     driver: str | None = answer["driver"].get("version")
     visible = [Gpu(**gpu) for gpu in answer["driver"].get("gpus", ())]
@@ -37,12 +37,15 @@ def check_gpus(answer: Answer, wanted: Collection[int] = ()) -> Check:
         "gpus": [_record(number, device, visible) for number, device in enumerate(seen)],
         "gpus_of_driver": [gpu.name for gpu in visible],
     }
-    missing = sorted(set(wanted) - set(range(len(seen))))
+    works = {number for number, device in enumerate(seen) if "error" not in device}
+    missing = sorted(set(wanted) - works)
     problem = _mismatch(answer, len(seen), driver, visible)
     if missing:
-        finding = f"--gpu-memory asks for gpu:{missing[0]}, and torch finds {len(seen)} GPUs"
-        finding, mend = problem or (finding, "leave out --gpu-memory, or correct the GPU's number")
-        return failed(NAME, finding, mend, UsageError, **details)
+        if problem is None and missing[0] < len(seen):
+            problem = _device_problem(seen[missing[0]])
+        there = f"gpu:{missing[0]} is asked for, and torch finds {len(seen)} GPUs"
+        finding, mend = problem or (there, "correct the GPU's number")
+        return failed(NAME, finding, f"{mend}; or do without: --gpu-memory 0", UsageError, **details)
     if problem is None:
         problem = next((found for device in seen if (found := _device_problem(device))), None)
     if problem is not None:

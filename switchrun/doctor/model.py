@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.locate import NotDownloadedError
@@ -46,7 +47,7 @@ def check_model(model: str | None, opened: SwitchCheckpoint | Exception, budgets
     if isinstance(opened, Exception):
         raise opened
     checkpoint = opened
-    details = {
+    details: dict[str, Any] = {
         "model_id": checkpoint.id,
         "revision": checkpoint.revision,
         "stored_dtype": checkpoint.stored_dtype,
@@ -63,9 +64,11 @@ def check_model(model: str | None, opened: SwitchCheckpoint | Exception, budgets
         plan = make_plan(checkpoint, budgets)
     except SwitchrunError as error:
         return failed(NAME, f"{finding}; {error.message}", _mend(error), error, **details)
-    slots = sum(use.expert_slots for use in plan.tiers)
+    memory = [use for use in plan.tiers if use.budget_bytes]
+    slots = {use.tier: use.expert_slots for use in memory}
     details |= {"minimum_cpu_bytes": plan.minimum_cpu_bytes, "expert_slots": slots}
-    finding += f"; {format_bytes(budgets.cpu_bytes)} hold {slots} of them"
+    for use in memory:
+        finding += f"; {format_bytes(use.budget_bytes or 0)} on {use.tier} hold {use.expert_slots} of them"
     return passed(NAME, finding, **details)
 
 

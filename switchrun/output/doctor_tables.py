@@ -49,4 +49,5 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
 
 def _summary(checks: Sequence[Check]) -> str:
     counts = {status: sum(check.status is status for check in checks) for status in Status}
-    return f"{counts[Status.OK]} ok, {counts[Status.WARN]} warnings, {counts[Status.FAIL]} failed"
+    warnings = "warning" if counts[Status.WARN] == 1 else "warnings"
+    return f"{counts[Status.OK]} ok, {counts[Status.WARN]} {warnings}, {counts[Status.FAIL]} failed"

@@ -92,9 +92,13 @@ def test_a_device_that_broke_early_has_only_its_number() -> None:
 def test_a_gpu_that_is_asked_for_and_not_there_fails() -> None:
     check = check_gpus(torch_answer(), {0: GIB})
     assert (check.status, check.exit_code) == (Status.FAIL, 2)
-    assert check.finding == "--gpu-memory asks for gpu:0, and torch finds 0 GPUs"
+    assert check.finding == "gpu:0 is asked for, and torch finds 0 GPUs"
+    assert check.mend == "correct the GPU's number; or do without: --gpu-memory 0"
     check = check_gpus(torch_answer(driver=driver(GIB)), {0: GIB})
     assert (check.status, check.exit_code) == (Status.FAIL, 2)
     assert "CPU build" in check.finding
+    check = check_gpus(gpu_answer(device(), device(1, error="RuntimeError: no kernel image")), {0: GIB, 1: GIB})
+    assert (check.status, check.exit_code) == (Status.FAIL, 2)
+    assert "cuda:1, H100, does not work: RuntimeError: no kernel image" in check.finding
     check = check_gpus(gpu_answer(device()), {0: GIB, 3: GIB})
-    assert "gpu:3, and torch finds 1 GPUs" in check.finding
+    assert "gpu:3 is asked for, and torch finds 1 GPUs" in check.finding

@@ -35,12 +35,11 @@ class Questions:
     online: bool = False
 
 
-def examine(questions: Questions, start_probe: Callable[[], TorchProbe] = TorchProbe) -> list[Check]:
+def examine(questions: Questions) -> list[Check]:
     """Run every check; blocks for seconds, most of which torch takes to be imported.
 
     Args:
         questions: What to look at.
-        start_probe: Starts the process that tries torch.
 
     Returns:
         The checks in the order in which they are told.
@@ -48,21 +47,22 @@ def examine(questions: Questions, start_probe: Callable[[], TorchProbe] = TorchP
     Raises:
         UsageError: `cpu_memory` or `gpu_memory` makes no sense.
     """
-    budgets = resolve_budgets(questions.cpu_memory, questions.gpu_memory)
-    wanted = budgets.gpu_bytes if questions.gpu_memory is not None else ()
-    with start_probe() as probe:
+    with TorchProbe() as probe:
         package = _guarded(packages.NAME, packages.check_packages)
         ram = _guarded(memory.NAME, memory.check_memory)
         # Before the model is opened: its index is kept there, which makes the folder.
         offload = _guarded(disks.OFFLOAD, disks.check_offload_folder, questions.offload_folder)
         opened = open_model(questions.model, questions.offload_folder)
         disk = [] if isinstance(opened, Exception) else [_guarded(disks.CHECKPOINT, disks.check_checkpoint, opened)]
-        plan = _guarded("model", check_model, questions.model, opened, budgets)
         settings = _guarded(hub.NAME, hub.check_hub, hub_id(questions.model), online=questions.online)
         answer = probe.answer()
+    # Now it is known whether the driver can be asked, as a budget that nobody gave may need.
+    gpu_memory = "0" if questions.gpu_memory is None and "error" in answer["driver"] else questions.gpu_memory
+    budgets = resolve_budgets(questions.cpu_memory, gpu_memory)
     torch = _guarded("torch", check_torch, answer)
     bitsandbytes = _guarded("bitsandbytes", check_bitsandbytes, answer)
-    graphics = _guarded(gpus.NAME, gpus.check_gpus, answer, wanted)
+    graphics = _guarded(gpus.NAME, gpus.check_gpus, answer, budgets.gpu_bytes)
+    plan = _guarded("model", check_model, questions.model, opened, budgets)
     return [package, torch, bitsandbytes, graphics, ram, offload, *disk, settings, plan]
 
 
