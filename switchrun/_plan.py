@@ -134,7 +134,8 @@ def plan(
         model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
         dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`.
         cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
-        gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
+        gpu_memory: What may be taken on GPUs, such as `6GiB` (of the first one) or `0=6GiB,1=20GiB`; 0 is no GPU, None
+            what is free on all GPUs less a reserve. None initialises CUDA in this process if there is a driver.
         offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.
         device_map: A device map, or a file with one; None or `auto` lets the planner decide.
         batch_size: Inputs that run together.

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
+import runpy
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 _NAME_BYTES = 128
@@ -65,6 +68,17 @@ def driver_version() -> str | None:
             return str(nvml.nvmlSystemGetDriverVersion())
         except nvml.NVMLError:
             return None
+
+
+def torch_has_cuda() -> bool:
+    """Tell whether the torch that is installed was built for CUDA, from the file that says so. Never raises."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        return runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda") is not None
+    except (OSError, SyntaxError, ImportError):
+        return False
 
 
 def _load_cuda() -> ctypes.CDLL | None:

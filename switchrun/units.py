@@ -53,6 +53,11 @@ def format_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def mib_up(size: int) -> str:
+    """Write a size that something needs in whole MiB, rounded up since less would be too little: `1215 MiB`."""
+    return f"{-(-size // MIB)} MiB"
+
+
 def format_rate(bytes_per_second: float) -> str:
     """Write a rate in decimal units, as disks are sold: `1.82 GB/s`."""
     if bytes_per_second >= 1e8:

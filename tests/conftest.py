@@ -22,8 +22,11 @@ RunSwitchrun = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(autouse=True)
-def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Give every test a home, caches and terminal settings of its own, and no network; returns its environment."""
+def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, str]:
+    """Give every test a home, caches and terminal settings of its own, and no network; returns its environment.
+
+    A GPU of this machine is seen only by tests that are marked `gpu`.
+    """
     for name in list(os.environ):
         if name.startswith(("SWITCHRUN_", "HF_", "TRANSFORMERS_", "XDG_")):
             monkeypatch.delenv(name)
@@ -43,6 +46,8 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         # The tests also run where switchrun is not installed.
         "PYTHONPATH": str(ROOT),
     }
+    if request.node.get_closest_marker("gpu") is None:
+        settings["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     return dict(os.environ)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.machinery
+import importlib.util
 import subprocess
 import sys
 import time
 import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from switchrun import gpus
 from switchrun.gpus import Gpu
@@ -169,7 +173,36 @@ def test_the_probe_takes_no_time_without_a_driver() -> None:
     assert time.perf_counter() - start < 0.05
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("cuda: str | None = '12.8'", True),
+        ("cuda = None", False),
+        ("hip = '6.4'", False),
+        ("cuda =", False),
+        ("import no_such_module", False),
+        (None, False),
+    ],
+)
+def test_what_torch_is_built_for(
+    text: str | None, answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    if text is not None:
+        (tmp_path / "version.py").write_text(text)
+    assert gpus.torch_has_cuda() is answer
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpus.torch_has_cuda() is False
+
+
+def test_torch_agrees_on_what_it_is_built_for() -> None:
+    assert gpus.torch_has_cuda() is (torch.version.cuda is not None)
+
+
 def test_the_probe_needs_no_torch() -> None:
-    program = "import sys; import switchrun.gpus as g; g.visible_gpus(); print('torch' in sys.modules)"
+    program = (
+        "import sys; import switchrun.gpus as g; g.visible_gpus(); g.torch_has_cuda(); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

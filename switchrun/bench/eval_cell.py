@@ -82,7 +82,7 @@ def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
     from switchrun.planning.budgets import resolve_budgets
     from switchrun.units import MIB, format_bytes
 
-    allowed = resolve_budgets(cpu_memory, None).cpu_bytes
+    allowed = resolve_budgets(cpu_memory, 0).cpu_bytes
     try:
         return _plan(task, allowed)
     except BudgetError as error:
@@ -101,6 +101,7 @@ def _plan(task: Task, cpu_bytes: int) -> Prepared:
         task["model"],
         dtype=task["dtype"],
         cpu_memory=cpu_bytes,
+        gpu_memory=0,
         offload_folder=task["offload_folder"],
         # Blocks are run one by one, past the hooks that would bring weights in from disk.
         device_map={"": "cpu"},

@@ -137,7 +137,10 @@ def fill(
         ) as session:
             progress.clear()
             if not quiet:
-                _tell_notes(session.checkpoint.repairs, from_terminal=not arguments and sys.stdin.isatty())
+                _tell_notes(
+                    (*session.checkpoint.repairs, *session.plan.notes),
+                    from_terminal=not arguments and sys.stdin.isatty(),
+                )
             run.fill(session, entries)
             if stats:
                 from switchrun.output.stats_tables import render_stats
@@ -204,8 +207,8 @@ def _warn(progress: ProgressLine | None, warning: str) -> None:
         report(f"warning: {warning}")
 
 
-def _tell_notes(repairs: Iterable[str], *, from_terminal: bool) -> None:
-    for repair in repairs:
-        report(f"note: {repair}")
+def _tell_notes(notes: Iterable[str], *, from_terminal: bool) -> None:
+    for note in notes:
+        report(f"note: {note}")
     if from_terminal:
         report("type one input a line; Ctrl-D ends")

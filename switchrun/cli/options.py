@@ -45,8 +45,8 @@ GpuMemory = Annotated[
         "--gpu-memory",
         envvar="SWITCHRUN_GPU_MEMORY",
         metavar="SIZE",
-        show_default="no GPU",
-        help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB.",
+        show_default="what is free on all GPUs, less a reserve",
+        help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB; 0: no GPU.",
     ),
 ]
 OffloadFolder = Annotated[
@@ -131,7 +131,8 @@ def check_memory(cpu_memory: str | None, gpu_memory: str | None) -> None:
     """
     from switchrun.planning.budgets import resolve_budgets
 
-    for option, sizes in (("--cpu-memory", (cpu_memory, None)), ("--gpu-memory", (None, gpu_memory))):
+    gpus = 0 if gpu_memory is None else gpu_memory
+    for option, sizes in (("--cpu-memory", (cpu_memory, 0)), ("--gpu-memory", (0, gpus))):
         try:
             resolve_budgets(*sizes)
         except UsageError as error:

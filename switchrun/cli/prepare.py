@@ -72,7 +72,7 @@ def prepare(
     checkpoint = open_checkpoint(model, cache_dir=place / "index")
     chosen = planning.choose_experts(checkpoint, layers, experts)
     layout = packed_layout(checkpoint, dtype)
-    jobs = planning.resolve_jobs(checkpoint, layout, jobs, resolve_budgets(cpu_memory, None).cpu_bytes)
+    jobs = planning.resolve_jobs(checkpoint, layout, jobs, resolve_budgets(cpu_memory, 0).cpu_bytes)
     notes = _Notes()
     store = open_checkpoint_store(place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=notes.add)
     preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)

@@ -97,7 +97,8 @@ class Session:
             model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
             dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`; the last two are for experts only.
             cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
-            gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
+            gpu_memory: What may be taken on GPUs, such as `6GiB` (of the first one) or `0=6GiB,1=20GiB`; 0 is no GPU,
+                None what is free on all GPUs less a reserve.
             offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.
             offload_limit: What packed experts may take there, such as `200GB`; without it, as much as they need.
             device_map: A device map, or a file with one; None or `auto` lets the planner decide.

@@ -12,7 +12,7 @@ from rich.table import Table
 from switchrun.output.consoles import make_list, make_table, render
 from switchrun.output.tier_table import tier_table
 from switchrun.planning.types import Estimate, Placement, Plan
-from switchrun.units import MIB, format_bytes, format_rate, format_seconds
+from switchrun.units import format_bytes, format_rate, format_seconds, mib_up
 
 _BLOCK = re.compile(r"((?:encoder|decoder)\.block)\.(\d+)(?:\..*)?")
 
@@ -26,8 +26,9 @@ def render_plan(plan: Plan) -> str:
         _placements(plan.placements),
         _estimate(plan.estimate, plan.batch_size),
     ]
-    if plan.repairs:
-        parts.append("\n".join(["Repairs of the checkpoint", *(f"- {repair}" for repair in plan.repairs)]))
+    for title, sentences in (("Notes", plan.notes), ("Repairs of the checkpoint", plan.repairs)):
+        if sentences:
+            parts.append("\n".join([title, *(f"- {sentence}" for sentence in sentences)]))
     return render(sys.stdout, parts)
 
 
@@ -72,6 +73,8 @@ def _estimate(estimate: Estimate, batch_size: int) -> Table:
     table.add_row("expert loads", loads)
     table.add_row("experts read", format_bytes(estimate.load_bytes))
     table.add_row("dense weights read again", format_bytes(estimate.dense_disk_bytes))
+    if estimate.gpu_load_bytes:
+        table.add_row("copied to GPUs", f"{format_bytes(estimate.gpu_load_bytes)}, {estimate.gpu_expert_loads} experts")
     rate = format_rate(estimate.bandwidth_bytes_per_second)
     table.add_row("disk", f"{rate} ({estimate.bandwidth_source})")
     table.add_row("reading takes", format_seconds(estimate.read_seconds))
@@ -80,7 +83,7 @@ def _estimate(estimate: Estimate, batch_size: int) -> Table:
 
 def _at_least(size: int) -> str:
     """Write a size that can be given as an option: rounded up, since less would be too little."""
-    return f"{-(-size // MIB)} MiB ({format_bytes(size)})"
+    return f"{mib_up(size)} ({format_bytes(size)})"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

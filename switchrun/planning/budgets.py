@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from switchrun import hardware
+from switchrun import gpus, hardware
 from switchrun.errors import UsageError
-from switchrun.units import parse_bytes
+from switchrun.units import MIB, parse_bytes
 
 #: Without `--cpu-memory`, this share of the memory that is available is taken; the rest is the user's.
 DEFAULT_CPU_SHARE = 0.8
+#: Without `--gpu-memory`, this much of what is free on a GPU is left, or this share of all its memory if that is more:
+#: for CUDA's own context, for what torch's allocator takes and cannot give out, and for a screen. Chosen, not measured.
+GPU_RESERVE_BYTES = 512 * MIB
+GPU_RESERVE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Bytes allowed in CPU memory (the whole process's resident set) and on each GPU, by its number."""
+    """Bytes allowed in CPU memory (the whole process's resident set) and on each GPU, by its number.
+
+    On a GPU they bound what torch allocates there. CUDA's context comes on top.
+    """
 
     cpu_bytes: int
     gpu_bytes: Mapping[int, int] = field(default_factory=dict)
@@ -26,7 +33,8 @@ def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | None) 
 
     Args:
         cpu_memory: A size such as `6GiB`, bytes, or None for most of what is available.
-        gpu_memory: A size for the first GPU, `0=6GiB,1=20GiB` for several, or None for no GPU.
+        gpu_memory: A size for the first GPU, `0=6GiB,1=20GiB` for several, 0 for no GPU, or None for what is free on
+            all GPUs that CUDA shows, less a reserve. Only None asks the driver, and only if torch is built for CUDA.
 
     Raises:
         UsageError: Something is not a size, or a GPU is named twice.
@@ -35,20 +43,29 @@ def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | None) 
         cpu = int(hardware.available_memory_bytes() * DEFAULT_CPU_SHARE)
     else:
         cpu = cpu_memory if isinstance(cpu_memory, int) else parse_bytes(cpu_memory)
-    if gpu_memory is None or isinstance(gpu_memory, int):
-        gpus = {0: gpu_memory} if gpu_memory else {}
+    if gpu_memory is None:
+        allowed = _free_gpus()
+    elif isinstance(gpu_memory, int):
+        allowed = {0: gpu_memory}
     else:
-        gpus = _parse_gpus(gpu_memory)
-    return Budgets(cpu, {number: size for number, size in gpus.items() if size})
+        allowed = _parse_gpus(gpu_memory)
+    return Budgets(cpu, {number: size for number, size in allowed.items() if size})
+
+
+def _free_gpus() -> dict[int, int]:
+    if not gpus.torch_has_cuda():
+        return {}
+    reserves = {gpu: max(GPU_RESERVE_BYTES, int(gpu.total_bytes * GPU_RESERVE_SHARE)) for gpu in gpus.visible_gpus()}
+    return {gpu.number: max(0, gpu.free_bytes - reserve) for gpu, reserve in reserves.items()}
 
 
 def _parse_gpus(text: str) -> dict[int, int]:
     if "=" not in text:
         return {0: parse_bytes(text)}
-    gpus: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for part in text.split(","):
         number, _, size = part.partition("=")
-        if not number.strip().isdecimal() or int(number) in gpus:
+        if not number.strip().isdecimal() or int(number) in sizes:
             raise UsageError(f"'{text}' is not a GPU budget", "write it like 6GiB or 0=6GiB,1=20GiB")
-        gpus[int(number)] = parse_bytes(size)
-    return gpus
+        sizes[int(number)] = parse_bytes(size)
+    return sizes

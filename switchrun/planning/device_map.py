@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from switchrun.checkpoint.names import mlp_prefix
+from switchrun.checkpoint.types import Stack
 from switchrun.errors import UsageError
 from switchrun.planning.types import Tier
+
+#: A sparse layer: its stack and its block.
+SparseLayer = tuple[Stack, int]
 
 
 def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
@@ -62,6 +67,20 @@ def tier_of(name: str, device_map: Mapping[str, Tier]) -> Tier:
             raise UsageError(f"the device map has no entry for '{name}'", "add one, or an entry '' for all the rest")
         prefix = prefix.rpartition(".")[0]
     return device_map[prefix]
+
+
+def computing_tiers(layers: Iterable[SparseLayer], placed: Mapping[str, Tier]) -> dict[SparseLayer, Tier]:
+    """Give the tier that computes each sparse layer's experts: the one with its router.
+
+    If that stays on disk, it is the first GPU that has any weights, else the CPU, to which accelerate's hooks bring it.
+
+    Args:
+        layers: The sparse layers.
+        placed: Dense modules or tensors → tier; all of them.
+    """
+    main: Tier = min((tier for tier in placed.values() if isinstance(tier, int)), default="cpu")
+    tiers = {layer: tier_of(f"{mlp_prefix(*layer)}.router.classifier.weight", placed) for layer in layers}
+    return {layer: main if tier == "disk" else tier for layer, tier in tiers.items()}
 
 
 def check_device_map(device_map: Mapping[str, Tier], names: Iterable[str]) -> None:

@@ -38,7 +38,7 @@ def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int) -> 
         missing = surplus - spare - (use.expert_slots - 1) * use.slot_bytes
         raise BudgetError(
             f"the libraries take {format_bytes(surplus)} more memory here than planned",
-            f"raise --cpu-memory by {format_bytes(missing)}",
+            f"raise --cpu-memory by {format_bytes(missing)}" + (", or give --gpu-memory 0" if plan.gpus else ""),
         )
     smaller = replace(
         use,

@@ -28,6 +28,16 @@ PACKING_SCRATCH_BYTES = 14 * MIB
 DIRECT_IO_BYTES = 4 * MIB
 #: Slots that are set aside before dense weights get memory: some are computed on while others are being read.
 RESERVED_SLOTS = 4
+#: The same on a GPU: one is computed on while the next is being copied.
+GPU_RESERVED_SLOTS = 2
+#: What torch's matrix libraries keep on a GPU: cuBLAS and cuBLASLt each have a workspace, for which NVIDIA's manual
+#: recommends 32 MiB from Hopper on, and less before. Not measured.
+GPU_LIBRARY_BYTES = 64 * MIB
+#: From this size on, torch takes memory for one tensor alone from CUDA, in multiples of `_GPU_LARGE_STEP`.
+_GPU_LARGE_BYTES = 10 * MIB
+_GPU_LARGE_STEP = 2 * MIB
+#: Matrices begin at multiples of this in a GPU's slot: kernels want it.
+GPU_ALIGNMENT = 256
 
 _PAGE = 4096
 
@@ -75,6 +85,20 @@ def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
         elements = sum(t.shape[0] * t.shape[1] for t in slices)
         return _round_up(elements * precision.compute.itemsize, _PAGE)
     return read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
+
+
+def kept_parts(checkpoint: SwitchCheckpoint, precision: Precision) -> list[int]:
+    """Give the bytes of each tensor that an expert consists of, as it is kept in memory."""
+    if precision.packed is not None:
+        return [part.nbytes for part in packed_layout(checkpoint, precision.packed).parts]
+    slices = next(iter(checkpoint.experts.values()))
+    return [tensor.shape[0] * tensor.shape[1] * precision.compute.itemsize for tensor in slices]
+
+
+def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give the size of a slot on a GPU: an expert's tensors one after another, and what torch adds to such a size."""
+    size = sum(_round_up(part, GPU_ALIGNMENT) for part in kept_parts(checkpoint, precision))
+    return _round_up(size, _GPU_LARGE_STEP if size >= _GPU_LARGE_BYTES else 2 * GPU_ALIGNMENT)
 
 
 def read_buffer_bytes(wi_bytes: int, wo_bytes: int) -> int:

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype, Precision, resolve_dtype
+from switchrun.dtypes import Dtype, resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
-from switchrun.planning.device_map import check_device_map, tier_of
-from switchrun.planning.estimate import Bandwidth, estimate_fill
-from switchrun.planning.types import Placement, Plan, Tier, TierUse, tier_name
-from switchrun.units import format_bytes
+from switchrun.planning.device_map import check_device_map, computing_tiers, tier_of
+from switchrun.planning.estimate import Bandwidth, GpuLevel, estimate_fill
+from switchrun.planning.needs import module_of, needs_of
+from switchrun.planning.placement import place, why
+from switchrun.planning.tier_uses import tier_uses
+from switchrun.planning.types import Placement, Plan, Tier, tier_name
+from switchrun.units import format_bytes, mib_up
 
-_EVERY_TOKEN = "used for every generated token"
-_ONCE = "used once for each batch"
 _SHARED = "shared.weight"
-
-
-@dataclass(frozen=True)
-class _Needs:
-    """Bytes that a model needs in CPU memory, part by part."""
-
-    overhead: int
-    activations: int
-    slot: int
-    num_experts: int
-    groups: Mapping[str, int]  # dense weights by module, in the order in which they deserve fast memory
-    largest_tensor: int
-
-    @property
-    def fixed(self) -> int:
-        return self.overhead + self.activations
-
-    @property
-    def minimum(self) -> int:
-        """All dense weights on disk, brought in one module at a time, and a single slot."""
-        return self.fixed + self.largest_tensor + self.slot
-
-    @property
-    def resident(self) -> int:
-        return self.fixed + sum(self.groups.values()) + self.num_experts * self.slot
 
 
 def make_plan(
@@ -61,7 +37,7 @@ def make_plan(
     """Decide where every weight goes.
 
     Dense weights get memory first, those of the decoder before the encoder's, since they are used for every token;
-    what is left is divided into expert slots. Dense weights that find no place stay on disk.
+    what is left of each tier is divided into expert slots. Dense weights that find no place stay on disk.
 
     Args:
         checkpoint: The checkpoint, opened from its headers.
@@ -76,22 +52,24 @@ def make_plan(
         stored_share: Which share of the experts lies in the offload folder, packed, for the estimate.
 
     Raises:
-        BudgetError: The CPU budget is below the minimum, or the given map does not fit.
+        BudgetError: The CPU budget is below the minimum, or the given map does not fit. A GPU's budget that is too
+            small for the planner's own map is none: the plan's notes tell that the GPU is not used.
         UsageError: The dtype or the device map makes no sense.
     """
     precision = resolve_dtype(dtype, checkpoint.stored_dtype)
     compute = precision.compute
-    needs = _needs(checkpoint, precision, batch_size, num_beams, output_tokens)
+    needs = needs_of(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
-            f"{checkpoint.id} in {precision.name} needs at least {_mib_up(needs.minimum)} of CPU memory, "
+            f"{checkpoint.id} in {precision.name} needs at least {mib_up(needs.minimum)} of CPU memory, "
             f"{format_bytes(budgets.cpu_bytes)} is allowed",
-            f"use --cpu-memory {_mib_up(needs.minimum).replace(' ', '')} or more",
+            f"use --cpu-memory {mib_up(needs.minimum).replace(' ', '')} or more",
         )
     reason: dict[str, str]
+    notes: tuple[str, ...] = ()
     if device_map is None:
-        placed = _place(needs, budgets)
-        reason = {module: _why(module, tier) for module, tier in placed.items()}
+        placed, notes = place(needs, budgets)
+        reason = {module: why(module, tier) for module, tier in placed.items()}
     else:
         check_device_map(device_map, checkpoint.dense)
         placed = {name: tier_of(name, device_map) for name in checkpoint.dense}
@@ -104,7 +82,12 @@ def make_plan(
         if tier != tier_of(_SHARED, full_map):
             placed[alias], reason[alias] = tier, "a copy of shared, by the given device map"
             sizes[alias] = memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], compute)
-    tiers = _tier_uses(checkpoint, compute, needs, budgets, placed, sizes)
+    dense: dict[Tier, int] = Counter()
+    for module, tier in placed.items():
+        dense[tier] += sizes[module]
+    computing = computing_tiers(needs.sparse_layers, placed)
+    passing = _largest_on_disk(checkpoint, compute, placed)
+    tiers = tier_uses(needs, budgets, dense, passing, computing, needs.num_experts * checkpoint.expert_bytes)
     return Plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
@@ -120,6 +103,7 @@ def make_plan(
         num_beams=num_beams,
         device_map=full_map,
         placements=tuple(Placement(m, tier_name(t), sizes[m], reason[m]) for m, t in placed.items()),
+        notes=notes,
         tiers=tiers,
         minimum_cpu_bytes=needs.minimum,
         resident_cpu_bytes=needs.resident,
@@ -128,69 +112,14 @@ def make_plan(
             batch_size=batch_size,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
-            expert_slots=sum(use.expert_slots for use in tiers if use.tier != "disk"),
+            expert_slots=tiers[-2].expert_slots,
+            gpu_levels=[GpuLevel.of(use, computing) for use in tiers[:-2] if use.dense_bytes],
             dense_disk_bytes={m: sizes[m] for m, t in placed.items() if t == "disk"},
             bandwidth=bandwidth,
             expert_bytes=memory.mean_load_bytes(checkpoint, precision, stored_share),
+            kept_bytes=sum(memory.kept_parts(checkpoint, precision)),
         ),
     )
-
-
-def module_of(name: str) -> str:
-    """Give the module that a dense tensor is placed with: a whole block, a final norm, `shared` or `lm_head`."""
-    parts = name.split(".")
-    return ".".join(parts[:3] if parts[1] == "block" else parts[:-1])
-
-
-def _needs(
-    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: int, num_beams: int, output_tokens: int
-) -> _Needs:
-    tokens = memory.max_input_tokens(checkpoint)
-    shape = memory.BatchShape(batch_size, tokens, memory.max_output_tokens(checkpoint, output_tokens))
-    sizes = {name: memory.dense_bytes(name, tensor, precision.compute) for name, tensor in checkpoint.dense.items()}
-    groups: dict[str, int] = {}
-    for name in sorted(sizes, key=_importance):
-        groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
-    return _Needs(
-        overhead=memory.overhead_bytes(checkpoint, precision),
-        activations=memory.activation_bytes(checkpoint, precision, shape, num_beams),
-        slot=memory.slot_bytes(checkpoint, precision),
-        num_experts=len(checkpoint.experts),
-        groups=groups,
-        largest_tensor=max(sizes.values()),
-    )
-
-
-def _importance(name: str) -> tuple[int, int]:
-    """Order dense tensors by how often their bytes are needed: each token's first, then block by block."""
-    parts = name.split(".")
-    block = int(parts[2]) if parts[1] == "block" else 0
-    return (0 if parts[0] in ("shared", "lm_head") else 1 if parts[0] == "decoder" else 2, block)
-
-
-def _place(needs: _Needs, budgets: Budgets) -> dict[str, Tier]:
-    """Fill the tiers from fast to slow; once a module did not fit on a tier, no later one goes there."""
-    rooms: list[tuple[Tier, int]] = [
-        (number, size - needs.activations - needs.slot) for number, size in sorted(budgets.gpu_bytes.items())
-    ]
-    cpu_room = budgets.cpu_bytes - needs.fixed - min(memory.RESERVED_SLOTS, needs.num_experts) * needs.slot
-    if sum(needs.groups.values()) > cpu_room + sum(max(0, room) for _, room in rooms):
-        # What stays on disk passes through memory, a tensor at a time.
-        cpu_room -= needs.largest_tensor
-    rooms.append(("cpu", cpu_room))
-    placed: dict[str, Tier] = {}
-    for module, size in needs.groups.items():
-        while rooms and rooms[0][1] < size:
-            rooms.pop(0)
-        if rooms:
-            rooms[0] = (rooms[0][0], rooms[0][1] - size)
-        placed[module] = rooms[0][0] if rooms else "disk"
-    return placed
-
-
-def _why(module: str, tier: Tier) -> str:
-    use = _ONCE if module.startswith("encoder") else _EVERY_TOKEN
-    return f"{use}; no room in memory" if tier == "disk" else use
 
 
 def _sizes(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Iterable[str]) -> dict[str, int]:
@@ -199,52 +128,6 @@ def _sizes(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Iterable[str]) ->
     for name, tensor in checkpoint.dense.items():
         sizes[name if name in sizes else module_of(name)] += memory.dense_bytes(name, tensor, dtype)
     return sizes
-
-
-def _tier_uses(
-    checkpoint: SwitchCheckpoint,
-    dtype: Dtype,
-    needs: _Needs,
-    budgets: Budgets,
-    placed: Mapping[str, Tier],
-    sizes: Mapping[str, int],
-) -> tuple[TierUse, ...]:
-    on: dict[Tier, int] = dict.fromkeys(sorted(budgets.gpu_bytes), 0)
-    for module, tier in placed.items():
-        on[tier] = on.get(tier, 0) + sizes[module]
-    uses = []
-    for number in sorted(tier for tier in on if isinstance(tier, int)):
-        # An expert that computes on a GPU passes through one buffer there; slots of its own come with a later version.
-        # A GPU that no module goes to is not used at all.
-        activations = needs.activations + needs.slot if on[number] else 0
-        total = on[number] + activations
-        budget = budgets.gpu_bytes.get(number)
-        if budget is not None and total > budget:
-            raise BudgetError(
-                f"the device map needs {format_bytes(total)} on gpu:{number}, {format_bytes(budget)} is allowed"
-            )
-        uses.append(TierUse(tier_name(number), budget, on[number], 0, needs.slot, 0, activations, 0, total))
-
-    dense = on.get("cpu", 0)
-    passing = _largest_on_disk(checkpoint, dtype, placed)
-    room = budgets.cpu_bytes - needs.fixed - dense - passing
-    slots = min(room // needs.slot, needs.num_experts)
-    if slots < 1:
-        total = needs.fixed + dense + passing + needs.slot
-        raise BudgetError(
-            f"the device map needs {_mib_up(total)} of CPU memory, {format_bytes(budgets.cpu_bytes)} is allowed"
-        )
-    overhead = needs.overhead + passing
-    total = overhead + needs.activations + dense + slots * needs.slot
-    uses.append(
-        TierUse(
-            "cpu", budgets.cpu_bytes, dense, slots, needs.slot, slots * needs.slot, needs.activations, overhead, total
-        )
-    )
-    expert_bytes = needs.num_experts * checkpoint.expert_bytes
-    disk = on.get("disk", 0)
-    uses.append(TierUse("disk", None, disk, 0, 0, expert_bytes, 0, 0, disk + expert_bytes))
-    return tuple(uses)
 
 
 def _largest_on_disk(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Mapping[str, Tier]) -> int:
@@ -273,7 +156,3 @@ def _with_aliases(device_map: Mapping[str, Tier], checkpoint: SwitchCheckpoint) 
     for alias in _aliases(checkpoint):
         result.setdefault(alias, tier_of(_SHARED, device_map))
     return result
-
-
-def _mib_up(size: int) -> str:
-    return f"{-(-size // 1024**2):,} MiB".replace(",", "")

@@ -39,11 +39,13 @@ class TierUse:
         tier: `gpu:0`, `cpu` or `disk`.
         budget_bytes: What the user allows there; None for the disk.
         dense_bytes: Dense weights, in the compute dtype (routers in float32).
-        expert_slots: Fixed buffers, each of which holds one expert.
+        expert_slots: Fixed buffers, each of which holds one expert. Those of a GPU are a level in front of those of the
+            CPU: an expert may be in both.
         slot_bytes: Size of one slot.
         expert_bytes: All slots together; on disk, every expert of the checkpoint as stored.
         activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch.
-        overhead_bytes: Reserved for the interpreter, libraries, the index and buffers.
+        overhead_bytes: Reserved for the interpreter, libraries, the index and buffers; on a GPU, for libraries and for
+            dense weights on their way.
         total_bytes: The sum; never above the budget.
     """
 
@@ -69,6 +71,8 @@ class Estimate:
         decoder_expert_loads: Experts read in all decoder steps.
         load_bytes: Bytes of those experts, where they lie now: in the checkpoint or, packed, in the offload folder.
         dense_disk_bytes: Bytes of dense weights that are read again, since they stay on disk.
+        gpu_expert_loads: Experts copied from CPU memory to GPUs.
+        gpu_load_bytes: Bytes of those experts as they are kept, and of dense weights on disk with which a GPU computes.
         bandwidth_bytes_per_second: Read bandwidth of the disk.
         bandwidth_source: Where that figure is from.
         read_seconds: Bytes ÷ bandwidth. Computing comes on top, mostly hidden behind the reads.
@@ -80,6 +84,8 @@ class Estimate:
     decoder_expert_loads: int
     load_bytes: int
     dense_disk_bytes: int
+    gpu_expert_loads: int
+    gpu_load_bytes: int
     bandwidth_bytes_per_second: float
     bandwidth_source: BandwidthSource
     read_seconds: float
@@ -104,6 +110,7 @@ class Plan:
         num_beams: Beams of each input.
         device_map: Module → tier in accelerate's format, for the dense weights.
         placements: The same with bytes and reasons.
+        notes: Which GPUs are not used although there is a budget for them, and why, a sentence each.
         tiers: What each tier holds, fast to slow; the last is the disk.
         minimum_cpu_bytes: The smallest `--cpu-memory` that works for this model, dtype and batch.
         resident_cpu_bytes: The `--cpu-memory` from which on every weight stays in memory.
@@ -124,6 +131,7 @@ class Plan:
     num_beams: int
     device_map: Mapping[str, Tier]
     placements: tuple[Placement, ...]
+    notes: tuple[str, ...]
     tiers: tuple[TierUse, ...]
     minimum_cpu_bytes: int
     resident_cpu_bytes: int
@@ -134,6 +142,11 @@ class Plan:
         """Both dtypes as one value."""
         packed = None if self.dtype == self.compute_dtype else PackedDtype(self.dtype)
         return Precision(Dtype(self.compute_dtype), packed)
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The numbers of the GPUs that have dense weights; the first also computes with those that stay on disk."""
+        return tuple(int(use.tier.removeprefix("gpu:")) for use in self.tiers[:-2] if use.dense_bytes)
 
     def tier(self, name: str) -> TierUse:
         """Give what the tier of that name (`cpu`) holds."""

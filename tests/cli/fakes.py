@@ -30,6 +30,7 @@ from switchrun.model.records import (
 from switchrun.model.sentinels import check_sentinels
 
 REPAIR = "num_decoder_layers is 12, but there are 15 decoder blocks"
+UNUSED = "gpu:0 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class FakeCheckpoint:
     """What `fill` asks of a checkpoint."""
 
     repairs: tuple[str, ...] = (REPAIR,)
+
+
+@dataclass(frozen=True)
+class FakePlan:
+    """What `fill` asks of a plan."""
+
+    notes: tuple[str, ...] = (UNUSED,)
 
 
 class FakeSession:
@@ -50,6 +58,7 @@ class FakeSession:
         self.settings = settings
         self.progress: ProgressCallback | None = settings.get("progress")
         self.checkpoint = FakeCheckpoint()
+        self.plan = FakePlan()
         self.batches: list[list[str]] = []
         self.options: list[GenerationOptions] = []
         self.closed = False

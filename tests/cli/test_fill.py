@@ -9,7 +9,7 @@ import pytest
 
 from switchrun.model.records import GenerationOptions
 from tests.cli.conftest import Invoke
-from tests.cli.fakes import REPAIR
+from tests.cli.fakes import REPAIR, UNUSED
 from tests.conftest import validate
 
 GOOD = "A <extra_id_0> b"
@@ -19,7 +19,7 @@ ANSWER = "A wörd [x] b\n"
 def test_one_text(invoke: Invoke) -> None:
     outcome = invoke("fill", GOOD)
     assert (outcome.code, outcome.stdout) == (0, ANSWER)
-    assert outcome.stderr == f"switchrun: note: {REPAIR}\n"
+    assert outcome.stderr == f"switchrun: note: {REPAIR}\nswitchrun: note: {UNUSED}\n"
     assert outcome.sessions[0].closed
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.fakes import REPAIR
+from tests.cli.fakes import REPAIR, UNUSED
 from tests.conftest import ROOT
 
 LINE = b"A <extra_id_0> b\n"
@@ -196,4 +196,4 @@ def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> Non
     assert b"decode: 3 of 64 tokens" in seen
     # What is left on the screen once the erased parts are gone.
     shown = re.sub(rb"[^\n]*\r\x1b\[2K", b"", seen).replace(b"\r\n", b"\n")
-    assert shown == f"switchrun: note: {REPAIR}\n".encode() + ANSWER * 2
+    assert shown == f"switchrun: note: {REPAIR}\nswitchrun: note: {UNUSED}\n".encode() + ANSWER * 2

@@ -85,7 +85,7 @@ def test_all_exit_codes_are_listed():
 
 
 def test_constants_of_the_memory_arithmetic():
-    from switchrun.planning import memory
+    from switchrun.planning import budgets, memory
 
     page = read(DOCS / "offloading.md")
     assert f"`RUNTIME_BYTES`, {memory.RUNTIME_BYTES // 2**20} MiB" in page
@@ -93,6 +93,10 @@ def test_constants_of_the_memory_arithmetic():
     assert f"`INDEX_BYTES_PER_TENSOR`, {memory.INDEX_BYTES_PER_TENSOR} for" in page
     assert f"`STAGING_BUFFERS`, {memory.STAGING_BUFFERS} buffers" in page
     assert f"{memory.RESERVED_SLOTS} slots (`RESERVED_SLOTS`)" in page
+    assert f"`GPU_LIBRARY_BYTES`, {memory.GPU_LIBRARY_BYTES // 2**20} MiB" in page
+    assert f"{memory.GPU_RESERVED_SLOTS} slots (`GPU_RESERVED_SLOTS`)" in page
+    assert f"{budgets.GPU_RESERVE_BYTES // 2**20} MiB (`GPU_RESERVE_BYTES`)" in page
+    assert f"{budgets.GPU_RESERVE_SHARE * 100:.0f} %\n(`GPU_RESERVE_SHARE`)" in page
     assert f"From {memory.DIRECT_IO_BYTES // 2**20} MiB an expert on" in page
 
 

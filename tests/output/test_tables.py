@@ -36,14 +36,15 @@ PLAN = Plan(
     num_beams=1,
     device_map={},
     placements=PLACEMENTS,
+    notes=("gpu:1 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed",),
     tiers=(
-        TierUse("gpu:0", 999 * MIB, 999 * MIB, 0, 999 * MIB, 0, 999 * MIB, 0, 999 * MIB),
+        TierUse("gpu:0", 999 * MIB, 999 * MIB, 61440, 999 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * MIB),
         TierUse("cpu", 999 * GIB, 999 * GIB, 61440, 49 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * GIB),
         TierUse("disk", None, 0, 0, 0, 3_141_000_000_000, 0, 0, 3_141_000_000_000),
     ),
     minimum_cpu_bytes=int(1.1 * GIB) + 1,
     resident_cpu_bytes=3_143_000_000_000,
-    estimate=Estimate(24, 12, 352, 180, 27_000_000_000, 0, 1.8e9, "measured", 15.0),
+    estimate=Estimate(24, 12, 352, 180, 27_000_000_000, 0, 532, 26_000_000_000, 1.8e9, "measured", 15.0),
 )
 STATS = SessionStats(
     tiers=PLAN.tiers,
@@ -77,11 +78,16 @@ def test_a_plan_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "27" in text
     assert "1.80 GB/s (measured)" in text
     assert "- num_decoder_layers is 12" in text
+    assert "- gpu:1 is not used" in text
+    assert "24.2 GiB, 532 experts" in text
 
 
-def test_a_plan_without_repairs_says_nothing_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plan_is_silent_of_what_there_is_none_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert "Repairs" not in render_plan(replace(PLAN, repairs=()))
+    estimate = replace(PLAN.estimate, gpu_expert_loads=0, gpu_load_bytes=0)
+    text = render_plan(replace(PLAN, repairs=(), notes=(), estimate=estimate))
+    for title in ("Repairs", "Notes", "copied to GPUs"):
+        assert title not in text
 
 
 @pytest.mark.parametrize("columns", ["40", "120"])

@@ -6,11 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchrun import hardware
+from switchrun import gpus, hardware
+from switchrun.checkpoint.names import mlp_prefix
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.cli.options import check_memory
 from switchrun.errors import BudgetError, UsageError
-from switchrun.planning import Budgets, Plan, make_plan, resolve_budgets
-from switchrun.planning.planner import module_of
+from switchrun.gpus import Gpu
+from switchrun.planning import Budgets, Plan, make_plan, memory, resolve_budgets
+from switchrun.planning.device_map import tier_of
+from switchrun.planning.needs import module_of
 from switchrun.units import GIB, MIB
 from tests.planning.made_up import checkpoints, made_up_checkpoint
 
@@ -29,6 +33,17 @@ def bounds(checkpoint: SwitchCheckpoint, **options: object) -> tuple[int, int]:
     return plan.minimum_cpu_bytes, plan.resident_cpu_bytes
 
 
+def usable_experts(plan: Plan, checkpoint: SwitchCheckpoint, tier: str) -> int:
+    """Count the experts of the layers whose routers lie on a tier; routers on disk compute on the first GPU."""
+    used = [use.tier for use in plan.tiers[:-2] if use.dense_bytes] or ["cpu"]
+    on = {"disk": used[0], "cpu": "cpu"}
+    places = (
+        tier_of(f"{mlp_prefix(key.stack, key.block)}.router.classifier.weight", plan.device_map)
+        for key in checkpoint.experts
+    )
+    return sum(on.get(str(place), f"gpu:{place}") == tier for place in places)
+
+
 def check_sums(plan: Plan, checkpoint: SwitchCheckpoint) -> None:
     assert [use.tier for use in plan.tiers][-2:] == ["cpu", "disk"]
     for use in plan.tiers[:-1]:
@@ -37,6 +52,8 @@ def check_sums(plan: Plan, checkpoint: SwitchCheckpoint) -> None:
         assert use.expert_bytes == use.expert_slots * use.slot_bytes
         parts = use.dense_bytes + use.expert_bytes + use.activation_bytes + use.overhead_bytes
         assert use.total_bytes == parts
+    for use in plan.tiers[:-2]:
+        assert use.expert_slots <= usable_experts(plan, checkpoint, use.tier)
     cpu, disk = plan.tier("cpu"), plan.tier("disk")
     assert 1 <= cpu.expert_slots <= len(checkpoint.experts)
     assert cpu.slot_bytes > 0
@@ -46,14 +63,29 @@ def check_sums(plan: Plan, checkpoint: SwitchCheckpoint) -> None:
     assert {placed.module for placed in plan.placements} == {module_of(name) for name in checkpoint.dense}
 
 
-@given(checkpoint=checkpoints(), options=SHAPES, where=st.floats(0, 1.2), gpu=st.none() | st.floats(0, 1.5))
+@given(
+    checkpoint=checkpoints(),
+    options=SHAPES,
+    where=st.floats(0, 1.2),
+    gpus=st.dictionaries(st.integers(0, 3), st.floats(0, 1.5), max_size=4),
+)
 def test_no_tier_is_over_its_budget(
-    checkpoint: SwitchCheckpoint, options: dict[str, object], where: float, gpu: float | None
+    checkpoint: SwitchCheckpoint, options: dict[str, object], where: float, gpus: dict[int, float]
 ) -> None:
     minimum, resident = bounds(checkpoint, **options)
     cpu = minimum + int((resident - minimum) * where)
-    gpus = {} if gpu is None else {0: 1 + int(gpu * resident), 1: 1 + int(gpu * resident / 2)}
-    check_sums(make_plan(checkpoint, Budgets(cpu, gpus), **options), checkpoint)  # type: ignore[arg-type]
+    sizes = {number: 1 + int(share * resident) for number, share in gpus.items()}
+    plan = make_plan(checkpoint, Budgets(cpu, sizes), **options)  # type: ignore[arg-type]
+    check_sums(plan, checkpoint)
+    for use in plan.tiers[:-2]:
+        if use.dense_bytes:
+            assert use.expert_slots >= min(memory.GPU_RESERVED_SLOTS, usable_experts(plan, checkpoint, use.tier)) > 0
+        else:
+            assert use.total_bytes == 0
+    unused = [use.tier for use in plan.tiers[:-2] if not use.dense_bytes]
+    assert [note.split(" ")[0] for note in plan.notes] == unused
+    assert plan.gpus == tuple(int(use.tier[4:]) for use in plan.tiers[:-2] if use.tier not in unused)
+    assert set(plan.gpus) == {tier for tier in plan.device_map.values() if isinstance(tier, int)}
 
 
 @given(checkpoint=checkpoints(), options=SHAPES)
@@ -68,7 +100,7 @@ def test_the_minimum_is_the_least_that_works(checkpoint: SwitchCheckpoint, optio
     assert f"needs at least {named} MiB of CPU memory" in caught.value.message
     assert f"--cpu-memory {named}MiB" in caught.value.hint
     # What the message says must work when it is typed.
-    budgets = resolve_budgets(f"{named}MiB", None)
+    budgets = resolve_budgets(f"{named}MiB", 0)
     check_sums(make_plan(checkpoint, budgets, **options), checkpoint)  # type: ignore[arg-type]
 
 
@@ -119,30 +151,11 @@ def test_some_pressure_does_move_the_encoder() -> None:
     assert {placed.reason for placed in on_disk} == {"used once for each batch; no room in memory"}
 
 
-def test_a_gpu_too_small_for_anything_is_left_alone() -> None:
-    plan = make_plan(made_up_checkpoint(), Budgets(4 * GIB, {0: 1 * MIB}))
-    gpu = plan.tier("gpu:0")
-    assert (gpu.dense_bytes, gpu.total_bytes) == (0, 0)
-    assert all(placed.tier == "cpu" for placed in plan.placements)
-
-
-def test_gpus_are_filled_in_their_order() -> None:
-    checkpoint = made_up_checkpoint(d_model=512, d_ff=2048)
-    first = make_plan(checkpoint, Budgets(8 * GIB, {0: 8 * GIB})).tier("gpu:0")
-    assert first.dense_bytes > 0
-    half = first.total_bytes - first.dense_bytes // 2
-    plan = make_plan(checkpoint, Budgets(8 * GIB, {0: half, 1: half}))
-    check_sums(plan, checkpoint)
-    tiers = [placed.tier for placed in plan.placements]
-    assert tiers == sorted(tiers, key=["gpu:0", "gpu:1", "cpu", "disk"].index)
-    assert {"gpu:0", "gpu:1"} <= set(tiers)
-
-
 @pytest.mark.parametrize(
     ("cpu", "gpu", "cpu_bytes", "gpu_bytes"),
     [
-        ("6GiB", None, 6 * GIB, {}),
-        (123, None, 123, {}),
+        ("6GiB", 0, 6 * GIB, {}),
+        (123, 0, 123, {}),
         ("1G", "2GiB", GIB, {0: 2 * GIB}),
         ("1G", 5, GIB, {0: 5}),
         ("1G", "0", GIB, {}),
@@ -165,4 +178,30 @@ def test_what_is_no_gpu_budget(gpu: str) -> None:
 
 def test_without_an_option_most_of_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "available_memory_bytes", lambda: 10 * GIB)
-    assert resolve_budgets(None, None) == Budgets(8 * GIB)
+    assert resolve_budgets(None, 0) == Budgets(8 * GIB)
+
+
+def test_without_an_option_what_is_free_on_every_gpu_less_a_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = (
+        Gpu(0, "small", 8 * GIB, 6 * GIB),
+        Gpu(1, "full", 24 * GIB, 500 * MIB),
+        Gpu(3, "large", 80 * GIB, 79 * GIB),
+    )
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: found)
+    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
+    assert resolve_budgets("1GiB", None) == Budgets(GIB, {0: 6 * GIB - 512 * MIB, 3: 75 * GIB})
+    assert resolve_budgets("1GiB", "1=2GiB") == Budgets(GIB, {1: 2 * GIB})
+    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: False)
+    assert resolve_budgets("1GiB", None) == Budgets(GIB)
+
+
+@pytest.mark.parametrize("gpu_memory", [0, 1, "0", "0=6GiB,1=20GiB"])
+def test_the_driver_is_asked_only_if_nothing_was_said(gpu_memory: str | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> bool:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(gpus, "torch_has_cuda", asked)
+    resolve_budgets("1GiB", gpu_memory)
+    check_memory(None, None if gpu_memory == 0 else str(gpu_memory))
+    with pytest.raises(AssertionError):
+        resolve_budgets("1GiB", None)

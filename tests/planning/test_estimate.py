@@ -10,7 +10,7 @@ import pytest
 import switchrun
 from switchrun import hardware
 from switchrun.planning import Budgets, make_plan
-from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth, estimate_fill, expected_distinct
+from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth, GpuLevel, estimate_fill, expected_distinct
 from tests.planning.made_up import made_up_checkpoint
 
 PLENTY = 1 << 50
@@ -46,6 +46,73 @@ def simulate(slots: int, *, experts: int, layers: int, batch: int, tokens_in: in
         for layer in range(layers):
             visit("decoder", layer, batch)
     return loads["encoder"], loads["decoder"]
+
+
+class Level:
+    """A least-recently-used cache that counts what it has not, and asks the next level for it."""
+
+    def __init__(self, slots: int, behind: Level | None = None) -> None:
+        self.slots, self.behind = slots, behind
+        self.held: list[tuple[str, int, int]] = []
+        self.loads = 0
+
+    def ask(self, key: tuple[str, int, int]) -> None:
+        if key in self.held:
+            self.held.remove(key)
+        else:
+            self.loads += 1
+            if self.behind is not None:
+                self.behind.ask(key)
+        self.held.append(key)
+        del self.held[: -self.slots]
+
+
+# What a generation uses of a layer: 12 experts at batch size 1, of 256.
+@pytest.mark.parametrize(
+    ("gpus", "slots"),
+    [
+        ([(8, 200)], 4),  # the GPU holds all, and the CPU next to nothing
+        ([(8, 4)], 200),  # the CPU holds all
+        ([(8, 60)], 60),  # together they could hold all, but they hold the same
+        ([(8, 4)], 4),
+        ([(4, 100), (2, 4)], 70),  # one GPU holds its layers', the CPU those of the other and of the layers it computes
+        ([(4, 100), (2, 4)], 20),
+    ],
+)
+def test_two_levels_against_simulated_caches(gpus: list[tuple[int, int]], slots: int) -> None:
+    experts, layers, tokens_in, tokens_out = 256, 8, 24, 12
+    checkpoint = made_up_checkpoint(num_experts=experts, step=1, layers=(layers, layers), d_model=8, d_ff=16)
+    estimate = estimate_fill(
+        checkpoint,
+        batch_size=1,
+        input_tokens=tokens_in,
+        output_tokens=tokens_out,
+        expert_slots=slots,
+        dense_disk_bytes={"decoder.block.0": 10},
+        gpu_levels=[GpuLevel(held, 0, count) for count, held in gpus],
+        kept_bytes=1000,
+    )
+    cpu = Level(slots)
+    on_gpu = [Level(held, cpu) for _, held in gpus]
+    of_layer = [level for level, (count, _) in zip(on_gpu, gpus, strict=True) for _ in range(count)]
+    of_layer += [cpu] * (layers - len(of_layer))
+    draw = random.Random(2)
+    for _ in range(tokens_out):
+        for layer, level in enumerate(of_layer):
+            level.ask(("decoder", layer, draw.randrange(experts)))
+    assert estimate.decoder_expert_loads == pytest.approx(cpu.loads, rel=0.06)
+    assert estimate.gpu_expert_loads == pytest.approx(sum(level.loads for level in on_gpu), rel=0.06)
+    copied = estimate.gpu_load_bytes - 10 * tokens_out  # the dense weights on disk pass through the GPU as well
+    assert copied == pytest.approx(estimate.gpu_expert_loads * 1000, abs=500)
+
+
+def test_an_encoder_layer_on_a_gpu_is_copied_once() -> None:
+    checkpoint = made_up_checkpoint(num_experts=256, step=1, layers=(8, 8), d_model=8, d_ff=16)
+    settings = {"batch_size": 2, "input_tokens": 24, "output_tokens": 12, "expert_slots": 4, "dense_disk_bytes": {}}
+    gpu = estimate_fill(checkpoint, **settings, gpu_levels=[GpuLevel(2, 8, 0)])  # type: ignore[arg-type]
+    cpu = estimate_fill(checkpoint, **settings)  # type: ignore[arg-type]
+    assert gpu.gpu_expert_loads == gpu.encoder_expert_loads == cpu.encoder_expert_loads
+    assert (cpu.gpu_expert_loads, cpu.gpu_load_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize("slots", [4, 10_000])
