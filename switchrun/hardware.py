@@ -21,11 +21,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 def available_memory_bytes() -> int:
     """Give the memory that this process may still take: the machine's, or its container's if that is less."""
     available = int(psutil.virtual_memory().available)
-    room = [limit - used for limit, used in _cgroup_limits()]
+    room = [limit - used for limit, used in memory_limits()]
     return max(0, min([available, *room]))
 
 
-def _cgroup_limits() -> list[tuple[int, int]]:
+def memory_limits() -> list[tuple[int, int]]:
     """Give (limit, use) in bytes of every memory cgroup that holds this process, v2 and v1, up to the root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
@@ -114,6 +114,23 @@ def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: flo
 def device_of(path: Path) -> str:
     """Name the block device that a path lies on, for figures that belong to a device."""
     return f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+
+
+def filesystem_of(path: Path) -> str | None:
+    """Name the type of the filesystem that a path lies on (`ext4`, `nfs4`); None where the system does not tell."""
+    path, found, depth = path.resolve(), None, -1
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        fields = line.split()
+        # Not by the device's number: btrfs gives its files another one than its mounts.
+        place = Path(fields[4].encode().decode("unicode_escape"))
+        # Of several mounts on one folder the last is on top.
+        if path.is_relative_to(place) and len(place.parts) >= depth:
+            found, depth = fields[fields.index("-") + 1], len(place.parts)
+    return found
 
 
 def is_sparse(path: Path) -> bool:

@@ -60,15 +60,7 @@ def _disk(path: Path) -> dict[str, str | None]:
     block = Path("/sys/dev/block") / device
     name = block.resolve().name if block.exists() else None
     model = next((text for place in (block, block.parent) if (text := _read(place / "device" / "model"))), None)
-    return {"number": device, "name": name, "model": model, "filesystem": _filesystem(device)}
-
-
-def _filesystem(device: str) -> str | None:
-    for line in _read(Path("/proc/self/mountinfo")).splitlines():
-        fields = line.split()
-        if fields[2] == device:
-            return fields[fields.index("-") + 1]
-    return None
+    return {"number": device, "name": name, "model": model, "filesystem": hardware.filesystem_of(path)}
 
 
 def _read(file: Path) -> str:

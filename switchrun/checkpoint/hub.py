@@ -49,7 +49,7 @@ def find_snapshot(repo: str, revision: str | None) -> Path:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except Exception as error:
         # A model that is here already needs no Hub. Whether it is complete, the index tells.
-        cached = _cached(repo, revision)
+        cached = cached_snapshot(repo, revision)
         if cached is not None:
             return cached
         raise _explain(repo, revision, error) from error
@@ -61,6 +61,31 @@ def find_snapshot(repo: str, revision: str | None) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
         raise _explain(repo, revision, error) from error
+
+
+def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
+    """Ask the Hub for a model, and for nothing else than whether it is there.
+
+    Args:
+        repo: `org/name`.
+        revision: A branch, tag or commit; None for the main branch.
+        timeout: Seconds to wait for the answer.
+
+    Raises:
+        ModelError: The Hub has no such model or revision, or refuses it.
+        NetworkError: The Hub did not answer.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(repo, revision=revision, timeout=timeout)
+    except Exception as error:
+        explained = _explain(repo, revision, error)
+        if isinstance(explained, ModelError):
+            raise explained from error
+        raise NetworkError(
+            f"the Hub could not be reached: {_first_line(error)}", "check the connection, HTTPS_PROXY and HF_TOKEN"
+        ) from error
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
@@ -91,7 +116,8 @@ def _check_space(repo: str, commit: str | None, sizes: dict[str, int]) -> None:
         )
 
 
-def _cached(repo: str, revision: str | None) -> Path | None:
+def cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """Give a model's folder in the Hub's local cache; None if it is not there. Never asks the Hub."""
     from huggingface_hub import snapshot_download
 
     try:

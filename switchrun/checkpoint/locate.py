@@ -28,11 +28,16 @@ class Location:
     path: Path
 
 
-def locate(model: str | None) -> Location:
+class NotDownloadedError(ModelError):
+    """A model of the Hub that was not to be downloaded, and is not in the local cache."""
+
+
+def locate(model: str | None, *, download: bool = True) -> Location:
     """Find the folder of a checkpoint, downloading it if need be.
 
     Args:
         model: A folder, `org/name`, `org/name@revision`, or None for the demo model. A folder that exists wins.
+        download: Whether the Hub may be asked at all.
 
     Returns:
         Where it is.
@@ -52,12 +57,23 @@ def locate(model: str | None) -> Location:
     name, at, revision = model.partition("@")
     if at and _is_dir(Path(name).expanduser()):
         raise UsageError(f"{name} is a local folder, which has no revisions", f"leave out @{revision}")
-    if not _HUB_ID.fullmatch(name) or (at and not revision):
+    found = hub_id(model)
+    if found is None:
         raise ModelError(f"there is no folder {model!r}, and it is not a Hub id", _WAYS)
-    from switchrun.checkpoint.hub import find_snapshot
+    from switchrun.checkpoint.hub import cached_snapshot, find_snapshot
 
-    path = find_snapshot(name, revision or None)
-    return Location(name, path.name, path)
+    snapshot = find_snapshot(*found) if download else cached_snapshot(*found)
+    if snapshot is None:
+        raise NotDownloadedError(f"{model} is not in the Hub's local cache", f"download it: hf download {name}")
+    return Location(name, snapshot.name, snapshot)
+
+
+def hub_id(model: str | None) -> tuple[str, str | None] | None:
+    """Take an id and its revision apart; None of what is not meant for the Hub: the demo, a folder or file, no id."""
+    if model is None or _exists(Path(model).expanduser()):
+        return None
+    name, at, revision = model.partition("@")
+    return (name, revision or None) if _HUB_ID.fullmatch(name) and bool(at) == bool(revision) else None
 
 
 def demo_folder() -> Path:

@@ -10,13 +10,16 @@ from switchrun.checkpoint.locate import locate
 from switchrun.checkpoint.types import SwitchCheckpoint
 
 
-def open_checkpoint(model: str | None = None, *, cache_dir: Path | None = None) -> SwitchCheckpoint:
+def open_checkpoint(
+    model: str | None = None, *, cache_dir: Path | None = None, download: bool = True
+) -> SwitchCheckpoint:
     """Find a Switch checkpoint and read its headers; no weights are read.
 
     Args:
         model: A folder, a Hub id with an optional `@revision`, or None for the demo model inside the package.
         cache_dir: Where parsed indexes are kept. The default is `index` in `SWITCHRUN_CACHE`, or in the user's cache
             folder for switchrun.
+        download: Whether a model that is on the Hub only may be downloaded; else it is not there (ModelError).
 
     Returns:
         The checkpoint, with its configuration repaired.
@@ -27,5 +30,5 @@ def open_checkpoint(model: str | None = None, *, cache_dir: Path | None = None) 
         NetworkError: The Hub could not be reached.
         UsageError: A revision was given for a local folder.
     """
-    location = locate(model)
+    location = locate(model, download=download)
     return understand(location, load_index(location.path, cache_dir))

@@ -10,6 +10,7 @@ import typer
 
 from switchrun import __version__
 from switchrun.cli.bench import bench
+from switchrun.cli.doctor import doctor
 from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
 from switchrun.cli.libraries import debugging
@@ -30,6 +31,7 @@ app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(prepare)
 app.add_typer(offload, name="offload")
+app.command()(doctor)
 
 
 def _show_version(wanted: bool) -> None:

@@ -33,6 +33,7 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
         "eval --help",
         "prepare --help",
         "offload --help",
+        "doctor --help",
         "fill nosentinel",
     ],
 )

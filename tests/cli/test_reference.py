@@ -18,7 +18,7 @@ def test_the_reference_is_fresh(hermetic: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["eval", "fill", "offload", "plan"])
+@pytest.mark.parametrize("name", ["doctor", "eval", "fill", "offload", "plan"])
 def test_schemas_describe_every_key(name: str) -> None:
     schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(schema)

@@ -1,0 +1,40 @@
+"""Answers of the probe as they would be, made up: there is no GPU here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+GIB = 1024**3
+
+
+def torch_answer(**changes: Any) -> dict[str, Any]:
+    """What the probe finds on a machine without a GPU; `changes` replaces whole stages."""
+    found = {
+        "driver": {"version": None, "gpus": []},
+        "torch": {
+            "version": "2.13.0+cpu", "cuda": None, "hip": None, "xpu": None, "threads": 2, "bf16_instructions": True,
+        },
+        "libraries": {},
+        "bitsandbytes": {"library": "BNBNativeLibrary"},
+        "devices": {"found": []},
+    }  # fmt: skip
+    return found | changes
+
+
+def driver(*free: int, version: str = "550.54.15") -> dict[str, Any]:
+    gpus = [{"number": n, "name": "H100", "total_bytes": 80 * GIB, "free_bytes": size} for n, size in enumerate(free)]
+    return {"version": version, "gpus": gpus}
+
+
+def cuda_torch() -> dict[str, Any]:
+    return torch_answer()["torch"] | {"version": "2.13.0+cu128", "cuda": "12.8"}
+
+
+def device(number: int = 0, **changes: Any) -> dict[str, Any]:
+    return {
+        "device": f"cuda:{number}",
+        "name": "H100",
+        "total_bytes": 80 * GIB,
+        "free_bytes": 78 * GIB,
+        "host_to_device_bytes_per_second": 25e9,
+    } | changes
