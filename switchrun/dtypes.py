@@ -1,7 +1,7 @@
 """Names and sizes of number formats, without torch.
 
 A *stored* dtype is what a checkpoint's bytes are, named as safetensors does (`F32`). A *compute* dtype is what
-`--dtype` asks for (`fp32`), unless it asks for a *packed* one (`int8`), which only experts are kept in.
+`--dtype` asks for (`fp32`), unless it asks for a *packed* one (`int8`), which only matrices are kept in.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Precision:
     """What `--dtype` comes to for one checkpoint.
 
     Attributes:
-        compute: What everything is computed in, and all but the experts kept in.
-        packed: What experts are kept in; None is the compute dtype.
+        compute: What everything is computed in, and what is not packed kept in.
+        packed: What experts are kept in; None is the compute dtype. With either packed dtype, linear layers outside
+            the experts are kept in int8.
     """
 
     compute: Dtype

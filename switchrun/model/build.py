@@ -13,12 +13,14 @@ from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTrans
 from transformers.activations import ACT2FN
 
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import Precision
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import PackedFormat
 from switchrun.experts.module import OffloadedExperts, RoutingContext
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
+from switchrun.model.int8_linear import use_int8
 from switchrun.planning import Plan, memory
 from switchrun.store import BackgroundWriter, ExpertStore
 
@@ -53,7 +55,7 @@ def build_cache(
     )
 
 
-def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertCache, context: RoutingContext) -> Any:
+def build_model(checkpoint: SwitchCheckpoint, precision: Precision, cache: ExpertCache, context: RoutingContext) -> Any:
     """Build the model on the meta device, its experts replaced by `OffloadedExperts`.
 
     transformers would make every expert a module: 61,440 of them take minutes to build for switch-c-2048. So the
@@ -61,7 +63,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
 
     Args:
         checkpoint: Gives the configuration and which blocks are sparse.
-        dtype: What dense weights compute in; routers stay in float32.
+        precision: What dense weights compute in, and whether linear layers are in int8; routers stay in float32.
         cache: Where experts come from.
         context: Shared by all sparse layers.
 
@@ -76,8 +78,9 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, cache: ExpertC
         raise ModelError(f"transformers knows no activation function '{config.dense_act_fn}' (dense_act_fn)")
     with torch.device("meta"):
         model: Any = SwitchTransformersForConditionalGeneration(config)
-    model.to(dtype)
+    model.to(getattr(torch, precision.compute.torch_name))
     use_fast_products(model)
+    use_int8(model, [name for name in checkpoint.dense if memory.is_int8(name, precision)])
     num_experts = checkpoint.num_experts
     for part in (model, model.encoder, model.decoder):
         part.config.num_experts = num_experts

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import Any
 
-import torch
-
 from switchrun import hardware
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import SwitchCheckpoint
@@ -78,7 +76,6 @@ class Engine:
                 preload.wait(name)
                 on_bytes(checkpoint.dense[name].nbytes)
             self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes() - preload.nbytes)
-            dtype = getattr(torch, plan.precision.compute.torch_name)
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
@@ -87,10 +84,10 @@ class Engine:
                 buffers = memory.writer_buffers(checkpoint, plan.precision)
                 writer = stack.enter_context(BackgroundWriter(store, buffers))
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
-            self.model = build_model(checkpoint, dtype, self.cache, self.context)
+            self.model = build_model(checkpoint, plan.precision, self.cache, self.context)
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
-            weights = DenseWeights(checkpoint.dense, dtype, reader, preload)
+            weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
             place_dense_weights(self.model, weights, plan.device_map, on_bytes)
             self._stack = stack.pop_all()
 

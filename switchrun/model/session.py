@@ -95,7 +95,7 @@ class Session:
 
         Args:
             model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
-            dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`; the last two are for experts only.
+            dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`.
             cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
             gpu_memory: What may be taken on the GPU, such as `6GiB` or `0=6GiB,1=20GiB`; None is no GPU.
             offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import Dtype, PackedDtype, Precision
+from switchrun.dtypes import PackedDtype, Precision
 from switchrun.planning.types import Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
@@ -30,6 +32,8 @@ DIRECT_IO_BYTES = 4 * MIB
 RESERVED_SLOTS = 4
 
 _PAGE = 4096
+#: The linear layers outside the experts: attention, and the MLPs of blocks without experts.
+_LINEAR = re.compile(r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|\.mlp\.w[io]\.weight")
 
 
 def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
@@ -47,12 +51,17 @@ def is_router(name: str) -> bool:
     return ".mlp.router." in name
 
 
-def dense_bytes(name: str, tensor: TensorSlice, dtype: Dtype) -> int:
-    """Give the bytes that a dense tensor takes in memory, in the dtype that it is computed in."""
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count * (4 if is_router(name) else dtype.itemsize)
+def is_int8(name: str, precision: Precision) -> bool:
+    """Tell whether a dense tensor is kept in int8, whichever packed dtype the experts have; see docs/offloading.md."""
+    return precision.packed is not None and _LINEAR.search(name) is not None
+
+
+def dense_bytes(name: str, tensor: TensorSlice, precision: Precision) -> int:
+    """Give the bytes that a dense tensor takes in memory: in the dtype that it is computed in, or in int8."""
+    count = math.prod(tensor.shape)
+    if is_int8(name, precision):
+        return count + 4 * tensor.shape[0]
+    return count * (4 if is_router(name) else precision.compute.itemsize)
 
 
 def is_staged(stored: str, precision: Precision) -> bool:
@@ -146,17 +155,17 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     """
     c = checkpoint.config
     d_model, d_ff, heads, inner = c["d_model"], c["d_ff"], c["num_heads"], c["num_heads"] * c["d_kv"]
-    dtype = precision.compute
-    item, rows, tokens = dtype.itemsize, shape.rows, shape.tokens
+    item, rows, tokens = precision.compute.itemsize, shape.rows, shape.tokens
     positions = rows * tokens
     hidden = positions * d_model
     attention = heads * tokens * tokens
+    # What is multiplied with packed weights is float32 meanwhile, whatever the dtype.
+    wide = 4 if precision.packed else item
     # Scores, scores with bias and mask, and their softmax are alive together; the bias is kept by all layers.
-    attend = 4 * positions * inner * item + 3 * rows * attention * item + 4 * tokens * tokens * 8
+    attend = 4 * positions * inner * wide + 3 * rows * attention * item + 4 * tokens * tokens * 8
     # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
     route = hidden * 4 + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
-    # What is multiplied with packed weights is float32 meanwhile, whatever the dtype.
-    expert = positions * (2 * d_ff + 2 * d_model) * (4 if precision.packed else item)
+    expert = positions * (2 * d_ff + 2 * d_model) * wide
     encoder = 4 * hidden * item + 2 * hidden * 4 + attention * item + max(attend, route + expert)
 
     sequences = max(rows, num_beams)
@@ -165,7 +174,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     logits = 8 * sequences * c["vocab_size"] * 4
     decoder = caches + logits + 4 * sequences * heads * (tokens + shape.new_tokens) * item
     # Matrix kernels may repack a whole weight.
-    largest = max(dense_bytes(name, tensor, dtype) for name, tensor in checkpoint.dense.items())
+    largest = max(dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items())
     scratch = max(largest, d_model * d_ff * item)
     return int(max(encoder, decoder) + scratch)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype, Precision, resolve_dtype
+from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
+from switchrun.dtypes import Precision, resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
@@ -80,7 +80,6 @@ def make_plan(
         UsageError: The dtype or the device map makes no sense.
     """
     precision = resolve_dtype(dtype, checkpoint.stored_dtype)
-    compute = precision.compute
     needs = _needs(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
@@ -97,20 +96,20 @@ def make_plan(
         placed = {name: tier_of(name, device_map) for name in checkpoint.dense}
         reason = dict.fromkeys(placed, "by the given device map")
     full_map = _with_aliases(device_map or placed, checkpoint)
-    sizes = _sizes(checkpoint, compute, placed)
+    sizes = _sizes(checkpoint, precision, placed)
     # Under another name a map may put the embedding on a second tier: that is a copy, and takes memory.
     for alias in _aliases(checkpoint):
         tier = tier_of(f"{alias}.weight", full_map)
         if tier != tier_of(_SHARED, full_map):
             placed[alias], reason[alias] = tier, "a copy of shared, by the given device map"
-            sizes[alias] = memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], compute)
-    tiers = _tier_uses(checkpoint, compute, needs, budgets, placed, sizes)
+            sizes[alias] = _size(_SHARED, checkpoint.dense[_SHARED], precision, tier)
+    tiers = _tier_uses(checkpoint, precision, needs, budgets, placed, sizes)
     return Plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
         path=str(checkpoint.path),
         dtype=precision.name,
-        compute_dtype=compute.value,
+        compute_dtype=precision.compute.value,
         stored_dtype=checkpoint.stored_dtype,
         repairs=checkpoint.repairs,
         num_experts=needs.num_experts,
@@ -147,7 +146,7 @@ def _needs(
 ) -> _Needs:
     tokens = memory.max_input_tokens(checkpoint)
     shape = memory.BatchShape(batch_size, tokens, memory.max_output_tokens(checkpoint, output_tokens))
-    sizes = {name: memory.dense_bytes(name, tensor, precision.compute) for name, tensor in checkpoint.dense.items()}
+    sizes = {name: memory.dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
         groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
@@ -193,17 +192,22 @@ def _why(module: str, tier: Tier) -> str:
     return f"{use}; no room in memory" if tier == "disk" else use
 
 
-def _sizes(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Iterable[str]) -> dict[str, int]:
-    """Give the bytes of every placed module or tensor."""
+def _sizes(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> dict[str, int]:
+    """Give the bytes of every placed module or tensor on its tier: on disk as stored, elsewhere as it is kept."""
     sizes = dict.fromkeys(placed, 0)
     for name, tensor in checkpoint.dense.items():
-        sizes[name if name in sizes else module_of(name)] += memory.dense_bytes(name, tensor, dtype)
+        owner = name if name in sizes else module_of(name)
+        sizes[owner] += _size(name, tensor, precision, placed[owner])
     return sizes
+
+
+def _size(name: str, tensor: TensorSlice, precision: Precision, tier: Tier) -> int:
+    return tensor.nbytes if tier == "disk" else memory.dense_bytes(name, tensor, precision)
 
 
 def _tier_uses(
     checkpoint: SwitchCheckpoint,
-    dtype: Dtype,
+    precision: Precision,
     needs: _Needs,
     budgets: Budgets,
     placed: Mapping[str, Tier],
@@ -226,7 +230,7 @@ def _tier_uses(
         uses.append(TierUse(tier_name(number), budget, on[number], 0, needs.slot, 0, activations, 0, total))
 
     dense = on.get("cpu", 0)
-    passing = _largest_on_disk(checkpoint, dtype, placed)
+    passing = _largest_on_disk(checkpoint, precision, placed)
     room = budgets.cpu_bytes - needs.fixed - dense - passing
     slots = min(room // needs.slot, needs.num_experts)
     if slots < 1:
@@ -247,17 +251,17 @@ def _tier_uses(
     return tuple(uses)
 
 
-def _largest_on_disk(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Mapping[str, Tier]) -> int:
+def _largest_on_disk(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> int:
     def on_disk(*names: str) -> bool:
         return next(placed[name] for name in names if name in placed) == "disk"
 
     sizes = [
-        memory.dense_bytes(name, tensor, dtype)
+        memory.dense_bytes(name, tensor, precision)
         for name, tensor in checkpoint.dense.items()
         if on_disk(name, module_of(name))
     ]
     if any(placed.get(alias) == "disk" for alias in _aliases(checkpoint)):
-        sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], dtype))
+        sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], precision))
     return max(sizes, default=0)
 
 
