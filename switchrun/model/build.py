@@ -16,7 +16,7 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Precision
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.formats import PackedFormat
+from switchrun.experts.formats import Format, Int8Format, PackedFormat
 from switchrun.experts.module import OffloadedExperts, RoutingContext
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
@@ -36,7 +36,7 @@ def build_cache(
         checkpoint: Where experts lie.
         plan: How many slots, and in which dtype.
         way: How the disk is read.
-        store: Where packed experts may lie; None if experts are not packed.
+        store: Where packed experts may lie; None if experts are not packed, or are so in the checkpoint.
         writer: Writes there; it stays the caller's.
     """
     use = plan.tier("cpu")
@@ -51,8 +51,17 @@ def build_cache(
         direct=direct,
         way=way,
         touch=plan.estimate.encoder_expert_loads + plan.estimate.decoder_expert_loads,
-        slot_format=None if store is None else PackedFormat(checkpoint.experts, store, writer, direct),
+        slot_format=_slot_format(checkpoint, plan, store, writer, direct),
     )
+
+
+def _slot_format(
+    checkpoint: SwitchCheckpoint, plan: Plan, store: ExpertStore | None, writer: BackgroundWriter | None, direct: bool
+) -> Format | None:
+    packed = plan.precision.packed
+    if packed is not None and checkpoint.has_int8_experts:
+        return Int8Format(checkpoint.experts, memory.packed_layout(checkpoint, packed), direct)
+    return None if store is None else PackedFormat(checkpoint.experts, store, writer, direct)
 
 
 def build_model(checkpoint: SwitchCheckpoint, precision: Precision, cache: ExpertCache, context: RoutingContext) -> Any:
@@ -80,7 +89,7 @@ def build_model(checkpoint: SwitchCheckpoint, precision: Precision, cache: Exper
         model: Any = SwitchTransformersForConditionalGeneration(config)
     model.to(getattr(torch, precision.compute.torch_name))
     use_fast_products(model)
-    use_int8(model, [name for name in checkpoint.dense if memory.is_int8(name, precision)])
+    use_int8(model, [name for name, tensor in checkpoint.dense.items() if memory.is_int8(name, tensor, precision)])
     num_experts = checkpoint.num_experts
     for part in (model, model.encoder, model.decoder):
         part.config.num_experts = num_experts
@@ -102,7 +111,7 @@ def build_model(checkpoint: SwitchCheckpoint, precision: Precision, cache: Exper
 def _config(checkpoint: SwitchCheckpoint) -> Any:
     # `num_experts` is 1 only while the model is being built.
     settings = {**checkpoint.config, "num_experts": 1}
-    for key in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
+    for key in ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config"):
         settings.pop(key, None)
     try:
         return SwitchTransformersConfig.from_dict(settings)

@@ -12,13 +12,13 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
+from switchrun.checkpoint.names import scales_of
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import Precision
 from switchrun.errors import UsageError
 from switchrun.experts.int8 import quantise_int8
 from switchrun.experts.reader import FileReader
 from switchrun.experts.slots import TORCH_DTYPES, Buffers
-from switchrun.model.int8_linear import scales_of
 from switchrun.model.preload import DensePreload
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
@@ -54,9 +54,9 @@ def view_tensor(memory: mmap, position: int, stored: TensorSlice) -> torch.Tenso
 class DenseWeights(Mapping[str, torch.Tensor]):
     """The dense weights by name, each read from the checkpoint when it is asked for, as it is kept in memory.
 
-    A matrix that is kept in int8 is quantised whenever it is read, so that it has the same numbers on every tier; its
-    scales have a name of their own. Knows the other names of `shared.weight` too. This is the `weights_map` that
-    accelerate's hooks take: nothing is copied to an offload folder.
+    A matrix that is kept in int8 and not stored so is quantised whenever it is read, so that it has the same numbers on
+    every tier; its scales have a name of their own. Knows the other names of `shared.weight` too. This is the
+    `weights_map` that accelerate's hooks take: nothing is copied to an offload folder.
 
     Args:
         slices: Where the tensors lie, by canonical name.
@@ -70,7 +70,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     ) -> None:
         self._slices = dict(slices)
         self._dtype: torch.dtype = getattr(torch, precision.compute.torch_name)
-        self._weights = {scales_of(name): name for name in slices if is_int8(name, precision)}
+        self._weights = {scales_of(name): name for name, each in slices.items() if is_int8(name, each, precision)}
         #: Those of the matrix that was read last: a hook that asked for the one asks for the other next.
         self._scales: dict[str, torch.Tensor] = {}
         self._reader = reader
@@ -99,6 +99,8 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         if scales not in self._weights:
             return {name: self._read(name)}
         stored = self._slices[name]
+        if stored.scales is not None:
+            return {name: self._read(name), scales: read_tensor(stored.scales, self._reader)}
         codes, scb = torch.empty(stored.shape, dtype=torch.int8), torch.empty(stored.shape[:1])
         quantise_int8(read_tensor(stored, self._reader), codes, scb)
         return {name: codes, scales: scb}
@@ -108,7 +110,12 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         position = self.preload.wait(self.aliases.get(name, name))
         if position is not None:
             return view_tensor(self.preload.mapping, position, stored)
-        tensor = read_tensor(stored, self._reader).to(self._dtype)
+        tensor = read_tensor(stored, self._reader)
+        if stored.scales is not None:
+            if not is_router(name):
+                return tensor
+            return tensor * (read_tensor(stored.scales, self._reader) / 127.0).unsqueeze(1)
+        tensor = tensor.to(self._dtype)
         # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
         return tensor.float() if is_router(name) else tensor
 
@@ -163,7 +170,7 @@ def place_dense_weights(
             for name, tensors in zip(names, pool.map(weights.tensors, names), strict=True):
                 for part, tensor in tensors.items():
                     set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
-                    if name not in weights.preload.names:
+                    if part not in weights.preload.names:
                         on_bytes(tensor.nbytes)
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)

@@ -117,13 +117,13 @@ class Engine:
 
 
 def _open_store(prepared: Prepared, warn: Callable[[str], None] | None) -> ExpertStore | None:
-    """Open the store for a plan with packed experts; None if it has none.
+    """Open the store for a plan with packed experts; None if it has none, or has them in the checkpoint itself.
 
     Raises:
         CorruptCheckpointError: The folder belongs to something else.
     """
     checkpoint, packed = prepared.checkpoint, prepared.plan.precision.packed
-    if packed is None:
+    if packed is None or checkpoint.has_int8_experts:
         return None
     return open_checkpoint_store(
         prepared.offload.folder, checkpoint, packed.value, limit_bytes=prepared.offload.limit_bytes, warn=warn

@@ -39,12 +39,7 @@ class Int8Linear(nn.Module):
 def use_int8(model: nn.Module, weights: Iterable[str]) -> None:
     """Put an `Int8Linear` in the place of each linear layer that is named by its weight."""
     for name in weights:
-        owner, _, layer = name.removesuffix(".weight").rpartition(".")
-        linear = model.get_submodule(f"{owner}.{layer}")
+        path = name.removesuffix(".weight")
+        linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(owner), layer, Int8Linear(linear.in_features, linear.out_features))
-
-
-def scales_of(weight: str) -> str:
-    """Give the name of the scales that belong to a weight in int8."""
-    return f"{weight.removesuffix('.weight')}.SCB"
+        model.set_submodule(path, Int8Linear(linear.in_features, linear.out_features))

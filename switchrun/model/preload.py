@@ -39,10 +39,7 @@ class DensePreload:
         wanted = {
             name: tensor
             for name, tensor in checkpoint.dense.items()
-            if not memory.is_router(name)
-            and not memory.is_int8(name, plan.precision)
-            and tensor.dtype == plan.precision.compute.stored
-            and tier_of(name, plan.device_map) == "cpu"
+            if memory.is_kept_as_stored(name, tensor, plan.precision) and tier_of(name, plan.device_map) == "cpu"
         }
         way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
+from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import PackedDtype, Precision
 from switchrun.planning.types import Tier
 from switchrun.store.layout import Layout, layout_of
@@ -51,22 +51,32 @@ def is_router(name: str) -> bool:
     return ".mlp.router." in name
 
 
-def is_int8(name: str, precision: Precision) -> bool:
+def is_int8(name: str, tensor: TensorSlice, precision: Precision) -> bool:
     """Tell whether a dense tensor is kept in int8, whichever packed dtype the experts have; see docs/offloading.md."""
-    return precision.packed is not None and _LINEAR.search(name) is not None
+    linear = tensor.dtype == "I8" or _LINEAR.search(name) is not None
+    return precision.packed is not None and linear and not is_router(name)
+
+
+def is_kept_as_stored(name: str, tensor: TensorSlice, precision: Precision) -> bool:
+    """Tell whether a dense tensor is kept in the very bytes that are stored; routers are said not to be."""
+    if is_int8(name, tensor, precision):
+        return tensor.dtype == "I8"
+    return tensor.dtype == precision.compute.stored and not is_router(name)
 
 
 def dense_bytes(name: str, tensor: TensorSlice, precision: Precision) -> int:
     """Give the bytes that a dense tensor takes in memory: in the dtype that it is computed in, or in int8."""
     count = math.prod(tensor.shape)
-    if is_int8(name, precision):
+    if is_int8(name, tensor, precision):
         return count + 4 * tensor.shape[0]
     return count * (4 if is_router(name) else precision.compute.itemsize)
 
 
-def is_staged(stored: str, precision: Precision) -> bool:
+def is_staged(stored: ExpertSlices, precision: Precision) -> bool:
     """Tell whether an expert of the checkpoint must be converted or packed on its way into a slot."""
-    return precision.packed is not None or stored != precision.compute.stored
+    if precision.packed is not None:
+        return any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
+    return stored.wi.dtype != precision.compute.stored
 
 
 def packed_layout(checkpoint: SwitchCheckpoint, packed: PackedDtype) -> Layout:
@@ -76,24 +86,30 @@ def packed_layout(checkpoint: SwitchCheckpoint, packed: PackedDtype) -> Layout:
 
 def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give the size of a slot: one expert as it is kept, with room for the alignment of direct reads."""
-    slices = next(iter(checkpoint.experts.values()))
+    in_place = [buffer_for(form) for form, _ in checkpoint.expert_forms if not is_staged(form, precision)]
+    slices = checkpoint.expert_forms[0][0]
     if precision.packed is not None:
         # A file in `offload/` has its data at a page's start, so that whole pages hold it.
-        return _round_up(packed_layout(checkpoint, precision.packed).nbytes, _PAGE)
-    if is_staged(slices.wi.dtype, precision):
+        return max(_round_up(packed_layout(checkpoint, precision.packed).nbytes, _PAGE), *in_place, 0)
+    if not in_place:
         elements = sum(t.shape[0] * t.shape[1] for t in slices)
         return _round_up(elements * precision.compute.itemsize, _PAGE)
-    return read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
+    return max(in_place)
 
 
-def read_buffer_bytes(wi_bytes: int, wo_bytes: int) -> int:
-    """Give the bytes of a buffer that an expert can be read into, whatever its matrices' alignment in their files."""
-    return _round_up(wi_bytes + wo_bytes + 4 * _PAGE, _PAGE)
+def buffer_for(stored: ExpertSlices) -> int:
+    """Give the bytes of a buffer that an expert can be read into, whatever its tensors' alignment in their files."""
+    return read_buffer_bytes(*(each.nbytes for each in stored.ranges))
+
+
+def read_buffer_bytes(*sizes: int) -> int:
+    """Give the bytes of a buffer that tensors of some sizes can be read into together."""
+    return _round_up(sum(sizes) + 2 * len(sizes) * _PAGE, _PAGE)
 
 
 def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
     """Give what is read for an expert if a share of them lies packed in the offload folder."""
-    if precision.packed is None:
+    if precision.packed is None or checkpoint.has_int8_experts:
         return checkpoint.expert_bytes
     packed = packed_layout(checkpoint, precision.packed).nbytes
     return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
@@ -101,10 +117,8 @@ def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_s
 
 def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
-    slices = next(iter(checkpoint.experts.values()))
-    if not is_staged(slices.wi.dtype, precision):
-        return 0
-    return STAGING_BUFFERS * read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
+    staged = [buffer_for(form) for form, _ in checkpoint.expert_forms if is_staged(form, precision)]
+    return STAGING_BUFFERS * max(staged, default=0)
 
 
 def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
@@ -117,15 +131,22 @@ def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     if precision.packed is None:
         return 0
     scratch = (STAGING_BUFFERS + 1) * PACKING_SCRATCH_BYTES
+    if checkpoint.has_int8_experts:
+        return scratch
     return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
 
 
 def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give what a process needs besides weights and activations: libraries, the index, buffers for reading."""
-    tensors = 2 * len(checkpoint.experts) + len(checkpoint.dense)
     largest = max(tensor.nbytes for tensor in checkpoint.dense.values())
     buffers = staging_bytes(checkpoint, precision) + packing_bytes(checkpoint, precision)
-    return RUNTIME_BYTES + tensors * INDEX_BYTES_PER_TENSOR + largest + buffers
+    return RUNTIME_BYTES + index_bytes(checkpoint) + largest + buffers
+
+
+def index_bytes(checkpoint: SwitchCheckpoint) -> int:
+    """Give what the parsed index takes. In 8 bit, transformers saves three tensors where there else is one."""
+    each = 3 if checkpoint.stored_dtype == "I8" else 1
+    return INDEX_BYTES_PER_TENSOR * each * (2 * len(checkpoint.experts) + len(checkpoint.dense))
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def make_plan(
         BudgetError: The CPU budget is below the minimum, or the given map does not fit.
         UsageError: The dtype or the device map makes no sense.
     """
-    precision = resolve_dtype(dtype, checkpoint.stored_dtype)
+    precision = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
     needs = _needs(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
@@ -202,7 +202,7 @@ def _sizes(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[s
 
 
 def _size(name: str, tensor: TensorSlice, precision: Precision, tier: Tier) -> int:
-    return tensor.nbytes if tier == "disk" else memory.dense_bytes(name, tensor, precision)
+    return tensor.stored_bytes if tier == "disk" else memory.dense_bytes(name, tensor, precision)
 
 
 def _tier_uses(
