@@ -46,6 +46,7 @@ def measure(task: Task) -> Answer:
     with MemoryTimeline() as timeline:
         from switchrun import hardware
         from switchrun._plan import prepare
+        from switchrun.model.imports import import_libraries
         from switchrun.model.preload import DensePreload
         from switchrun.planning.memory import max_input_tokens
 
@@ -63,7 +64,8 @@ def measure(task: Task) -> Answer:
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
         preload = DensePreload(prepared)
-        # Only now, as `switchrun fill` does it: these bring torch and transformers.
+        # Only now, as `switchrun fill` does it.
+        import_libraries(packed=prepared.plan.precision.packed is not None)
         from switchrun.bench.measure import Probe
         from switchrun.bench.workload import make_inputs
         from switchrun.model.engine import Engine

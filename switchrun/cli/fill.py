@@ -157,9 +157,11 @@ def open_session(model: str | None, **settings: Any) -> Session:
     own = {name: settings.pop(name) for name in ("tokenizer", "progress", "warn")}
     # A wrong model or budget is told before torch is imported, which takes seconds.
     prepared = prepare(model, **settings)
+    from switchrun.model.imports import import_libraries
     from switchrun.model.preload import DensePreload
 
     preload = DensePreload(prepared)
+    import_libraries(packed=prepared.plan.precision.packed is not None)
     from switchrun.model.session import Session
 
     return Session(prepared, started=started, preload=preload, **own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 
 import torch
@@ -18,15 +18,15 @@ class RoutingContext:
     """What a sparse layer must know of the batch beyond its hidden states.
 
     Attributes:
-        live: Boolean `[rows, tokens]`: tokens that count. Padding and finished sequences do not: they cannot change
-            a real token, so no expert is read for them. None: all count.
-        dropped: Integer `[rows]`: live tokens over their expert's capacity so far, summed over the layers.
+        live: For each row whether its tokens count. Padding and finished sequences do not: they cannot change a real
+            token, so no expert is read for them. None: all count.
+        dropped: For each row its live tokens over their expert's capacity so far, summed over the layers.
         on_layer: Called after each sparse layer.
     """
 
     def __init__(self) -> None:
-        self.live: torch.Tensor | None = None
-        self.dropped: torch.Tensor | None = None
+        self.live: list[list[bool]] | None = None
+        self.dropped: list[int] | None = None
         self.on_layer: Callable[[], None] | None = None
 
 
@@ -75,12 +75,13 @@ class OffloadedExperts(nn.Module):
         Raises:
             CorruptCheckpointError: An expert cannot be read.
         """
-        kept, chosen = selected_experts.squeeze(1).max(dim=-1)
-        active = self._live_only(kept.bool())
-        # Small index arithmetic on the CPU: the cache needs plain numbers anyway.
-        positions = active.nonzero().squeeze(1).cpu()
+        # Plain numbers: the cache needs them anyway, and a small torch operation costs more than a short loop.
+        chosen = {position: expert for position, _, expert in selected_experts.nonzero().tolist()}
+        tokens_of: dict[int, list[int]] = {}
+        for position in self._live(chosen):
+            tokens_of.setdefault(chosen[position], []).append(position)
         output = torch.zeros_like(hidden_states)
-        self.compute(hidden_states, positions, chosen.cpu()[positions], routing_weights, output)
+        self.compute(hidden_states, tokens_of, routing_weights, output)
         if self._context.on_layer is not None:
             self._context.on_layer()
         return output
@@ -88,8 +89,7 @@ class OffloadedExperts(nn.Module):
     def compute(
         self,
         hidden_states: torch.Tensor,
-        positions: torch.Tensor,
-        chosen: torch.Tensor,
+        tokens_of: Mapping[int, Sequence[int] | torch.Tensor],
         routing_weights: torch.Tensor,
         output: torch.Tensor,
         most_rows: int | None = None,
@@ -98,39 +98,39 @@ class OffloadedExperts(nn.Module):
 
         Args:
             hidden_states: `[tokens, d_model]`.
-            positions: `[active]`, on the CPU: the tokens that have an expert.
-            chosen: `[active]`, on the CPU: which one.
+            tokens_of: For each expert that is wanted the rows of its tokens, each once, ascending.
             routing_weights: `[tokens, 1]`.
-            output: `[tokens, d_model]`, written at the positions; may be `hidden_states` itself.
+            output: `[tokens, d_model]`, written at those rows; may be `hidden_states` itself.
             most_rows: Tokens to run an expert with at a time, if scratch memory must be bounded.
 
         Raises:
             CorruptCheckpointError: An expert cannot be read.
         """
-        tokens_of = {
-            ExpertKey(self._stack, self._block, expert): positions[chosen == expert]
-            for expert in sorted(set(chosen.tolist()))
-        }
+        keys = [ExpertKey(self._stack, self._block, expert) for expert in sorted(tokens_of)]
         # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
-        with closing(self.cache.stream(list(tokens_of))) as stream:
+        with closing(self.cache.stream(keys)) as stream:
             for key, weights in stream:
-                tokens = tokens_of[key].to(hidden_states.device)
-                step = most_rows or len(tokens)
-                for start in range(0, len(tokens), step):
-                    rows = tokens[start : start + step]
+                tokens = tokens_of[key.expert]
+                if len(tokens) == len(hidden_states) <= (most_rows or len(tokens)):
+                    # All of them, as when a single input is decoded: nothing to pick.
+                    torch.mul(self._run(weights, hidden_states), routing_weights, out=output)
+                    continue
+                all_rows = torch.as_tensor(tokens, device=hidden_states.device)
+                for rows in torch.split(all_rows, most_rows or len(tokens)):
                     expert_output = self._run(weights, hidden_states[rows]) * routing_weights[rows]
                     output.index_copy_(0, rows, expert_output.to(output.dtype))
 
     def _run(self, weights: ExpertWeights, tokens: torch.Tensor) -> torch.Tensor:
         return multiply(self._activation(multiply(tokens, weights.wi)), weights.wo)
 
-    def _live_only(self, kept: torch.Tensor) -> torch.Tensor:
-        """Mask out tokens that do not count; note those that count and were dropped."""
-        live = self._context.live
+    def _live(self, chosen: Mapping[int, int]) -> Iterable[int]:
+        """Give the positions that have an expert and count; note those that count and were dropped."""
+        live, dropped = self._context.live, self._context.dropped
         if live is None:
-            return kept
-        live = live.to(kept.device)
-        if self._context.dropped is not None:
-            dropped = (live & ~kept.view(live.shape)).sum(dim=-1)
-            self._context.dropped += dropped.to(self._context.dropped.device)
-        return kept & live.flatten()
+            return chosen
+        flat = [token for row in live for token in row]
+        if dropped is not None:
+            for position, counts in enumerate(flat):
+                if counts and position not in chosen:
+                    dropped[position // len(live[0])] += 1
+        return [position for position in chosen if flat[position]]

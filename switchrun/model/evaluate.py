@@ -209,9 +209,12 @@ def _feed_forward(
         tokens[filled : filled + len(chosen[-1])] = normed[active[-1]]
         filled += len(chosen[-1])
     experts = torch.cat(chosen)
-    used.update(ExpertKey(stack, block, expert) for expert in set(experts.tolist()))
+    counts = experts.bincount()
+    rows = torch.split(experts.argsort(stable=True), counts.tolist())
+    tokens_of = {expert: rows[expert] for expert in counts.nonzero()[:, 0].tolist()}
+    used.update(ExpertKey(stack, block, expert) for expert in tokens_of)
     # The experts' output takes their input's place: every token has one expert.
-    layer.mlp.experts.compute(tokens, torch.arange(filled), experts, torch.cat(weights), tokens, most_rows)
+    layer.mlp.experts.compute(tokens, tokens_of, torch.cat(weights), tokens, most_rows)
     done = 0
     for state, mask, choice in zip(states, active, chosen, strict=True):
         state[mask] += tokens[done : done + len(choice)]

@@ -63,7 +63,7 @@ class _Watch(StoppingCriteria):
         if self._mark:
             # The start token is left out: it may be the padding or even the end token.
             ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1)
-            self._context.live = ~ended[:, None]
+            self._context.live = (~ended[:, None]).tolist()
         self._on_token(len(self.times))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -96,11 +96,10 @@ def generate_batch(
         min_new_tokens: The end of sequence is not let through before as many; for measurements of equal length.
     """
     rows = input_ids.shape[0]
-    context.live = attention_mask.bool()
-    context.dropped = torch.zeros(rows, dtype=torch.long)
+    context.live = attention_mask.bool().tolist()
+    dropped = context.dropped = [0] * rows
     try:
         encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        dropped = context.dropped.tolist()
         context.live = context.dropped = None
         with torch.random.fork_rng(enabled=options.sample):
             if options.sample:
