@@ -93,8 +93,8 @@ def _stored_share(checkpoint: SwitchCheckpoint, dtype: str, folder: Path) -> flo
     from switchrun.dtypes import resolve_dtype
     from switchrun.store import model_name, store_folder, stored_experts
 
-    packed = resolve_dtype(dtype, checkpoint.stored_dtype).packed
-    if packed is None:
+    packed = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype).packed
+    if packed is None or checkpoint.has_int8_experts:
         return 0.0
     store = store_folder(folder, model_name(checkpoint), packed.value)
     return min(1.0, sum(1 for _ in stored_experts(store)) / len(checkpoint.experts))

@@ -1,7 +1,7 @@
 """Names and sizes of number formats, without torch.
 
 A *stored* dtype is what a checkpoint's bytes are, named as safetensors does (`F32`). A *compute* dtype is what
-`--dtype` asks for (`fp32`), unless it asks for a *packed* one (`int8`), which only experts are kept in.
+`--dtype` asks for (`fp32`), unless it asks for a *packed* one (`int8`), which only matrices are kept in.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class Precision:
     """What `--dtype` comes to for one checkpoint.
 
     Attributes:
-        compute: What everything is computed in, and all but the experts kept in.
-        packed: What experts are kept in; None is the compute dtype.
+        compute: What everything is computed in, and what is not packed kept in.
+        packed: What experts are kept in; None is the compute dtype. With either packed dtype, linear layers outside
+            the experts are kept in int8.
     """
 
     compute: Dtype
@@ -78,26 +79,34 @@ class DtypeChoice(StrEnum):
     NF4 = "nf4"
 
 
-def resolve_dtype(choice: str, stored: str) -> Precision:
+def resolve_dtype(choice: str, stored: str, plain: str | None = None) -> Precision:
     """Decide what to compute in, and what experts are kept in.
 
     Args:
-        choice: One of `DtypeChoice`. `auto` is as stored, and never packs anything.
-        stored: The safetensors name of the format that the experts are stored in.
+        choice: One of `DtypeChoice`. `auto` is as stored, and packs nothing that is stored otherwise.
+        stored: The safetensors name of the format that the experts are stored in; `I8` of a model in 8 bit.
+        plain: For such a model, what the rest of it is stored in.
 
     Returns:
         The precision. fp16 is never computed in (T5's activations overflow it): `auto` takes fp32, which keeps every
         stored bit. With packed experts, everything else is as `auto` has it.
 
     Raises:
-        UsageError: An unknown name.
+        UsageError: An unknown name, or another precision for a model in 8 bit.
     """
-    as_stored = Dtype.BF16 if stored == "BF16" else Dtype.FP32
+    as_stored = Dtype.BF16 if (plain or stored) == "BF16" else Dtype.FP32
     try:
         wanted = DtypeChoice(choice)
     except ValueError:
         *names, last = DtypeChoice
         raise UsageError(f"'{choice}' is not a dtype", f"use {', '.join(names)} or {last}") from None
+    if stored == "I8":
+        if wanted not in (DtypeChoice.AUTO, DtypeChoice.INT8):
+            raise UsageError(
+                f"this model is stored in int8, so it cannot be had in {wanted.value}: what was rounded off is lost",
+                "leave out --dtype, or give the original checkpoint",
+            )
+        return Precision(as_stored, PackedDtype.INT8)
     if wanted is DtypeChoice.AUTO:
         return Precision(as_stored)
     if wanted in (DtypeChoice.INT8, DtypeChoice.NF4):

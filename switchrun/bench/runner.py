@@ -112,7 +112,12 @@ class Bench:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def _obstacle(self, cell: Cell) -> dict[str, Any] | None:
-        if cell.baseline is None or not self.checkpoint.repairs:
+        if cell.baseline is None:
+            return None
+        if self.checkpoint.stored_dtype == "I8":
+            message = "plain transformers keeps no model in 8 bit on disk"
+            return {"kind": "model", "message": message, "hint": "", "exit_code": 5}
+        if not self.checkpoint.repairs:
             return None
         message = "plain transformers cannot load this checkpoint: " + "; ".join(self.checkpoint.repairs)
         return {"kind": "model", "message": message, "hint": "", "exit_code": 5}

@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from switchrun.checkpoint.experts import Experts, check_tensor, missing_tensor
+from switchrun.checkpoint.checks import check_int8, check_rows, check_tensor, missing_tensor, with_scales
+from switchrun.checkpoint.experts import Experts
 from switchrun.checkpoint.files import read_json_object
 from switchrun.checkpoint.head import find_head
 from switchrun.checkpoint.index import CONFIG, Index
@@ -20,6 +21,7 @@ from switchrun.checkpoint.names import (
     EMBEDDINGS,
     EXPERT_NAME,
     HEAD,
+    LINEAR_NAME,
     ROUTER_NAME,
     SHARED,
     STACKS,
@@ -69,8 +71,12 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
     sparse_blocks = _repair_geometry(repairs, survey, index, location.id)
     dense = _dense(repairs, sparse_blocks, index)
     experts = Experts(tensors, sparse_blocks, repairs.config["num_experts"])
-    stored_dtype = experts.check(index.entry, repairs.config["d_model"], repairs.config["d_ff"])
-    _repair_dtype(repairs, stored_dtype)
+    forms = experts.check(index.entry, repairs.config["d_model"], repairs.config["d_ff"])
+    matrices = [*dense.values(), *(matrix for form, _ in forms for matrix in form)]
+    int8 = any(matrix.dtype == "I8" for matrix in matrices)
+    # In transformers' 8 bit models the embedding tells what the rest is computed in.
+    plain = dense[SHARED].dtype if int8 else forms[0][0].wi.dtype
+    _repair_dtype(repairs, plain)
     return SwitchCheckpoint(
         id=location.id,
         revision=location.revision,
@@ -81,7 +87,8 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         experts=experts,
         sparse_blocks=sparse_blocks,
         fingerprint=fingerprint(index.stamps),
-        stored_dtype=stored_dtype,
+        stored_dtype="I8" if int8 else plain,
+        forms=forms,
     )
 
 
@@ -94,7 +101,6 @@ class _Survey:
         self.num_experts = 0
         self.has_experts = False
         self.gated = False
-        self.int8 = False
         for name in tensors:
             if match := EXPERT_NAME.fullmatch(name):
                 self._add_sparse(match)
@@ -102,7 +108,6 @@ class _Survey:
                 self.num_experts = max(self.num_experts, int(match[4]) + 1)
             else:
                 self._add_dense(tensors, name)
-        self.int8 = self.int8 or any(kind.dtype == "I8" and len(kind.shape) == 2 for kind in tensors.kinds)
 
     def _add_sparse(self, match: re.Match[str]) -> None:
         for stack in STACKS:
@@ -120,7 +125,6 @@ class _Survey:
                 if match[1] == stack:
                     self.blocks[stack].add(int(match[2]))
         self.gated = self.gated or _GATED_EXPERT.search(name) is not None
-        self.int8 = self.int8 or name.endswith(".SCB")
 
 
 def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> None:
@@ -134,8 +138,6 @@ def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> No
             f"{model} has gated experts (wi_0, wi_1), as switch-xxl-128 does, which is not supported",
             "no version of transformers builds such a model right, so there is nothing to compare answers with",
         )
-    if survey.int8:
-        raise ModelError(f"{model} is stored in int8, which is not supported yet", "give the original checkpoint")
     if not survey.has_experts:
         raise ModelError(f"{model} is not a Switch Transformers model: none of its tensors belongs to an expert")
     for stack in STACKS:
@@ -193,8 +195,12 @@ def _dense(repairs: Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], ind
         source = stored_as.get(name) or name
         if source not in tensors:
             raise missing_tensor(index.entry, source)
-        check_tensor(tensors, source, shape)
-        dense[name] = tensors[source]
+        if tensors[source].dtype == "I8" and LINEAR_NAME.fullmatch(source):
+            check_int8(tensors, source, shape, index.entry)
+            check_rows(tensors, source)
+        else:
+            check_tensor(tensors, source, shape)
+        dense[name] = with_scales(tensors, source)
     if head is not None:
         # With an untied head transformers 5 lets the stacks have embeddings of their own, and saves them.
         for name in EMBEDDINGS:

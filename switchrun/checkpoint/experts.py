@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from switchrun.checkpoint.names import STACKS, mlp_prefix
+from switchrun.checkpoint.checks import check_int8, check_tensor, missing_tensor, with_scales
+from switchrun.checkpoint.names import STACKS, mlp_prefix, scales_of
 from switchrun.checkpoint.table import TensorTable
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Stack
-from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import CorruptCheckpointError
 
 
@@ -29,7 +29,7 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
             raise KeyError(key)
         stack, block, expert = key
         prefix = f"{self._prefixes[stack, block]}{expert}"
-        return ExpertSlices(self._tensors[prefix + ".wi.weight"], self._tensors[prefix + ".wo.weight"])
+        return ExpertSlices(*(with_scales(self._tensors, f"{prefix}.{matrix}.weight") for matrix in ("wi", "wo")))
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, tuple) or len(key) != 3:
@@ -44,8 +44,8 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
     def __len__(self) -> int:
         return len(self._prefixes) * self._num_experts
 
-    def check(self, entry: Path, d_model: int, d_ff: int) -> str:
-        """See that every expert is there, with the right shapes and one dtype.
+    def check(self, entry: Path, d_model: int, d_ff: int) -> tuple[tuple[ExpertSlices, int], ...]:
+        """See that every expert is there, with the right shapes and one dtype, beside which there may be int8.
 
         Args:
             entry: The file to name when a tensor is missing.
@@ -53,7 +53,7 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
             d_ff: The width inside an expert.
 
         Returns:
-            The dtype that the experts are stored in.
+            An expert of each form, and how many have it.
 
         Raises:
             CorruptCheckpointError: The first tensor that is missing or wrong.
@@ -62,20 +62,31 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
         dtype: str | None = None
         # By number of kind: 120,000 tensors are of two kinds or a few more.
         good: dict[str, set[int]] = {"wi": set(), "wo": set()}
+        good_int8: dict[str, set[tuple[int, int]]] = {"wi": set(), "wo": set()}
+        int8 = {number for number, kind in enumerate(self._tensors.kinds) if kind.dtype == "I8"}
         shapes = {"wi": (d_ff, d_model), "wo": (d_model, d_ff)}
-        for prefix in self._prefixes.values():
+        forms: dict[tuple[int, ...], tuple[ExpertKey, int]] = {}
+        for (stack, block), prefix in self._prefixes.items():
             for expert in range(self._num_experts):
+                form = []
                 for matrix in ("wi", "wo"):
                     name = f"{prefix}{expert}.{matrix}.weight"
                     row = rows.get(name)
                     if row is None:
                         raise missing_tensor(entry, name)
-                    if row[2] not in good[matrix]:
+                    if row[2] in int8:
+                        scales = rows.get(scales_of(name))
+                        if scales is None or (row[2], scales[2]) not in good_int8[matrix]:
+                            check_int8(self._tensors, name, shapes[matrix], entry)
+                            good_int8[matrix].add((row[2], rows[scales_of(name)][2]))
+                    elif row[2] not in good[matrix]:
                         check_tensor(self._tensors, name, shapes[matrix])
                         dtype = self._one_dtype(name, dtype)
                         good[matrix].add(row[2])
-        assert dtype is not None, "a checkpoint without experts is refused before"
-        return dtype
+                    form.append(row[2])
+                first, count = forms.get(tuple(form), (ExpertKey(stack, block, expert), 0))
+                forms[tuple(form)] = first, count + 1
+        return tuple((self[first], count) for first, count in forms.values())
 
     def _one_dtype(self, name: str, dtype: str | None) -> str:
         tensor = self._tensors[name]
@@ -84,28 +95,3 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
                 f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, and other experts as {dtype}"
             )
         return tensor.dtype
-
-
-def check_tensor(tensors: TensorTable, name: str, shape: tuple[int, ...]) -> None:
-    """See that a tensor has the right shape and a dtype that weights may have.
-
-    Raises:
-        CorruptCheckpointError: It has not.
-    """
-    tensor = tensors[name]
-    if tensor.shape != shape:
-        raise CorruptCheckpointError(
-            f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}; by config.json it must be {list(shape)}"
-        )
-    if tensor.dtype not in WEIGHT_DTYPES:
-        allowed = ", ".join(sorted(WEIGHT_DTYPES))
-        raise CorruptCheckpointError(
-            f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, not as one of {allowed}"
-        )
-
-
-def missing_tensor(entry: Path, name: str) -> CorruptCheckpointError:
-    """The error to raise for a tensor that the model needs and the checkpoint lacks."""
-    return CorruptCheckpointError(
-        f"{entry}: tensor {name} is missing", "the checkpoint is incomplete; download it again"
-    )

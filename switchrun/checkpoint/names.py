@@ -20,10 +20,21 @@ _NUMBER = r"(0|[1-9]\d{0,5})"
 EXPERT_NAME = re.compile(
     rf"(encoder|decoder)\.block\.{_NUMBER}\.layer\.([12])\.mlp\.experts\.expert_{_NUMBER}\.(?:wi|wo)\.weight", re.ASCII
 )
+#: The weights of linear layers outside the experts: those that transformers may have saved in 8 bit.
+LINEAR_NAME = re.compile(
+    r".*\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|.*\.mlp\.(?:w[io]|router\.classifier)\.weight"
+    r"|(?:decoder\.)?lm_head\.weight",
+    re.ASCII,
+)
 BLOCK_NAME = re.compile(rf"(encoder|decoder)\.block\.{_NUMBER}\.", re.ASCII)
 ROUTER_NAME = re.compile(
     rf"(encoder|decoder)\.block\.{_NUMBER}\.layer\.([12])\.mlp\.router\.classifier\.weight", re.ASCII
 )
+
+
+def scales_of(weight: str) -> str:
+    """Give the name of the scales that belong to a weight in int8, as bitsandbytes has it."""
+    return f"{weight.removesuffix('.weight')}.SCB"
 
 
 def mlp_layer(stack: Stack) -> int:

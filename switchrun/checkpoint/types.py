@@ -22,6 +22,7 @@ class TensorSlice:
         shape: The tensor's shape, for a linear layer's weight `[out, in]`.
         transposed: A matrix whose bytes are in column-major order: the range holds `[in, out]`. Torch files keep
             strides, and conversions from JAX leave such matrices behind.
+        scales: Where the scales of a matrix in int8 lie (`SCB`, float32 `[out]`); None for any other tensor.
     """
 
     file: Path
@@ -30,6 +31,12 @@ class TensorSlice:
     dtype: str
     shape: tuple[int, ...]
     transposed: bool = False
+    scales: TensorSlice | None = None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the tensor and of its scales."""
+        return self.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class ExpertKey(NamedTuple):
@@ -48,8 +55,13 @@ class ExpertSlices(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both matrices as stored."""
-        return self.wi.nbytes + self.wo.nbytes
+        """Bytes of both matrices as stored, with their scales."""
+        return self.wi.stored_bytes + self.wo.stored_bytes
+
+    @property
+    def ranges(self) -> tuple[TensorSlice, ...]:
+        """All that must be read: both matrices, then the scales of those in int8."""
+        return (self.wi, self.wo, *(each.scales for each in self if each.scales is not None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,9 @@ class SwitchCheckpoint:
         experts: The slices of every expert.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
         fingerprint: Changes when any file of the checkpoint does (names, sizes, modification times).
+        stored_dtype: What the experts are stored in; `I8` if any linear layer of the checkpoint is.
+        forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how many have
+            that form; empty if all are like the first.
     """
 
     id: str
@@ -79,6 +94,7 @@ class SwitchCheckpoint:
     sparse_blocks: Mapping[Stack, tuple[int, ...]]
     fingerprint: str
     stored_dtype: str = field(default="F32")
+    forms: tuple[tuple[ExpertSlices, int], ...] = ()
 
     @property
     def num_experts(self) -> int:
@@ -87,10 +103,26 @@ class SwitchCheckpoint:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert as stored (all are equal)."""
-        return next(iter(self.experts.values())).nbytes
+        """Bytes of one expert as stored; of the largest, if some are in int8 and some are not."""
+        return max(form.nbytes for form, _ in self.expert_forms)
+
+    @property
+    def expert_forms(self) -> tuple[tuple[ExpertSlices, int], ...]:
+        """`forms`, never empty."""
+        return self.forms or ((next(iter(self.experts.values())), len(self.experts)),)
+
+    @property
+    def has_int8_experts(self) -> bool:
+        """Whether experts are stored in int8: those are read in place and never kept in the offload folder."""
+        return any(matrix.dtype == "I8" for form, _ in self.expert_forms for matrix in form)
+
+    @property
+    def plain_dtype(self) -> str:
+        """What is stored in that is not in int8."""
+        return self.stored_dtype if self.stored_dtype != "I8" else self.dense["shared.weight"].dtype
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights as stored."""
-        return len(self.experts) * self.expert_bytes + sum(t.nbytes for t in self.dense.values())
+        experts = sum(form.nbytes * count for form, count in self.expert_forms)
+        return experts + sum(tensor.stored_bytes for tensor in self.dense.values())

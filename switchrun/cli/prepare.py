@@ -60,6 +60,7 @@ def prepare(
     It may be stopped at any time: the same command goes on from there.
     """
     from switchrun.checkpoint import open_checkpoint
+    from switchrun.dtypes import resolve_dtype
     from switchrun.planning import preparation as planning
     from switchrun.planning import resolve_budgets
     from switchrun.planning.memory import packed_layout
@@ -70,6 +71,9 @@ def prepare(
     limit_bytes = _parse_limit(limit)
     place = folders.offload_folder(offload_folder)
     checkpoint = open_checkpoint(model, cache_dir=place / "index")
+    resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
+    if checkpoint.has_int8_experts:
+        raise UsageError(f"{checkpoint.id} is stored in int8, so there is nothing to prepare", "fill reads it in place")
     chosen = planning.choose_experts(checkpoint, layers, experts)
     layout = packed_layout(checkpoint, dtype)
     jobs = planning.resolve_jobs(checkpoint, layout, jobs, resolve_budgets(cpu_memory, 0).cpu_bytes)

@@ -10,10 +10,10 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.packed import quantise, views
+from switchrun.experts.packed import Int8Matrix, quantise, views
 from switchrun.experts.reader import PAGE, Segment
 from switchrun.experts.slots import TORCH_DTYPES, Buffers, ExpertWeights, ReadPlan, plan_reads
-from switchrun.store import BackgroundWriter, ExpertStore, StoredExpert
+from switchrun.store import BackgroundWriter, ExpertStore, Layout, StoredExpert
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +172,53 @@ class PackedFormat:
                 slots.view(slot)[part.offset : part.offset + part.nbytes] = bytes(part.nbytes)
 
 
+class Int8Format:
+    """Experts of a checkpoint in 8 bit, read in place; what is plain among them is packed each time it is read.
+
+    Args:
+        slices: Where every expert lies.
+        layout: How an expert that is packed lies in a slot.
+        direct: Whether reads are aligned for `O_DIRECT`.
+    """
+
+    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], layout: Layout, direct: bool) -> None:
+        self._slices = slices
+        self._layout = layout
+        self._direct = direct
+        self._d_ff, self._d_model = next(iter(slices.values())).wi.shape
+
+    def load(self, key: ExpertKey) -> Load:
+        """See `Format`."""
+        slices = self._slices[key]
+        staged = any(matrix.dtype != "I8" or matrix.transposed for matrix in slices)
+        return Load(key, plan_reads(slices, self._direct), staged)
+
+    def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
+        """See `Format`; gives views."""
+        return as_stored(self._slices[load.key], load.plan, slots, slot)
+
+    def convert(self, load: Load, staging: Buffers, index: int, slots: Buffers, slot: int) -> ExpertWeights:
+        """See `Format`; packs what is plain, and copies what is not."""
+        weights = views(slots, slot, self._layout, "int8", self._d_model, self._d_ff)
+        quantise(as_stored(self._slices[load.key], load.plan, staging, index), weights)
+        return weights
+
+    def give_up(self, load: Load, error: BaseException) -> bool:  # noqa: ARG002 - the protocol's
+        """See `Format`; there is no other way."""
+        return False
+
+
 def as_stored(slices: ExpertSlices, plan: ReadPlan, buffers: Buffers, index: int) -> ExpertWeights:
-    """Give an expert of the checkpoint that was read into a buffer, as views in its stored dtype."""
-    wi, wo = (_view(buffers, index, at, tensor) for tensor, at in zip(slices, plan.positions, strict=True))
-    return ExpertWeights(wi, wo)
+    """Give an expert of the checkpoint that was read into a buffer, as views of what is stored."""
+    at = dict(zip(slices.ranges, plan.positions, strict=True))
+
+    def matrix(stored: TensorSlice) -> torch.Tensor | Int8Matrix:
+        weight = _view(buffers, index, at[stored], stored)
+        if stored.scales is None:
+            return weight
+        return Int8Matrix(weight, _view(buffers, index, at[stored.scales], stored.scales))
+
+    return ExpertWeights(matrix(slices.wi), matrix(slices.wo))
 
 
 def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> torch.Tensor:

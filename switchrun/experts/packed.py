@@ -108,13 +108,17 @@ def quantise(stored: ExpertWeights, into: ExpertWeights) -> None:
     """Pack an expert; blocks while it computes, and takes a few MiB of scratch memory.
 
     Args:
-        stored: Plain matrices on the CPU, of any floating dtype.
+        stored: Matrices on the CPU, plain ones of any floating dtype; those in int8 are copied into int8.
         into: Views of a slot; written.
 
     Raises:
         ValueError: The shapes do not fit.
     """
     for weight, target in ((stored.wi, into.wi), (stored.wo, into.wo)):
+        if isinstance(weight, Int8Matrix) and isinstance(target, Int8Matrix):
+            target.codes.copy_(weight.codes)
+            target.scb.copy_(weight.scb)
+            continue
         assert isinstance(weight, torch.Tensor), "what is packed already is never packed again"
         if isinstance(target, Int8Matrix):
             quantise_int8(weight, target.codes, target.scb)

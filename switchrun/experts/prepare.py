@@ -19,7 +19,7 @@ from switchrun.experts.packed import quantise, views
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
 from switchrun.experts.slots import Buffers, plan_reads
-from switchrun.planning.memory import read_buffer_bytes, reads_directly
+from switchrun.planning.memory import buffer_for, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
 from switchrun.store.names import expert_path
@@ -127,7 +127,7 @@ class _Job:
         self._reader = reader
         self._slices = checkpoint.experts
         self._direct = direct
-        self._plain = Buffers(1, read_buffer_bytes(sample.wi.nbytes, sample.wo.nbytes))
+        self._plain = Buffers(1, buffer_for(sample))
         self._packed = Buffers(1, packed_buffer_bytes(store.layout))
         d_ff, d_model = sample.wi.shape
         self._into = views(self._packed, 0, store.layout, store.manifest.dtype, d_model, d_ff)

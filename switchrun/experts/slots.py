@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from switchrun.checkpoint.types import ExpertSlices
+from switchrun.checkpoint.types import ExpertSlices, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.experts.reader import PAGE, Segment
 
@@ -94,25 +94,29 @@ class ExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """Which reads bring an expert into a buffer, and at which byte of it each matrix then begins."""
+    """Which reads bring an expert into a buffer, and at which byte of it each of its `ranges` then begins."""
 
     segments: tuple[Segment, ...]
-    positions: tuple[int, int]
+    positions: tuple[int, ...]
 
 
 def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
-    """Lay out the reads of one expert; matrices that are neighbours in a file share one.
+    """Lay out the reads of one expert; tensors that are neighbours in a file share one.
 
     Args:
-        slices: Where the matrices lie.
+        slices: Where the matrices and their scales lie.
         direct: Align everything to pages, for `O_DIRECT`.
     """
     page = PAGE if direct else 64
-    first, second = sorted(slices, key=lambda tensor: (str(tensor.file), tensor.offset))
-    gap = second.offset - (first.offset + first.nbytes)
-    # A gap is read along where that is no more than alignment costs anyway.
-    near = first.file == second.file and 0 <= gap <= (PAGE if direct else 0)
-    groups = [(first, second)] if near else [(first,), (second,)]
+    groups: list[list[TensorSlice]] = []
+    for tensor in sorted(slices.ranges, key=lambda tensor: (str(tensor.file), tensor.offset)):
+        last = groups[-1][-1] if groups else tensor
+        gap = tensor.offset - (last.offset + last.nbytes)
+        # A gap is read along where that is no more than alignment costs anyway.
+        if groups and last.file == tensor.file and 0 <= gap <= (PAGE if direct else 0):
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
     segments, begins, cursor = [], {}, 0
     for group in groups:
         begin, end = group[0].offset, group[-1].offset + group[-1].nbytes
@@ -122,4 +126,4 @@ def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
         for tensor in group:
             begins[id(tensor)] = cursor + tensor.offset - start
         cursor = -(-(cursor + length) // page) * page
-    return ReadPlan(tuple(segments), (begins[id(slices.wi)], begins[id(slices.wo)]))
+    return ReadPlan(tuple(segments), tuple(begins[id(tensor)] for tensor in slices.ranges))

@@ -13,13 +13,15 @@ from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTrans
 from transformers.activations import ACT2FN
 
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import Precision
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.formats import PackedFormat
+from switchrun.experts.formats import Format, Int8Format, PackedFormat
 from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import OffloadedExperts, RoutingContext
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
+from switchrun.model.int8_linear import use_int8
 from switchrun.planning import Plan, memory
 from switchrun.store import BackgroundWriter, ExpertStore
 
@@ -35,7 +37,7 @@ def build_cache(
         checkpoint: Where experts lie.
         plan: How many slots, and in which dtype.
         way: How the disk is read.
-        store: Where packed experts may lie; None if experts are not packed.
+        store: Where packed experts may lie; None if experts are not packed, or are so in the checkpoint.
         writer: Writes there; it stays the caller's.
     """
     use = plan.tier("cpu")
@@ -50,11 +52,22 @@ def build_cache(
         direct=direct,
         way=way,
         touch=plan.estimate.encoder_expert_loads + plan.estimate.decoder_expert_loads,
-        slot_format=None if store is None else PackedFormat(checkpoint.experts, store, writer, direct),
+        slot_format=_slot_format(checkpoint, plan, store, writer, direct),
     )
 
 
-def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, levels: ExpertLevels, context: RoutingContext) -> Any:
+def _slot_format(
+    checkpoint: SwitchCheckpoint, plan: Plan, store: ExpertStore | None, writer: BackgroundWriter | None, direct: bool
+) -> Format | None:
+    packed = plan.precision.packed
+    if packed is not None and checkpoint.has_int8_experts:
+        return Int8Format(checkpoint.experts, memory.packed_layout(checkpoint, packed), direct)
+    return None if store is None else PackedFormat(checkpoint.experts, store, writer, direct)
+
+
+def build_model(
+    checkpoint: SwitchCheckpoint, precision: Precision, levels: ExpertLevels, context: RoutingContext
+) -> Any:
     """Build the model on the meta device, its experts replaced by `OffloadedExperts`.
 
     transformers would make every expert a module: 61,440 of them take minutes to build for switch-c-2048. So the
@@ -62,7 +75,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, levels: Expert
 
     Args:
         checkpoint: Gives the configuration and which blocks are sparse.
-        dtype: What dense weights compute in; routers stay in float32.
+        precision: What dense weights compute in, and whether linear layers are in int8; routers stay in float32.
         levels: Where experts come from.
         context: Shared by all sparse layers.
 
@@ -77,8 +90,9 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, levels: Expert
         raise ModelError(f"transformers knows no activation function '{config.dense_act_fn}' (dense_act_fn)")
     with torch.device("meta"):
         model: Any = SwitchTransformersForConditionalGeneration(config)
-    model.to(dtype)
+    model.to(getattr(torch, precision.compute.torch_name))
     use_fast_products(model)
+    use_int8(model, [name for name, tensor in checkpoint.dense.items() if memory.is_int8(name, tensor, precision)])
     num_experts = checkpoint.num_experts
     for part in (model, model.encoder, model.decoder):
         part.config.num_experts = num_experts
@@ -100,7 +114,7 @@ def build_model(checkpoint: SwitchCheckpoint, dtype: torch.dtype, levels: Expert
 def _config(checkpoint: SwitchCheckpoint) -> Any:
     # `num_experts` is 1 only while the model is being built.
     settings = {**checkpoint.config, "num_experts": 1}
-    for key in ("dtype", "torch_dtype", "transformers_version", "_name_or_path"):
+    for key in ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config"):
         settings.pop(key, None)
     try:
         return SwitchTransformersConfig.from_dict(settings)

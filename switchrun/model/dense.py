@@ -12,14 +12,17 @@ from accelerate.hooks import attach_align_device_hook_on_blocks
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
+from switchrun.checkpoint.names import scales_of
 from switchrun.checkpoint.types import TensorSlice
+from switchrun.dtypes import Precision
 from switchrun.errors import UsageError
 from switchrun.experts import accelerator
+from switchrun.experts.int8 import quantise_int8
 from switchrun.experts.reader import FileReader
 from switchrun.experts.slots import TORCH_DTYPES, Buffers
 from switchrun.model.preload import DensePreload
 from switchrun.planning.device_map import tier_of
-from switchrun.planning.memory import is_router
+from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.types import Tier
 
 #: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
@@ -50,46 +53,82 @@ def view_tensor(memory: mmap, position: int, stored: TensorSlice) -> torch.Tenso
 
 
 class DenseWeights(Mapping[str, torch.Tensor]):
-    """The dense weights by name, each read from the checkpoint when it is asked for, in the compute dtype.
+    """The dense weights by name, each read from the checkpoint when it is asked for, as it is kept in memory.
 
-    Knows the other names of `shared.weight` too. This is the `weights_map` that accelerate's hooks take: nothing is
-    copied to an offload folder.
+    A matrix that is kept in int8 and not stored so is quantised whenever it is read, so that it has the same numbers on
+    every tier; its scales have a name of their own. Knows the other names of `shared.weight` too. This is the
+    `weights_map` that accelerate's hooks take: nothing is copied to an offload folder.
 
     Args:
         slices: Where the tensors lie, by canonical name.
-        dtype: The compute dtype; routers are given in float32.
+        precision: The compute dtype, and whether linear layers are kept in int8; routers are given in float32.
         reader: Reads them; it stays the caller's.
         preload: Has some of them already.
     """
 
     def __init__(
-        self, slices: Mapping[str, TensorSlice], dtype: torch.dtype, reader: FileReader, preload: DensePreload
+        self, slices: Mapping[str, TensorSlice], precision: Precision, reader: FileReader, preload: DensePreload
     ) -> None:
         self._slices = dict(slices)
-        self._dtype = dtype
+        self._dtype: torch.dtype = getattr(torch, precision.compute.torch_name)
+        self._weights = {scales_of(name): name for name, each in slices.items() if is_int8(name, each, precision)}
+        #: Those of the matrix that was read last: a hook that asked for the one asks for the other next.
+        self._scales: dict[str, torch.Tensor] = {}
         self._reader = reader
         self.preload = preload
         names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
         self.aliases = {name: "shared.weight" for name in names if name not in slices}
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._weights:
+            if name not in self._scales:
+                self[self._weights[name]]
+            return self._scales[name]
+        tensors = self.tensors(name)
+        result = tensors.pop(name)
+        if tensors:
+            self._scales = tensors
+        return result
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Read a stored tensor; gives it by its name, or if it is kept in int8, its codes and by their name its scales.
+
+        Raises:
+            CorruptCheckpointError: It cannot be read.
+        """
+        scales = scales_of(name)
+        if scales not in self._weights:
+            return {name: self._read(name)}
+        stored = self._slices[name]
+        if stored.scales is not None:
+            return {name: self._read(name), scales: read_tensor(stored.scales, self._reader)}
+        codes, scb = torch.empty(stored.shape, dtype=torch.int8), torch.empty(stored.shape[:1])
+        quantise_int8(read_tensor(stored, self._reader), codes, scb)
+        return {name: codes, scales: scb}
+
+    def _read(self, name: str) -> torch.Tensor:
         stored = self._slices[self.aliases.get(name, name)]
         position = self.preload.wait(self.aliases.get(name, name))
         if position is not None:
             return view_tensor(self.preload.mapping, position, stored)
-        tensor = read_tensor(stored, self._reader).to(self._dtype)
+        tensor = read_tensor(stored, self._reader)
+        if stored.scales is not None:
+            if not is_router(name):
+                return tensor
+            return tensor * (read_tensor(stored.scales, self._reader) / 127.0).unsqueeze(1)
+        tensor = tensor.to(self._dtype)
         # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
         return tensor.float() if is_router(name) else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._slices, *self.aliases])
+        return iter([*self._slices, *self._weights, *self.aliases])
 
     def __len__(self) -> int:
-        return len(self._slices) + len(self.aliases)
+        return len(self._slices) + len(self._weights) + len(self.aliases)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors themselves, without aliases."""
+        """The tensors as they are stored, without aliases."""
         return tuple(self._slices)
 
 
@@ -136,10 +175,11 @@ def place_dense_weights(
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(resident), _READERS):
             names = resident[start : start + _READERS]
-            for name, tensor in zip(names, pool.map(weights.__getitem__, names), strict=True):
-                set_module_tensor_to_device(model, name, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
-                if name not in weights.preload.names:
-                    on_bytes(tensor.nbytes)
+            for name, tensors in zip(names, pool.map(weights.tensors, names), strict=True):
+                for part, tensor in tensors.items():
+                    set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
+                    if part not in weights.preload.names:
+                        on_bytes(tensor.nbytes)
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)
     if len(set(tiers.values())) > 1 or "disk" in tiers.values():

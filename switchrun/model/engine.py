@@ -94,7 +94,6 @@ class Engine:
                 preload.wait(name)
                 on_bytes(checkpoint.dense[name].nbytes)
             self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes() - preload.nbytes)
-            dtype = getattr(torch, plan.precision.compute.torch_name)
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
@@ -104,10 +103,10 @@ class Engine:
                 writer = stack.enter_context(BackgroundWriter(store, buffers))
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
             self.levels = stack.enter_context(ExpertLevels(self.cache))
-            self.model = build_model(checkpoint, dtype, self.levels, self.context)
+            self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
-            weights = DenseWeights(checkpoint.dense, dtype, reader, preload)
+            weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
             place_dense_weights(self.model, weights, plan.device_map, on_bytes)
             for number in plan.gpus:
                 self._add_level(number)
@@ -198,13 +197,13 @@ class Engine:
 
 
 def _open_store(prepared: Prepared, warn: Callable[[str], None] | None) -> ExpertStore | None:
-    """Open the store for a plan with packed experts; None if it has none.
+    """Open the store for a plan with packed experts; None if it has none, or has them in the checkpoint itself.
 
     Raises:
         CorruptCheckpointError: The folder belongs to something else.
     """
     checkpoint, packed = prepared.checkpoint, prepared.plan.precision.packed
-    if packed is None:
+    if packed is None or checkpoint.has_int8_experts:
         return None
     return open_checkpoint_store(
         prepared.offload.folder, checkpoint, packed.value, limit_bytes=prepared.offload.limit_bytes, warn=warn

@@ -21,7 +21,8 @@ from switchrun.planning.device_map import tier_of
 class DensePreload:
     """Begins to read the dense weights that will stay in CPU memory as they are stored; all into one mapping.
 
-    What must be converted is left out (it would be in memory twice), and so are routers, which compute in float32.
+    What must be converted or packed is left out (it would be in memory twice), and so are routers, which compute in
+    float32.
 
     Args:
         prepared: The checkpoint and its plan.
@@ -38,9 +39,7 @@ class DensePreload:
         wanted = {
             name: tensor
             for name, tensor in checkpoint.dense.items()
-            if not memory.is_router(name)
-            and tensor.dtype == plan.precision.compute.stored
-            and tier_of(name, plan.device_map) == "cpu"
+            if memory.is_kept_as_stored(name, tensor, plan.precision) and tier_of(name, plan.device_map) == "cpu"
         }
         way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.

@@ -96,7 +96,7 @@ class Session:
 
         Args:
             model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
-            dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`; the last two are for experts only.
+            dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`.
             cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
             gpu_memory: What may be taken on GPUs, such as `6GiB` (of the first one) or `0=6GiB,1=20GiB`; 0 is no GPU,
                 None what is free on all GPUs less a reserve.

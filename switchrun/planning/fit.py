@@ -27,7 +27,7 @@ def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int) -> 
     """
     use = plan.tier("cpu")
     expected = memory.RUNTIME_BYTES - memory.FIRST_RUN_BYTES
-    expected += memory.INDEX_BYTES_PER_TENSOR * (2 * len(checkpoint.experts) + len(checkpoint.dense))
+    expected += memory.index_bytes(checkpoint)
     surplus = rss_bytes - expected
     spare = (use.budget_bytes or 0) - use.total_bytes
     if surplus <= spare:

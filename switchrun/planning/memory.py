@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import Dtype, PackedDtype, Precision
+from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
+from switchrun.dtypes import PackedDtype, Precision
 from switchrun.planning.types import Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
@@ -40,6 +42,8 @@ _GPU_LARGE_STEP = 2 * MIB
 GPU_ALIGNMENT = 256
 
 _PAGE = 4096
+#: The linear layers outside the experts: attention, and the MLPs of blocks without experts.
+_LINEAR = re.compile(r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|\.mlp\.w[io]\.weight")
 
 
 def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
@@ -57,17 +61,32 @@ def is_router(name: str) -> bool:
     return ".mlp.router." in name
 
 
-def dense_bytes(name: str, tensor: TensorSlice, dtype: Dtype) -> int:
-    """Give the bytes that a dense tensor takes in memory, in the dtype that it is computed in."""
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    return count * (4 if is_router(name) else dtype.itemsize)
+def is_int8(name: str, tensor: TensorSlice, precision: Precision) -> bool:
+    """Tell whether a dense tensor is kept in int8, whichever packed dtype the experts have; see docs/offloading.md."""
+    linear = tensor.dtype == "I8" or _LINEAR.search(name) is not None
+    return precision.packed is not None and linear and not is_router(name)
 
 
-def is_staged(stored: str, precision: Precision) -> bool:
+def is_kept_as_stored(name: str, tensor: TensorSlice, precision: Precision) -> bool:
+    """Tell whether a dense tensor is kept in the very bytes that are stored; routers are said not to be."""
+    if is_int8(name, tensor, precision):
+        return tensor.dtype == "I8"
+    return tensor.dtype == precision.compute.stored and not is_router(name)
+
+
+def dense_bytes(name: str, tensor: TensorSlice, precision: Precision) -> int:
+    """Give the bytes that a dense tensor takes in memory: in the dtype that it is computed in, or in int8."""
+    count = math.prod(tensor.shape)
+    if is_int8(name, tensor, precision):
+        return count + 4 * tensor.shape[0]
+    return count * (4 if is_router(name) else precision.compute.itemsize)
+
+
+def is_staged(stored: ExpertSlices, precision: Precision) -> bool:
     """Tell whether an expert of the checkpoint must be converted or packed on its way into a slot."""
-    return precision.packed is not None or stored != precision.compute.stored
+    if precision.packed is not None:
+        return any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
+    return stored.wi.dtype != precision.compute.stored
 
 
 def packed_layout(checkpoint: SwitchCheckpoint, packed: PackedDtype) -> Layout:
@@ -77,21 +96,22 @@ def packed_layout(checkpoint: SwitchCheckpoint, packed: PackedDtype) -> Layout:
 
 def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give the size of a slot: one expert as it is kept, with room for the alignment of direct reads."""
-    slices = next(iter(checkpoint.experts.values()))
+    in_place = [buffer_for(form) for form, _ in checkpoint.expert_forms if not is_staged(form, precision)]
+    slices = checkpoint.expert_forms[0][0]
     if precision.packed is not None:
         # A file in `offload/` has its data at a page's start, so that whole pages hold it.
-        return _round_up(packed_layout(checkpoint, precision.packed).nbytes, _PAGE)
-    if is_staged(slices.wi.dtype, precision):
+        return max(_round_up(packed_layout(checkpoint, precision.packed).nbytes, _PAGE), *in_place, 0)
+    if not in_place:
         elements = sum(t.shape[0] * t.shape[1] for t in slices)
         return _round_up(elements * precision.compute.itemsize, _PAGE)
-    return read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
+    return max(in_place)
 
 
 def kept_parts(checkpoint: SwitchCheckpoint, precision: Precision) -> list[int]:
     """Give the bytes of each tensor that an expert consists of, as it is kept in memory."""
     if precision.packed is not None:
         return [part.nbytes for part in packed_layout(checkpoint, precision.packed).parts]
-    slices = next(iter(checkpoint.experts.values()))
+    slices = checkpoint.expert_forms[0][0]
     return [tensor.shape[0] * tensor.shape[1] * precision.compute.itemsize for tensor in slices]
 
 
@@ -101,14 +121,19 @@ def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     return _round_up(size, _GPU_LARGE_STEP if size >= _GPU_LARGE_BYTES else 2 * GPU_ALIGNMENT)
 
 
-def read_buffer_bytes(wi_bytes: int, wo_bytes: int) -> int:
-    """Give the bytes of a buffer that an expert can be read into, whatever its matrices' alignment in their files."""
-    return _round_up(wi_bytes + wo_bytes + 4 * _PAGE, _PAGE)
+def buffer_for(stored: ExpertSlices) -> int:
+    """Give the bytes of a buffer that an expert can be read into, whatever its tensors' alignment in their files."""
+    return read_buffer_bytes(*(each.nbytes for each in stored.ranges))
+
+
+def read_buffer_bytes(*sizes: int) -> int:
+    """Give the bytes of a buffer that tensors of some sizes can be read into together."""
+    return _round_up(sum(sizes) + 2 * len(sizes) * _PAGE, _PAGE)
 
 
 def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
     """Give what is read for an expert if a share of them lies packed in the offload folder."""
-    if precision.packed is None:
+    if precision.packed is None or checkpoint.has_int8_experts:
         return checkpoint.expert_bytes
     packed = packed_layout(checkpoint, precision.packed).nbytes
     return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
@@ -116,10 +141,8 @@ def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_s
 
 def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
-    slices = next(iter(checkpoint.experts.values()))
-    if not is_staged(slices.wi.dtype, precision):
-        return 0
-    return STAGING_BUFFERS * read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes)
+    staged = [buffer_for(form) for form, _ in checkpoint.expert_forms if is_staged(form, precision)]
+    return STAGING_BUFFERS * max(staged, default=0)
 
 
 def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
@@ -132,15 +155,22 @@ def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     if precision.packed is None:
         return 0
     scratch = (STAGING_BUFFERS + 1) * PACKING_SCRATCH_BYTES
+    if checkpoint.has_int8_experts:
+        return scratch
     return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
 
 
 def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give what a process needs besides weights and activations: libraries, the index, buffers for reading."""
-    tensors = 2 * len(checkpoint.experts) + len(checkpoint.dense)
     largest = max(tensor.nbytes for tensor in checkpoint.dense.values())
     buffers = staging_bytes(checkpoint, precision) + packing_bytes(checkpoint, precision)
-    return RUNTIME_BYTES + tensors * INDEX_BYTES_PER_TENSOR + largest + buffers
+    return RUNTIME_BYTES + index_bytes(checkpoint) + largest + buffers
+
+
+def index_bytes(checkpoint: SwitchCheckpoint) -> int:
+    """Give what the parsed index takes. In 8 bit, transformers saves three tensors where there else is one."""
+    each = 3 if checkpoint.stored_dtype == "I8" else 1
+    return INDEX_BYTES_PER_TENSOR * each * (2 * len(checkpoint.experts) + len(checkpoint.dense))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +200,17 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     """
     c = checkpoint.config
     d_model, d_ff, heads, inner = c["d_model"], c["d_ff"], c["num_heads"], c["num_heads"] * c["d_kv"]
-    dtype = precision.compute
-    item, rows, tokens = dtype.itemsize, shape.rows, shape.tokens
+    item, rows, tokens = precision.compute.itemsize, shape.rows, shape.tokens
     positions = rows * tokens
     hidden = positions * d_model
     attention = heads * tokens * tokens
+    # What is multiplied with packed weights is float32 meanwhile, whatever the dtype.
+    wide = 4 if precision.packed else item
     # Scores, scores with bias and mask, and their softmax are alive together; the bias is kept by all layers.
-    attend = 4 * positions * inner * item + 3 * rows * attention * item + 4 * tokens * tokens * 8
+    attend = 4 * positions * inner * wide + 3 * rows * attention * item + 4 * tokens * tokens * 8
     # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
     route = hidden * 4 + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
-    # What is multiplied with packed weights is float32 meanwhile, whatever the dtype.
-    expert = positions * (2 * d_ff + 2 * d_model) * (4 if precision.packed else item)
+    expert = positions * (2 * d_ff + 2 * d_model) * wide
     encoder = 4 * hidden * item + 2 * hidden * 4 + attention * item + max(attend, route + expert)
 
     sequences = max(rows, num_beams)
@@ -189,7 +219,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     logits = 8 * sequences * c["vocab_size"] * 4
     decoder = caches + logits + 4 * sequences * heads * (tokens + shape.new_tokens) * item
     # Matrix kernels may repack a whole weight.
-    largest = max(dense_bytes(name, tensor, dtype) for name, tensor in checkpoint.dense.items())
+    largest = max(dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items())
     scratch = max(largest, d_model * d_ff * item)
     return int(max(encoder, decoder) + scratch)
 

@@ -87,7 +87,7 @@ def needs_of(
     """Add up what a checkpoint needs for batches of a size."""
     tokens = memory.max_input_tokens(checkpoint)
     shape = memory.BatchShape(batch_size, tokens, memory.max_output_tokens(checkpoint, output_tokens))
-    sizes = {name: memory.dense_bytes(name, tensor, precision.compute) for name, tensor in checkpoint.dense.items()}
+    sizes = {name: memory.dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
         groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]

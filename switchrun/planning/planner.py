@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Dtype, resolve_dtype
+from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
+from switchrun.dtypes import Precision, resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
@@ -56,8 +56,7 @@ def make_plan(
             small for the planner's own map is none: the plan's notes tell that the GPU is not used.
         UsageError: The dtype or the device map makes no sense.
     """
-    precision = resolve_dtype(dtype, checkpoint.stored_dtype)
-    compute = precision.compute
+    precision = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
     needs = needs_of(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
@@ -76,25 +75,25 @@ def make_plan(
         check_layers(placed)
         reason = dict.fromkeys(placed, "by the given device map")
     full_map = _with_aliases(device_map or placed, checkpoint)
-    sizes = _sizes(checkpoint, compute, placed)
+    sizes = _sizes(checkpoint, precision, placed)
     # Under another name a map may put the embedding on a second tier: that is a copy, and takes memory.
     for alias in _aliases(checkpoint):
         tier = tier_of(f"{alias}.weight", full_map)
         if tier != tier_of(_SHARED, full_map):
             placed[alias], reason[alias] = tier, "a copy of shared, by the given device map"
-            sizes[alias] = memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], compute)
+            sizes[alias] = _size(_SHARED, checkpoint.dense[_SHARED], precision, tier)
     dense: dict[Tier, int] = Counter()
     for module, tier in placed.items():
         dense[tier] += sizes[module]
     computing = computing_tiers(needs.sparse_layers, placed)
-    passing = _largest_on_disk(checkpoint, compute, placed)
+    passing = _largest_on_disk(checkpoint, precision, placed)
     tiers = tier_uses(needs, budgets, dense, passing, computing, needs.num_experts * checkpoint.expert_bytes)
     return Plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
         path=str(checkpoint.path),
         dtype=precision.name,
-        compute_dtype=compute.value,
+        compute_dtype=precision.compute.value,
         stored_dtype=checkpoint.stored_dtype,
         repairs=checkpoint.repairs,
         num_experts=needs.num_experts,
@@ -123,25 +122,30 @@ def make_plan(
     )
 
 
-def _sizes(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Iterable[str]) -> dict[str, int]:
-    """Give the bytes of every placed module or tensor."""
+def _sizes(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> dict[str, int]:
+    """Give the bytes of every placed module or tensor on its tier: on disk as stored, elsewhere as it is kept."""
     sizes = dict.fromkeys(placed, 0)
     for name, tensor in checkpoint.dense.items():
-        sizes[name if name in sizes else module_of(name)] += memory.dense_bytes(name, tensor, dtype)
+        owner = name if name in sizes else module_of(name)
+        sizes[owner] += _size(name, tensor, precision, placed[owner])
     return sizes
 
 
-def _largest_on_disk(checkpoint: SwitchCheckpoint, dtype: Dtype, placed: Mapping[str, Tier]) -> int:
+def _size(name: str, tensor: TensorSlice, precision: Precision, tier: Tier) -> int:
+    return tensor.stored_bytes if tier == "disk" else memory.dense_bytes(name, tensor, precision)
+
+
+def _largest_on_disk(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> int:
     def on_disk(*names: str) -> bool:
         return next(placed[name] for name in names if name in placed) == "disk"
 
     sizes = [
-        memory.dense_bytes(name, tensor, dtype)
+        memory.dense_bytes(name, tensor, precision)
         for name, tensor in checkpoint.dense.items()
         if on_disk(name, module_of(name))
     ]
     if any(placed.get(alias) == "disk" for alias in _aliases(checkpoint)):
-        sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], dtype))
+        sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], precision))
     return max(sizes, default=0)
 
 

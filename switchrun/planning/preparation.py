@@ -14,7 +14,7 @@ from switchrun import hardware
 from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 from switchrun.errors import BudgetError, StorageError, UsageError
 from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth
-from switchrun.planning.memory import INDEX_BYTES_PER_TENSOR, read_buffer_bytes
+from switchrun.planning.memory import buffer_for, index_bytes
 from switchrun.store import ExpertStore, Layout
 from switchrun.store.names import expert_path, stored_experts
 from switchrun.units import MIB, format_bytes
@@ -124,8 +124,7 @@ def _numbers(part: str, there: range) -> range:
 
 def job_bytes(checkpoint: SwitchCheckpoint, layout: Layout) -> int:
     """Give the memory of one job: an expert as stored, the same quantised, and what is needed in between."""
-    slices = next(iter(checkpoint.experts.values()))
-    return read_buffer_bytes(slices.wi.nbytes, slices.wo.nbytes) + packed_buffer_bytes(layout) + SCRATCH_BYTES
+    return buffer_for(next(iter(checkpoint.experts.values()))) + packed_buffer_bytes(layout) + SCRATCH_BYTES
 
 
 def packed_buffer_bytes(layout: Layout) -> int:
@@ -135,8 +134,7 @@ def packed_buffer_bytes(layout: Layout) -> int:
 
 def process_bytes(checkpoint: SwitchCheckpoint, layout: Layout, jobs: int) -> int:
     """Give the memory of the whole process at work."""
-    tensors = 2 * len(checkpoint.experts) + len(checkpoint.dense)
-    return RUNTIME_BYTES + tensors * INDEX_BYTES_PER_TENSOR + jobs * job_bytes(checkpoint, layout)
+    return RUNTIME_BYTES + index_bytes(checkpoint) + jobs * job_bytes(checkpoint, layout)
 
 
 def resolve_jobs(checkpoint: SwitchCheckpoint, layout: Layout, jobs: int | None, cpu_bytes: int) -> int:

@@ -38,7 +38,8 @@ class TierUse:
     Attributes:
         tier: `gpu:0`, `cpu` or `disk`.
         budget_bytes: What the user allows there; None for the disk.
-        dense_bytes: Dense weights, in the compute dtype (routers in float32).
+        dense_bytes: Dense weights as they are kept there: in memory in the compute dtype, in int8 if experts are packed
+            and they are linear layers, in float32 if they are routers'; on disk as stored.
         expert_slots: Fixed buffers, each of which holds one expert. Those of a GPU are a level in front of those of the
             CPU: an expert may be in both.
         slot_bytes: Size of one slot.
@@ -100,7 +101,7 @@ class Plan:
         revision: The Hub's commit, if it came from there.
         path: The checkpoint's folder.
         dtype: What experts are kept in: the compute dtype, `int8` or `nf4`.
-        compute_dtype: What everything is computed in, and all but the experts kept in.
+        compute_dtype: What everything is computed in, and what is not packed kept in.
         stored_dtype: The checkpoint's own, as safetensors names it.
         repairs: What was mended in the checkpoint's configuration or names.
         num_experts: Experts of the whole model.

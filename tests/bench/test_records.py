@@ -125,6 +125,14 @@ def test_a_checkpoint_that_transformers_cannot_load_is_said_so(cell: Cell, calls
     assert "plain transformers cannot load" in " ".join(format_records([record], BenchFormat.TABLE).split())
 
 
+def test_a_model_in_8_bit_has_no_baseline(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    base = bench(cell, tmp_path)
+    int8 = replace(base.checkpoint, stored_dtype="I8")
+    (record,) = replace(base, checkpoint=int8).run([replace(cell, repeats=1, baseline="accelerate")])
+    assert calls == ["cell"]
+    assert record["baseline"]["error"]["message"] == "plain transformers keeps no model in 8 bit on disk"
+
+
 def test_comparison_is_new_by_old(cell: Cell, calls: list[str], tmp_path: Path) -> None:
     (record,) = bench(cell, tmp_path).run([replace(cell, repeats=1)])
     old = json.loads(json.dumps(record))

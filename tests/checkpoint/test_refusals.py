@@ -11,6 +11,7 @@ import torch
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError, ModelError
 from tests.support.edits import EXPERT, edit, edit_config
+from tests.support.int8 import save_in_int8
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,33 @@ def test_gated_models_are_refused(folder: Path) -> None:
         open_checkpoint(str(folder))
 
 
-def test_int8_is_refused(folder: Path) -> None:
-    edit(folder, lambda tensors: tensors.update({EXPERT: torch.zeros(32, 16).char()}))
-    with pytest.raises(ModelError, match="stored in int8, which is not supported yet"):
+SCALES = EXPERT.replace("weight", "SCB")
+QUERY = "encoder.block.0.layer.0.SelfAttention.q."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(SCALES), f"tensor {SCALES} is missing"),
+        (lambda t: t.pop(QUERY + "SCB"), f"tensor {QUERY}SCB is missing"),
+        (lambda t: t.update({SCALES: torch.ones(16)}), rf"{SCALES} has the shape \[16\]; .* must be \[32\]"),
+        (lambda t: t.update({SCALES: torch.ones(32).half()}), f"{SCALES} is stored as F16, not as F32"),
+        (lambda t: t.update({EXPERT: torch.zeros(16, 32).char()}), rf"{EXPERT} has the shape \[16, 32\]"),
+        (lambda t: t.update({QUERY + "weight": torch.zeros(8, 16).char()}), rf"{QUERY}weight has the shape \[8, 16\]"),
+        (lambda t: t.update({"shared.weight": torch.zeros(128, 16).char()}), "shared.weight is stored as I8"),
+    ],
+)
+def test_damaged_int8(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str) -> None:
+    save_in_int8(folder)
+    edit(folder, change)
+    with pytest.raises(CorruptCheckpointError, match=message):
+        open_checkpoint(str(folder))
+
+
+def test_int8_in_tiles_is_refused(folder: Path) -> None:
+    save_in_int8(folder)
+    edit(folder, lambda t: t.update({QUERY + "weight_format": torch.tensor(2, dtype=torch.uint8)}))
+    with pytest.raises(ModelError, match=rf"{QUERY}weight is not stored row by row \(its weight_format is 2\)"):
         open_checkpoint(str(folder))
 
 

@@ -95,9 +95,11 @@ def make_t5(folder: Path) -> None:
     edit_json(folder / "config.json", lambda config: config.update(model_type="t5"))
 
 
+SCALES = EXPERT.replace("weight", "SCB")
+
+
 def quantize(tensors: dict[str, torch.Tensor]) -> None:
     tensors[EXPERT] = tensors[EXPERT].char()
-    tensors[EXPERT.replace("weight", "SCB")] = torch.ones(32)
 
 
 def without_expert(tensors: dict[str, torch.Tensor]) -> None:
@@ -171,7 +173,7 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], int, tuple[str, ...]]] = {
     "strides": ("bin", lambda f: edit_bin(f, stride), 7, (BIN, EXPERT, "strides [32, 2]")),
     "gated": ("single", lambda f: edit(f, gate), 5, ("model", "gated experts (wi_0, wi_1)")),
     "T5": ("single", make_t5, 5, ("not a Switch Transformers model (model_type t5)",)),
-    "stored int8": ("single", lambda f: edit(f, quantize), 5, ("int8",)),
+    "int8 without scales": ("single", lambda f: edit(f, quantize), 7, (SINGLE, f"{SCALES} is missing")),
     "no config": ("single", lambda f: (f / "config.json").unlink(), 5, ("there is no config.json",)),
     "config that is not JSON": (
         "single",

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RunSwitchrun, validate
+from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from tests.support.int8 import save_in_int8
 
 TEXT = "A man <extra_id_0> into a bar."
 
@@ -58,3 +60,30 @@ def test_a_plan(run_switchrun: RunSwitchrun, dtype: str) -> None:
     assert (record["dtype"], record["compute_dtype"]) == (dtype, "bf16")
     shown = run_switchrun(["plan", "--dtype", dtype])
     assert f"{dtype} (computed in bf16, stored as BF16)" in shown.stdout
+
+
+def test_a_model_in_8_bit(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
+    model = save_tiny_tokenizer(save_in_int8(save_checkpoint(random_model(tiny_config()), tmp_path / "model")))
+    tier = tmp_path / "tier"
+    at = ["--model", str(model), "--offload-folder", str(tier)]
+    filled = [run_switchrun(["fill", *at, *dtype, "the <extra_id_0> sat"]) for dtype in ([], ["--dtype", "int8"])]
+    assert [done.returncode for done in filled] == [0, 0]
+    assert filled[0].stdout == filled[1].stdout
+    assert not list(tier.rglob("*.safetensors"))
+    assert "int8 (computed in fp32, stored as I8)" in run_switchrun(["plan", *at]).stdout
+    validate(json.loads(run_switchrun(["plan", *at, "--format", "json"]).stdout), "plan")
+    refused = {
+        (
+            "fill",
+            "--dtype",
+            "bf16",
+            "the <extra_id_0> sat",
+        ): "so it cannot be had in bf16: what was rounded off is lost",
+        ("plan", "--dtype", "nf4"): "so it cannot be had in nf4",
+        ("prepare", "--dtype", "int8"): "so there is nothing to prepare",
+    }
+    for command, message in refused.items():
+        done = run_switchrun([*command, *at])
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert "stored in int8, " + message in line

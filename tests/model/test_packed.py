@@ -13,6 +13,7 @@ import torch
 from switchrun import GenerationOptions, Session
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.int8 import quantise_int8
 from switchrun.experts.packed import multiply, quantise, views
 from switchrun.experts.slots import Buffers, ExpertWeights
 from switchrun.store import layout_of, store_folder
@@ -42,7 +43,7 @@ def saved(spec: CheckpointSpec, folder: Path) -> Any:
 
 
 def unpacked(model: Any, dtype: str) -> Any:
-    """Give a model whose experts are what the packed ones stand for; plain transformers then computes in float32."""
+    """Give a model whose matrices are what the packed ones stand for; plain transformers then computes in float32."""
     result = copy.deepcopy(model)
     config = model.config
     layout = layout_of(dtype, config.d_model, config.d_ff)
@@ -52,7 +53,16 @@ def unpacked(model: Any, dtype: str) -> Any:
             quantise(ExpertWeights(module.wi.weight.data, module.wo.weight.data), into)
             for linear, matrix in ((module.wi, into.wi), (module.wo, into.wo)):
                 linear.weight.data = multiply(torch.eye(linear.in_features), matrix).T.contiguous()
+        elif is_dense_linear(name):
+            codes, scb = torch.empty(module.weight.shape, dtype=torch.int8), torch.empty(module.out_features)
+            quantise_int8(module.weight.data, codes, scb)
+            module.weight.data = codes * (scb / 127)[:, None]
     return result
+
+
+def is_dense_linear(name: str) -> bool:
+    """Tell whether a module is a linear layer that is kept in int8 outside the experts."""
+    return ".experts." not in name and name.rpartition(".")[2] in {"q", "k", "v", "o", "wi", "wo"}
 
 
 def experts_in(offload: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from transformers import SwitchTransformersForConditionalGeneration
 
 from switchrun import Session
 from switchrun.checkpoint import open_checkpoint
-from tests.model.test_packed import logits_of
+from tests.model.test_packed import is_dense_linear, logits_of
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.sessions import small_process
 
@@ -32,18 +32,20 @@ class LlmInt8(nn.Module):
         self.codes, self.scb, _ = bnb.int8_vectorwise_quant(weight.detach().clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        codes, stats, outliers = bnb.int8_vectorwise_quant(x.half(), threshold=6.0)
+        tokens = x.reshape(-1, x.shape[-1])
+        codes, stats, outliers = bnb.int8_vectorwise_quant(tokens.half(), threshold=6.0)
         result: torch.Tensor = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
-            x, codes, self.codes, stats, self.scb, outliers
+            tokens, codes, self.codes, stats, self.scb, outliers
         )[0]
-        return result
+        return result.view(*x.shape[:-1], -1)
 
 
 def with_llm_int8(model: Any) -> Any:
+    """Give the model with bitsandbytes' LLM.int8 for the experts and the linear layers outside them."""
     result = copy.deepcopy(model)
-    for name, module in result.named_modules():
-        if name.rpartition(".")[2].startswith("expert_"):
-            module.wi, module.wo = LlmInt8(module.wi.weight), LlmInt8(module.wo.weight)
+    for name, module in list(result.named_modules()):
+        if (".expert_" in name and isinstance(module, nn.Linear)) or is_dense_linear(name):
+            result.set_submodule(name, LlmInt8(module.weight))
     return result
 
 

@@ -12,6 +12,7 @@ from accelerate.utils import check_device_map
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import Dtype, Precision
 from switchrun.experts.module import RoutingContext
 from switchrun.model.build import build_model
 from switchrun.planning import Budgets, make_plan
@@ -24,7 +25,7 @@ PLENTY = 1 << 50
 def expert_free_model(checkpoint: SwitchCheckpoint) -> Any:
     """The model as sessions build it. Its caches are never asked for anything."""
     levels: Any = None
-    return build_model(checkpoint, torch.bfloat16, levels, RoutingContext())
+    return build_model(checkpoint, Precision(Dtype.BF16), levels, RoutingContext())
 
 
 def plain_model(checkpoint: SwitchCheckpoint) -> Any:
