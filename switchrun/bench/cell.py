@@ -65,7 +65,7 @@ def measure(task: Task) -> Answer:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
         preload = DensePreload(prepared)
         # Only now, as `switchrun fill` does it.
-        import_libraries(packed=prepared.plan.precision.packed is not None)
+        import_libraries(prepared.plan)
         from switchrun.bench.measure import Probe
         from switchrun.bench.workload import make_inputs
         from switchrun.model.engine import Engine

@@ -164,7 +164,7 @@ def open_session(model: str | None, **settings: Any) -> Session:
     from switchrun.model.preload import DensePreload
 
     preload = DensePreload(prepared)
-    import_libraries(packed=prepared.plan.precision.packed is not None)
+    import_libraries(prepared.plan)
     from switchrun.model.session import Session
 
     return Session(prepared, started=started, preload=preload, **own)
