@@ -80,7 +80,10 @@ class Expert:
             ),
             "int8: bitsandbytes LLM.int8": self._llm_int8,
             "nf4: linear_nf4": lambda x, i: linear_nf4(x, self.packed[i], self.absmax[i], self.shapes[i]),
-            "nf4: bitsandbytes, flattened": self._nf4_bitsandbytes,
+            "nf4: unpacked in blocks": lambda x, i: linear_nf4(
+                x.float(), self.packed[i], self.absmax[i], self.shapes[i]
+            ).to(x.dtype),
+            "nf4: unpacked by bitsandbytes": self._nf4_bitsandbytes,
         }
 
     def _llm_int8(self, x: torch.Tensor, i: int) -> torch.Tensor:

@@ -100,6 +100,10 @@ def _libraries() -> dict[str, Any]:
 
 def _bitsandbytes() -> dict[str, Any]:
     import torch
+
+    from switchrun.experts.bnb import operations
+
+    operations()
     from bitsandbytes import cextension
 
     library = type(cextension.lib).__name__

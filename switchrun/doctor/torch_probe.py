@@ -116,7 +116,7 @@ def check_torch(answer: Answer) -> Check:
 
 
 def check_bitsandbytes(answer: Answer) -> Check:
-    """Tell whether bitsandbytes works; on the CPU switchrun does without it."""
+    """Tell whether bitsandbytes works; on the CPU switchrun mostly does without it."""
     error = answer["bitsandbytes"].get("error")
     if error is None:
         return passed("bitsandbytes", "its native library loads, and packs and unpacks 4 bit")
@@ -124,7 +124,7 @@ def check_bitsandbytes(answer: Answer) -> Check:
         return warned("bitsandbytes", "not tried, since torch does not work", "mend torch first")
     return warned(
         "bitsandbytes",
-        f"{error}; int8 and nf4 do without it on the CPU, but not on a GPU",
+        f"{error}; int8 and nf4 need it on a GPU, and nf4 on some CPUs",
         "pip install --force-reinstall bitsandbytes; then see: python -m bitsandbytes",
         bitsandbytes_error=error,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from switchrun.experts.bnb import operations
 from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
@@ -94,12 +95,9 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
 
 def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
     """LLM.int8 by bitsandbytes' own operations, as `Linear8bitLt` calls them: activations in int8, outliers apart."""
-    import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes; takes seconds, so not at the top
-
-    operations = torch.ops.bitsandbytes
     tokens = x.reshape(-1, x.shape[-1])
     # What float16 cannot hold is an outlier, and those are multiplied as they are in `tokens`.
-    x_codes, x_stats, outliers = operations.int8_vectorwise_quant(tokens.to(torch.float16), OUTLIER_THRESHOLD)
+    x_codes, x_stats, outliers = operations().int8_vectorwise_quant(tokens.to(torch.float16), OUTLIER_THRESHOLD)
     result: torch.Tensor
-    result, _ = operations.int8_mixed_scaled_mm(tokens, x_codes, codes, x_stats, scb, outliers)
+    result, _ = operations().int8_mixed_scaled_mm(tokens, x_codes, codes, x_stats, scb, outliers)
     return result.view(*x.shape[:-1], codes.shape[0])

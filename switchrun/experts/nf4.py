@@ -2,19 +2,26 @@
 
 The matrix is taken as one long row. Every 64 elements share a float32, `absmax`, their largest magnitude, and each is
 the nearest of 16 values in [-1, 1] times that. Two codes make a byte, the first in the high bits. A block may run from
-one row into the next: bitsandbytes 0.50.2's CPU kernels get that wrong on some processors, so they are not used.
+one row into the next, which bitsandbytes 0.50.2's CPU kernels get wrong on some processors: they take it that each row
+begins a block. So they are given several rows as one, whose length is a multiple of 64.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
+from switchrun.experts.bnb import operations
 from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
 
 #: Elements that share an absmax.
 BLOCK_SIZE = 64
+
+#: Elements that bitsandbytes unpacks at a time, 8 MiB in bfloat16: larger pieces of new memory cost page faults,
+#: smaller ones more calls.
+_BITSANDBYTES_ELEMENTS = 4 * 1024**2
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
 NF4_VALUES = (
@@ -67,8 +74,9 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
 def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Multiply with a matrix in 4 bit: `x @ weight.T`.
 
-    The weights are unpacked to float32, a few rows at a time, and the product is float32. The same call gives the same
-    bits. On CUDA bitsandbytes unpacks the matrix to the dtype of `x`; that path has not been run yet.
+    The weights are unpacked to float32, a few rows at a time, and the product is float32. Where bitsandbytes is faster
+    (bfloat16 on a CPU that knows it, and CUDA) it unpacks larger pieces to the dtype of `x`, which are then multiplied
+    as any other matrix. The same call gives the same bits. CUDA has not been run yet.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16.
@@ -83,9 +91,9 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
         ValueError: Shapes or dtypes do not fit together.
     """
     _check_storage(packed, absmax, shape)
-    if x.is_cuda:
-        return _linear_bitsandbytes(x, packed, absmax, shape)
     multiple = _rows_to_a_block(shape[1])
+    if x.is_cuda or (bitsandbytes_unpacks(x.dtype) and x.device.type == "cpu" and shape[0] % multiple == 0):
+        return _linear_bitsandbytes(x, packed, absmax, shape)
     pairs = _pair_table().to(x.device)
     indices = torch.empty(largest_block(shape, multiple) // 2 + 1, dtype=torch.int32, device=x.device)
 
@@ -96,6 +104,15 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
         _scale_back(buffer, absmax[there])
 
     return linear_by_blocks(x, shape, unpack, multiple).to(x.dtype)
+
+
+@cache
+def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
+    """Tell whether this CPU unpacks faster with bitsandbytes: in bfloat16 with AVX-512, 1.5 ms against 7 a matrix.
+
+    In float32, and on processors without these instructions, it is no faster (`benchmarks/quantised.py`).
+    """
+    return dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
@@ -200,7 +217,14 @@ def _scale_back(values: torch.Tensor, absmax: torch.Tensor) -> None:
 def _linear_bitsandbytes(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    import bitsandbytes  # noqa: F401 - registers torch.ops.bitsandbytes; takes seconds, so not at the top
-
-    weight = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, BLOCK_SIZE, "nf4", shape, x.dtype)
-    return torch.nn.functional.linear(x, weight)
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {shape[1]}")
+    multiple = _rows_to_a_block(shape[1])
+    result = x.new_empty(*x.shape[:-1], shape[0])
+    for rows in row_blocks(shape, multiple, _BITSANDBYTES_ELEMENTS):
+        here, there = _storage_of(rows, shape[1])
+        count = rows.stop - rows.start
+        long_rows = (count // multiple, shape[1] * multiple) if count % multiple == 0 else (count, shape[1])
+        block = operations().dequantize_4bit(packed[here], absmax[there], BLOCK_SIZE, "nf4", long_rows, x.dtype)
+        result[..., rows] = torch.nn.functional.linear(x, block.view(count, shape[1]))
+    return result

@@ -10,17 +10,18 @@ import torch
 BLOCK_ELEMENTS = 512 * 1024
 
 
-def row_blocks(shape: tuple[int, int], multiple: int = 1) -> Iterator[slice]:
-    """Cut the rows of a matrix into blocks of about `BLOCK_ELEMENTS` elements.
+def row_blocks(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Cut the rows of a matrix into blocks of about `elements` elements.
 
     Args:
         shape: `(rows, row length)`.
         multiple: Every block but the last has a multiple of so many rows.
+        elements: How large a block should be.
 
     Yields:
         The rows of each block, in order.
     """
-    step = _rows_in_a_block(shape[1], multiple)
+    step = _rows_in_a_block(shape[1], multiple, elements)
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))
 
@@ -30,11 +31,11 @@ def largest_block(shape: tuple[int, int], multiple: int = 1) -> int:
 
     Memory that was just taken from the system costs more to touch than the arithmetic done in it.
     """
-    return min(shape[0], _rows_in_a_block(shape[1], multiple)) * shape[1]
+    return min(shape[0], _rows_in_a_block(shape[1], multiple, BLOCK_ELEMENTS)) * shape[1]
 
 
-def _rows_in_a_block(length: int, multiple: int) -> int:
-    return max(1, BLOCK_ELEMENTS // max(1, length * multiple)) * multiple
+def _rows_in_a_block(length: int, multiple: int, elements: int) -> int:
+    return max(1, elements // max(1, length * multiple)) * multiple
 
 
 def linear_by_blocks(

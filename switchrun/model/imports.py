@@ -17,16 +17,26 @@ def import_libraries(plan: Plan) -> None:
     looked through ever after.
 
     Args:
-        plan: If a GPU computes with int8 or nf4, what that needs is imported too: else the first product would wait for
-            it. The CPU needs nothing besides torch.
+        plan: If it makes use of bitsandbytes, that is imported too: else the first product would wait for it. A GPU
+            does for int8 and nf4, a CPU for nf4 if it is fast there.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         import_module("switchrun.model.session")
-        if plan.gpus and plan.precision.packed is not None:
-            import_module("bitsandbytes")
+        if _uses_bitsandbytes(plan):
+            import_module("switchrun.experts.bnb").operations()
     finally:
         if enabled:
             gc.enable()
     gc.freeze()
+
+
+def _uses_bitsandbytes(plan: Plan) -> bool:
+    from switchrun.experts.nf4 import bitsandbytes_unpacks
+    from switchrun.experts.slots import TORCH_DTYPES
+
+    packed, compute = plan.precision.packed, plan.precision.compute
+    return packed is not None and (
+        bool(plan.gpus) or (packed == "nf4" and bitsandbytes_unpacks(TORCH_DTYPES[compute.stored]))
+    )
