@@ -128,7 +128,7 @@ class Engine:
         self._note_fewer_slots()
 
     def run(self, work: Callable[[], T]) -> T:
-        """Let the model do some work; if the memory of a GPU runs out, do it anew with half of the GPUs' slots.
+        """Let the model do some work; if the memory of a GPU runs out, do it anew with half of the GPUs' slots, if any.
 
         Args:
             work: Can be done twice.
@@ -136,7 +136,7 @@ class Engine:
         Raises:
             BudgetError: The memory runs out again.
         """
-        if not self.levels.gpus:
+        if not self.plan.gpus:
             return work()
         try:
             return work()
@@ -146,8 +146,8 @@ class Engine:
         # Only here has the error let go of what had been computed.
         with told_as_budget(self.plan):
             if self.levels.shrink():
-                accelerator.release_unused()
                 self._note_fewer_slots()
+            accelerator.release_unused()
             return work()
 
     def _note_fewer_slots(self) -> None:

@@ -101,6 +101,20 @@ def test_opening_where_nothing_fits(folder: Path, capacity: int) -> None:
         assert gpu.peak <= capacity
 
 
+def test_a_gpu_without_experts_says_what_to_try_too(folder: Path) -> None:
+    device_map = {"": "cpu", "shared": 0, "lm_head": 0, "encoder.embed_tokens": 0, "decoder.embed_tokens": 0}
+    with fake_gpus(None) as (gpu,), open_on_gpus(folder, device_map, SLOTS) as session:
+        assert session.engine.levels.gpus == {}
+        ids, opened = fill(session), gpu.allocated
+        assert gpu.peak > opened
+    with fake_gpus(opened) as (gpu,), open_on_gpus(folder, device_map, SLOTS) as session:
+        with pytest.raises(BudgetError, match=r"gpu:0 is out of memory: .* \(try --gpu-memory 0") as caught:
+            fill(session)
+        assert caught.value.exit_code == 6
+        gpu.capacity = 1 << 40  # the other program is gone
+        assert fill(session) == ids
+
+
 def test_what_is_no_lack_of_gpu_memory_is_left_alone(folder: Path) -> None:
     with fake_gpus(None), open_on_gpus(folder, {"": 0}, SLOTS) as session:
 
