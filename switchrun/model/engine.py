@@ -178,6 +178,8 @@ class Engine:
         finally:
             self._stack.close()
             drop_weights(self.model)
+            if self.plan.gpus:
+                accelerator.release_unused()
 
     def _remember_bandwidth(self) -> None:
         """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""

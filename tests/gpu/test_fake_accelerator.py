@@ -58,6 +58,27 @@ def test_beyond_its_capacity_it_is_out_of_memory(gpus: list[Device]) -> None:
     assert gpus[0].peak == 60 * KIB
 
 
+def test_memory_is_taken_from_the_driver_as_torch_takes_it(gpus: list[Device]) -> None:
+    def take(mib: float) -> torch.Tensor:
+        return torch.empty(int(mib * KIB * KIB), dtype=torch.uint8, device=f"{NAME}:1")
+
+    gpu, kept, reserved = gpus[1], [], []
+    for mib in (0.75, 0.75, 0.75, 7, 7, 7, 6, 10, 10.5):
+        kept.append(take(mib))
+        reserved.append(gpu.allocator.reserved >> 20)
+    assert reserved == [2, 2, 4, 24, 24, 44, 44, 44, 56]
+    kept.append(take(2.5))  # of the 3 MiB that are left in the second segment: not worth splitting
+    assert (gpu.allocator.reserved >> 20, kept[-1].block.size >> 20) == (56, 3)
+    assert gpu.allocated == sum(tensor.block.size for tensor in kept)
+    del kept[:3]
+    assert gpu.allocator.reserved >> 20 == 56
+    GPUS.empty_cache()
+    assert gpu.allocator.reserved >> 20 == 52
+    kept.clear()
+    GPUS.empty_cache()
+    assert (gpu.allocator.reserved, gpu.allocated) == (0, 0)
+
+
 def test_a_copy_on_a_side_stream_is_made_when_it_is_waited_for(gpus: list[Device]) -> None:
     target, source = torch.zeros(4, device=f"{NAME}:0"), torch.ones(4)
     side, compute = Stream(0), GPUS.current_stream(0)

@@ -54,7 +54,7 @@ def test_every_mix_of_tiers(
             used = {tier for tier in device_map.values() if isinstance(tier, int)}
             assert {gpu.index for gpu in gpus if gpu.bytes_to_device} == used
             assert session.engine.levels.gpus.keys() == used
-        assert [gpu.allocated for gpu in gpus] == [0, 0]
+        assert [(gpu.allocated, gpu.allocator.reserved) for gpu in gpus] == [(0, 0), (0, 0)]
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

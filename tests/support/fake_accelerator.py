@@ -14,67 +14,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch.utils import backend_registration
 
-NAME = "fakegpu"
+from tests.support.fake_memory import NAME, Block, Device, RaceError
+
+__all__ = ["GPUS", "NAME", "Device", "RaceError", "Stream", "fake_gpus"]
+
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default, torch.ops.aten._copy_from.default)
-#: As CUDA's allocator rounds.
-_ROUNDING = 512
-_UNLIMITED = 1 << 50
-
-
-class RaceError(AssertionError):
-    """Two streams use the same memory, and nothing keeps one from doing so before the other is done."""
-
-
-@dataclass
-class Device:
-    """The state of one fake GPU; sizes in bytes."""
-
-    index: int
-    capacity: int = _UNLIMITED
-    allocated: int = 0
-    peak: int = 0
-    bytes_to_device: int = 0
-    bytes_to_host: int = 0
-    side_copies: int = 0
-    clock: int = 0  # uses of memory by the compute stream so far
-    blocks: WeakValueDictionary[int, Block] = field(default_factory=WeakValueDictionary)
-
-    def block(self, inner: torch.Tensor) -> Block:
-        """Give the block that a tensor lies in; a new one is allocated now."""
-        storage = inner.untyped_storage()
-        known = self.blocks.get(storage.data_ptr()) if storage.nbytes() else None
-        return known or Block(self, storage)
-
-
-class Block:
-    """Memory of a device, allocated as long as a tensor lies in it."""
-
-    def __init__(self, device: Device, storage: torch.UntypedStorage) -> None:
-        size = -(-storage.nbytes() // _ROUNDING) * _ROUNDING
-        self.device, self.size = device, 0
-        if device.allocated + size > device.capacity:
-            raise torch.OutOfMemoryError(
-                f"{NAME}:{device.index} out of memory: {size} bytes are wanted, {device.allocated} of "
-                f"{device.capacity} are in use"
-            )
-        self.size = size
-        self.storage = storage  # its address is not used again while it is known
-        self.pending = 0  # copies into it that nobody has waited for
-        device.allocated += size
-        device.peak = max(device.peak, device.allocated)
-        device.clock += 1
-        self.last_use = device.clock
-        device.blocks[storage.data_ptr()] = self
-
-    def __del__(self) -> None:
-        self.device.allocated -= self.size
 
 
 class FakeTensor(torch.Tensor):
@@ -197,7 +146,8 @@ class _Module(backend_registration._DummyBackendModule):
         return fake.capacity - fake.allocated, fake.capacity
 
     def empty_cache(self) -> None:
-        pass
+        for device in self.devices:
+            device.allocator.empty_cache()
 
     def synchronize(self, device: Any = None) -> None:
         pass
@@ -244,7 +194,7 @@ def fake_gpus(*capacities: int | None) -> Iterator[list[Device]]:
         to_copy = torch.ops.aten._to_copy.default
         aten.impl("_to_copy", lambda *args, **kwargs: _run(to_copy, args, kwargs), "PrivateUse1")
         _registered.extend([hook, library, aten])
-    GPUS.devices = [Device(number, size or _UNLIMITED) for number, size in enumerate(capacities)]
+    GPUS.devices = [Device(number) if size is None else Device(number, size) for number, size in enumerate(capacities)]
     GPUS._compute.clear()
     try:
         yield GPUS.devices
@@ -276,7 +226,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     device = fakes[0].block.device if fakes else GPUS.devices[_index(target)]
     if GPUS.current_stream(device.index).compute:
         for fake in fakes:
-            _use(fake)
+            fake.block.use()
     inner_kwargs = {name: "cpu" if name == "device" else _map(_inner, value) for name, value in kwargs.items()}
     result = func(*_map(_inner, args), **inner_kwargs)
     wrappers = {id(fake.inner): fake for fake in fakes}  # what is changed in place stays what it is
@@ -317,31 +267,20 @@ def _copy(func: Any, first: Any, second: Any = None, *_: Any, **kwargs: Any) -> 
         return target
     for tensor in (source, target):
         if isinstance(tensor, FakeTensor):
-            _use(tensor)
+            tensor.block.use()
     into.copy_(out_of)
     return target
 
 
 def _defer(stream: Stream, target: FakeTensor, work: Callable[[], Any]) -> None:
     block = target.block
-    if block.last_use > stream.seen:
-        raise RaceError("a side stream overwrites memory that the compute stream may still be using")
-    block.pending += 1
-    block.device.side_copies += 1
+    block.be_written_later(stream.seen)
 
     def run() -> None:
         work()
         block.pending -= 1
 
     stream.queue.append(run)
-
-
-def _use(tensor: FakeTensor) -> None:
-    block = tensor.block
-    if block.pending:
-        raise RaceError("the compute stream uses memory that a side stream has yet to write")
-    block.device.clock += 1
-    block.last_use = block.device.clock
 
 
 def _inner(tensor: Any) -> Any:
