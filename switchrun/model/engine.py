@@ -116,15 +116,16 @@ class Engine:
         use, place = self.plan.tier(tier_name(number)), accelerator.device(number)
         if not use.expert_slots:
             return  # no sparse layer computes there
+        size = memory.gpu_expert_bytes(self.checkpoint, self.plan.precision)
         try:
-            self.levels.add(place, use.expert_slots, use.slot_bytes)
+            self.levels.add(place, use.expert_slots, size)
             return
         except RuntimeError as error:
             if use.expert_slots == 1 or not accelerator.is_out_of_memory(error):
                 raise
         # Only here has the error let go of the slots that there was room for.
         accelerator.release_unused()
-        self.levels.add(place, use.expert_slots // 2, use.slot_bytes)
+        self.levels.add(place, use.expert_slots // 2, size)
         self._note_fewer_slots()
 
     def run(self, work: Callable[[], T]) -> T:

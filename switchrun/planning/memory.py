@@ -37,9 +37,9 @@ GPU_RESERVED_SLOTS = 2
 #: What torch's matrix libraries keep on a GPU: cuBLAS and cuBLASLt each have a workspace, for which NVIDIA's manual
 #: recommends 32 MiB from Hopper on, and less before. Not measured.
 GPU_LIBRARY_BYTES = 64 * MIB
-#: From this size on, torch takes memory for one tensor alone from CUDA, in multiples of `_GPU_LARGE_STEP`.
-_GPU_LARGE_BYTES = 10 * MIB
-_GPU_LARGE_STEP = 2 * MIB
+#: How torch takes memory from CUDA: tensors up to a size share blocks of another; larger ones have one each, in steps.
+_GPU_BLOCKS = ((MIB, 2 * MIB), (10 * MIB - 1, 20 * MIB))
+_GPU_STEP = 2 * MIB
 #: Matrices begin at multiples of this in a GPU's slot: kernels want it.
 GPU_ALIGNMENT = 256
 
@@ -117,10 +117,18 @@ def kept_parts(checkpoint: SwitchCheckpoint, precision: Precision) -> list[int]:
     return [tensor.shape[0] * tensor.shape[1] * precision.compute.itemsize for tensor in slices]
 
 
+def gpu_expert_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Give the size of the tensor that is a slot on a GPU: an expert's tensors one after another."""
+    return sum(_round_up(part, GPU_ALIGNMENT) for part in kept_parts(checkpoint, precision))
+
+
 def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give the size of a slot on a GPU: an expert's tensors one after another, and what torch adds to such a size."""
-    size = sum(_round_up(part, GPU_ALIGNMENT) for part in kept_parts(checkpoint, precision))
-    return _round_up(size, _GPU_LARGE_STEP if size >= _GPU_LARGE_BYTES else 2 * GPU_ALIGNMENT)
+    """Give what a slot takes of a GPU's memory: its tensor, and what torch leaves unused in the block around it."""
+    size = gpu_expert_bytes(checkpoint, precision)
+    for largest, block in _GPU_BLOCKS:
+        if size <= largest:
+            return _round_up(-(-block // (block // _round_up(size, 2 * GPU_ALIGNMENT))), 2 * GPU_ALIGNMENT)
+    return _round_up(size, _GPU_STEP)
 
 
 def buffer_for(stored: ExpertSlices) -> int:

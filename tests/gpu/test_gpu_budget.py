@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from switchrun import GenerationOptions, Session, plan
+from switchrun.dtypes import Dtype, Precision
 from switchrun.planning import memory
 from switchrun.units import MIB
+from tests.planning.made_up import made_up_checkpoint
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.fake_accelerator import fake_gpus
 from tests.support.sessions import small_process
@@ -60,6 +63,22 @@ def test_the_peak_is_within_the_budget(
         assert gpu.peak <= use.total_bytes - memory.GPU_LIBRARY_BYTES
         assert results[0].memory.peak_gpu_bytes == gpu.peak
         assert session.engine.levels.gpus[0].num_slots == use.expert_slots
+
+
+@pytest.mark.parametrize("d_ff", [100, 900, 1024, 1500, 3000, 5000, 6500, 7000, 10238, 10240, 12000])
+def test_slots_are_counted_as_torch_takes_them_from_the_driver(d_ff: int) -> None:
+    checkpoint, precision = made_up_checkpoint(d_model=512, d_ff=d_ff), Precision(Dtype.BF16)
+    size, counted = memory.gpu_expert_bytes(checkpoint, precision), memory.gpu_slot_bytes(checkpoint, precision)
+    assert size == 2048 * d_ff
+    slots: list[torch.Tensor] = []
+    with fake_gpus(None) as (gpu,):
+        for count in range(1, 41):
+            slots.append(torch.empty(size, dtype=torch.uint8, device="fakegpu:0"))
+            assert gpu.allocated <= count * counted
+            # A block that is begun may be filled by something else.
+            assert gpu.allocator.reserved < count * counted + 20 * MIB
+        assert gpu.allocator.reserved >= 0.95 * 40 * counted - 2 * MIB  # nor is it counted twice
+        slots.clear()
 
 
 def open_within(

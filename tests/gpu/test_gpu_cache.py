@@ -46,7 +46,7 @@ class Levels(ExpertLevels):
     def __init__(self, checkpoint: SwitchCheckpoint, gpu_slots: int, cpu_slots: int) -> None:
         super().__init__(make_cache(checkpoint, cpu_slots))
         self.checkpoint = checkpoint
-        self.add(accelerator.device(0), gpu_slots, memory.gpu_slot_bytes(checkpoint, Precision(Dtype.FP32)))
+        self.add(accelerator.device(0), gpu_slots, memory.gpu_expert_bytes(checkpoint, Precision(Dtype.FP32)))
         self.gpu = self.gpus[0]
 
     def ask(self, *experts: int) -> list[ExpertKey]:

@@ -60,10 +60,7 @@ def test_a_slot_holds_an_expert_as_it_is_kept(dtype: str, d_ff: int) -> None:
     assert len(parts) == (4 if precision.packed else 2)
     assert plain * each <= sum(parts) <= plain * each * 1.1
     begins = [sum(-(-part // 256) * 256 for part in parts[:n]) for n in range(len(parts))]
-    size = memory.gpu_slot_bytes(checkpoint, precision)
-    assert begins[-1] + parts[-1] <= size < sum(parts) * 1.01 + 2 * MIB
-    # torch takes so large a tensor from CUDA in steps of 2 MiB, smaller ones in steps of 512.
-    assert size % (2 * MIB if size >= 10 * MIB else 512) == 0
+    assert begins[-1] + parts[-1] <= memory.gpu_expert_bytes(checkpoint, precision) < sum(parts) * 1.01 + 1024
 
 
 def sparse_layers_on(plan: Plan, tier: str) -> list[str]:
