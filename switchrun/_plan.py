@@ -48,9 +48,11 @@ def prepare(
     from switchrun.planning.device_map import read_device_map
     from switchrun.planning.estimate import Bandwidth
 
+    given_map = None if device_map is None or device_map == "auto" else read_device_map(device_map)
+    if gpu_memory is None and given_map is not None and not any(isinstance(tier, int) for tier in given_map.values()):
+        gpu_memory = 0  # no driver is asked for what the map does not use
     budgets = resolve_budgets(cpu_memory, gpu_memory)
     offload = Offload(folders.offload_folder(offload_folder), offload_limit_bytes(offload_limit))
-    given_map = None if device_map is None or device_map == "auto" else read_device_map(device_map)
     checkpoint = open_checkpoint(None if model is None else str(model), cache_dir=offload.folder / "index")
     expert_file = next(iter(checkpoint.experts.values())).wi.file
     if disk_bandwidth == "measure":

@@ -145,7 +145,7 @@ class Probe:
             },
             output_ids=[list(output.ids) for output in outputs],
             io_read_bytes=None if io is None or io_after is None else io_after - io,
-            **asdict(memory_peak()),
+            **asdict(memory_peak(self._engine.plan.gpus)),
         )
 
     def compute_only(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:

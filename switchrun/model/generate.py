@@ -101,7 +101,7 @@ def generate_batch(
     try:
         encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         context.live = context.dropped = None
-        with torch.random.fork_rng(enabled=options.sample):
+        with torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample):
             if options.sample:
                 torch.manual_seed(seed)
             groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
@@ -120,6 +120,11 @@ def generate_batch(
     finally:
         context.live = context.dropped = None
     return [replace(output, dropped=count) for output, count in zip(outputs, dropped, strict=True)]
+
+
+def _gpus_of(model: Any) -> list[int]:
+    """Give the numbers of the GPUs that a model has weights on; torch would ask, and wake, every GPU there is."""
+    return sorted({weight.device.index for weight in model.parameters() if weight.device.type not in ("cpu", "meta")})
 
 
 def _decode(

@@ -111,7 +111,7 @@ class ExpertCounts:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
-    """The process's peaks so far; `peak_gpu_bytes` is None without a GPU."""
+    """The process's peaks so far; `peak_gpu_bytes`, of the GPUs in use, is None without one."""
 
     peak_rss_bytes: int
     peak_gpu_bytes: int | None

@@ -184,7 +184,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Give what the session took so far."""
-        return self._totals.stats(self.engine.plan.tiers, self.open_seconds, self._levels.counters())
+        return self._totals.stats(self.engine.plan, self.open_seconds, self._levels.counters())
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
@@ -254,7 +254,7 @@ class Session:
             tokens=tokens,
             timing=timing,
             experts=experts,
-            memory=memory_peak(),
+            memory=memory_peak(self.plan.gpus),
             model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
         )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from switchrun import hardware
 from switchrun.experts import accelerator
 from switchrun.experts.levels import total
 from switchrun.experts.slot_table import CacheCounters
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats, TierCounts, Timing, TokenCounts
-from switchrun.planning.types import TierUse
+from switchrun.planning.types import Plan
 
 
 class Totals:
@@ -29,13 +29,11 @@ class Totals:
             self._later_tokens += tokens.output - 1
             self._later_seconds += timing.itl_seconds * (tokens.output - 1)
 
-    def stats(
-        self, tiers: tuple[TierUse, ...], open_seconds: float, levels: Mapping[str, CacheCounters]
-    ) -> SessionStats:
+    def stats(self, plan: Plan, open_seconds: float, levels: Mapping[str, CacheCounters]) -> SessionStats:
         """Give the sums beside what a session knows otherwise."""
         return SessionStats(
-            tiers=tiers,
-            memory=memory_peak(),
+            tiers=plan.tiers,
+            memory=memory_peak(plan.gpus),
             open_seconds=open_seconds,
             inputs=self._inputs,
             output_tokens=self._output_tokens,
@@ -60,7 +58,6 @@ def expert_counts(levels: Mapping[str, CacheCounters]) -> ExpertCounts:
     )
 
 
-def memory_peak() -> MemoryPeak:
-    """Give the peaks of this process so far, those of all GPUs added up."""
-    gpus = [accelerator.peak_bytes(number) for number in range(accelerator.device_count())]
-    return MemoryPeak(hardware.peak_rss_bytes(), sum(gpus) if gpus else None)
+def memory_peak(gpus: Sequence[int]) -> MemoryPeak:
+    """Give the peaks of this process so far, those of the GPUs that it uses added up: no other is asked."""
+    return MemoryPeak(hardware.peak_rss_bytes(), sum(map(accelerator.peak_bytes, gpus)) if gpus else None)

@@ -75,9 +75,6 @@ class Stream:
         if event.stream is not None and event.stream.compute and event.stream.fake is self.fake:
             self.seen = max(self.seen, event.clock)
 
-    def wait_stream(self, other: Stream) -> None:
-        self.wait_event(other.record_event())
-
     def record_event(self) -> Event:
         event = Event()
         event.record(self)
@@ -151,6 +148,12 @@ class _Module(backend_registration._DummyBackendModule):
 
     def synchronize(self, device: Any = None) -> None:
         pass
+
+    def get_rng_state(self, device: Any) -> torch.Tensor:
+        return torch.get_rng_state()  # its operations run on the CPU
+
+    def set_rng_state(self, state: torch.Tensor, device: Any) -> None:
+        torch.set_rng_state(state)
 
     def current_stream(self, device: Any = None) -> Stream:
         if self._side is not None and (device is None or _index(device) == self._side.fake.index):
