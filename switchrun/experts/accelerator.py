@@ -110,21 +110,24 @@ class PageLocks:
     Args:
         memory: A mapping of equal buffers, the first at its start.
         size: Size of a buffer, a multiple of the page size.
+        place: A GPU that is used: CUDA locks memory for all, but wakes the one that it is told of, the first if none.
     """
 
-    def __init__(self, memory: mmap, size: int) -> None:
+    def __init__(self, memory: mmap, size: int, place: torch.device) -> None:
+        self._place = place
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         self._size = size
         self._locked: set[int] = set()
         self._refused = False
-        self._runtime: Any = torch.cuda.cudart() if device_type() == "cuda" else None  # type: ignore[no-untyped-call]
+        self._runtime: Any = torch.cuda.cudart() if place.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def lock(self, tensor: torch.Tensor) -> None:
         """Lock the buffer that a tensor begins in; blocks until its pages are there."""
         start = self._base + (tensor.data_ptr() - self._base) // self._size * self._size
         if self._runtime is None or self._refused or start in self._locked:
             return
-        code = int(self._runtime.cudaHostRegister(start, self._size, _PORTABLE))
+        with torch.cuda.device(self._place):
+            code = int(self._runtime.cudaHostRegister(start, self._size, _PORTABLE))
         if not code:
             self._locked.add(start)
             return
@@ -132,12 +135,15 @@ class PageLocks:
         self._refused = True
         # CUDA would tell the next one who asks of this error.
         with contextlib.suppress(RuntimeError):
-            wake(0)
+            wake(self._place.index)
 
     def close(self) -> None:
         """Unlock what is locked; nothing is being copied from it any more."""
-        for start in self._locked:
-            self._runtime.cudaHostUnregister(start)
+        if not self._locked:
+            return
+        with torch.cuda.device(self._place):
+            for start in self._locked:
+                self._runtime.cudaHostUnregister(start)
         self._locked.clear()
 
 

@@ -37,7 +37,7 @@ class ExpertLevels:
             torch.OutOfMemoryError: The GPU has less memory.
         """
         if self._locks is None:
-            self._locks = PageLocks(self.cpu.memory, self.cpu.slot_bytes)
+            self._locks = PageLocks(self.cpu.memory, self.cpu.slot_bytes, place)
             self._stack.callback(self._locks.close)
         cache = GpuCache(self.cpu, place, num_slots, slot_bytes, self._locks)
         self._stack.callback(cache.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -171,22 +172,30 @@ def test_clearing_forgets_both_levels(checkpoint: SwitchCheckpoint, gpu: Device)
 
 
 class Runtime:
-    """CUDA's runtime as far as page-locking goes."""
+    """CUDA's runtime as far as page-locking goes, on the second GPU: the first is not to be woken."""
 
     def __init__(self, room: int) -> None:
         self.room = room
+        self.current = 0
         self.locked: list[tuple[int, int]] = []
 
     def cudaHostRegister(self, start: int, size: int, flags: int) -> int:  # noqa: N802 - CUDA's name
-        assert flags == 1  # for all GPUs
+        assert (flags, self.current) == (1, 1)  # for all GPUs
         if len(self.locked) == self.room:
             return 2
         self.locked.append((start, size))
         return 0
 
     def cudaHostUnregister(self, start: int) -> int:  # noqa: N802 - CUDA's name
+        assert self.current == 1
         self.locked = [each for each in self.locked if each[0] != start]
         return 0
+
+    @contextlib.contextmanager
+    def device(self, place: torch.device) -> Iterator[None]:
+        self.current = place.index
+        yield
+        self.current = 0
 
 
 @pytest.mark.parametrize("room", [2, 1])
@@ -196,10 +205,10 @@ def test_slots_are_page_locked_when_they_are_first_copied_from(
     runtime: Any = Runtime(room)
     woken: list[int] = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", runtime.device)
     monkeypatch.setattr(accelerator, "wake", woken.append)
     with make_cache(checkpoint, 3) as cache:
-        monkeypatch.setattr(accelerator, "device_type", lambda: "cuda")
-        locks = PageLocks(cache.memory, cache.slot_bytes)
+        locks = PageLocks(cache.memory, cache.slot_bytes, torch.device("cuda", 1))
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 for _, weights in cache.stream(keys(0, 1)):
@@ -213,6 +222,6 @@ def test_slots_are_page_locked_when_they_are_first_copied_from(
         if room < 2:
             # Refused once, it is not tried again, and CUDA has told somebody of the error.
             assert caplog.messages == ["memory cannot be page-locked (CUDA error 2): copies to the GPU take longer"]
-            assert woken == [0]
+            assert woken == [1]
         locks.close()
         assert runtime.locked == []
