@@ -136,6 +136,50 @@ def test_a_caller_that_stops_early(checkpoint: SwitchCheckpoint, gpu: Device, gp
             levels.ask(*range(NUM_EXPERTS))
 
 
+@pytest.mark.parametrize("gpu_slots", [1, 2, 3])
+def test_the_next_expert_is_copied_while_one_is_computed(
+    checkpoint: SwitchCheckpoint, gpu: Device, gpu_slots: int
+) -> None:
+    """A copy waits for what its slot was used for, and not for the expert before; a single slot leaves no choice."""
+    with Levels(checkpoint, gpu_slots, 8) as levels:
+        levels.ask(*range(6))
+        # Each expert is two copies; nothing has been computed when the first one is copied.
+        assert gpu.overlapping_copies == (2 * 5 if gpu_slots > 1 else 0)
+        assert gpu.side_copies == 2 * 6
+
+
+@pytest.mark.parametrize("gpu_slots", [1, 2])
+def test_a_signal_while_a_copy_is_on_its_way(
+    checkpoint: SwitchCheckpoint, gpu: Device, gpu_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Levels(checkpoint, gpu_slots, 2) as levels:
+        levels.ask(5)
+        stream = levels.gpu.stream(keys(0, 1, 2))
+        next(stream)
+
+        def interrupt(_: torch.Tensor) -> None:
+            if gpu.pending:  # between the two matrices of an expert
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(levels.gpu._locks, "lock", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                next(stream)
+        assert gpu.pending == 0
+        levels.ask(*range(NUM_EXPERTS))
+
+
+def test_closing_while_a_copy_is_on_its_way(checkpoint: SwitchCheckpoint, gpu: Device) -> None:
+    with Levels(checkpoint, 2, 2) as levels:
+        with contextlib.closing(levels.cpu.begin(keys(0))) as arrivals:
+            _, weights = next(arrivals)
+            levels.gpu._copy(weights, 0)
+            assert gpu.pending == 2
+            levels.gpu.close()
+        assert gpu.pending == 0
+        assert gpu.allocated == 0
+
+
 def test_an_expert_that_cannot_be_read(tmp_path: Path, gpu: Device) -> None:
     folder = save_checkpoint(random_model(tiny_config(num_experts=NUM_EXPERTS)), tmp_path / "model")
     checkpoint = open_checkpoint(str(folder))
