@@ -70,15 +70,30 @@ def driver_version() -> str | None:
             return None
 
 
-def torch_has_cuda() -> bool:
-    """Tell whether the torch that is installed was built for CUDA, from the file that says so. Never raises."""
+def torch_cuda() -> str | None:
+    """Give the CUDA that the installed torch was built for (`12.8`), from the file that says so. Never raises."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
-        return False
+        return None
     try:
-        return runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda") is not None
+        version = runpy.run_path(str(Path(spec.origin).with_name("version.py"))).get("cuda")
     except (OSError, SyntaxError, ImportError):
-        return False
+        return None
+    return version if isinstance(version, str) else None
+
+
+def driver_too_old() -> str | None:
+    """Say in a sentence that the driver is from before the CUDA that torch was built for; None if not. Never raises.
+
+    CUDA promises that a driver runs what was built for any later version with the same first number.
+    """
+    cuda, built_for, known = _load_cuda(), torch_cuda(), ctypes.c_int()
+    if cuda is None or built_for is None or cuda.cuDriverGetVersion(ctypes.byref(known)):
+        return None
+    major, minor = divmod(known.value // 10, 100)
+    if major >= int(built_for.partition(".")[0]):
+        return None
+    return f"the NVIDIA driver is too old: it is for CUDA {major}.{minor}, and torch is built for CUDA {built_for}"
 
 
 def _load_cuda() -> ctypes.CDLL | None:

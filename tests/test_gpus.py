@@ -30,6 +30,11 @@ class FakeCuda:
 
     devices: list[tuple[str, uuid.UUID, int]] = field(default_factory=list)  # name, UUID, bytes; in CUDA's order
     errors: dict[str, int] = field(default_factory=dict)
+    version: int = 12020
+
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802 - as CUDA calls it, like those below
+        version._obj.value = self.version
+        return self.errors.get("cuDriverGetVersion", 0)
 
     def cuInit(self, flags: int) -> int:  # noqa: N802 - as CUDA calls it, like those below
         return self.errors.get("cuInit", 0)
@@ -149,6 +154,26 @@ def test_no_gpu_is_visible(cuda: FakeCuda, nvml: FakeNvml, function: str) -> Non
     assert gpus.driver_version() == "550.54.15"
 
 
+@pytest.mark.parametrize(
+    ("built_for", "version", "finding"),
+    [
+        ("12.8", 12020, None),
+        ("12.8", 13000, None),
+        ("12.8", 11040, "the NVIDIA driver is too old: it is for CUDA 11.4, and torch is built for CUDA 12.8"),
+        ("13.0", 12090, "the NVIDIA driver is too old: it is for CUDA 12.9, and torch is built for CUDA 13.0"),
+        (None, 11040, None),
+    ],
+)
+def test_a_driver_from_before_torchs_cuda(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, built_for: str | None, version: int, finding: str | None
+) -> None:
+    monkeypatch.setattr(gpus, "torch_cuda", lambda: built_for)
+    cuda.version = version
+    assert gpus.driver_too_old() == finding
+    cuda.errors["cuDriverGetVersion"] = NO_DEVICE
+    assert gpus.driver_too_old() is None
+
+
 def test_nvml_that_does_not_load_is_no_error(cuda: FakeCuda, nvml: FakeNvml) -> None:
     nvml.loads = False
     assert gpus.visible_gpus() == ()
@@ -161,8 +186,10 @@ def test_without_a_driver_nothing_is_imported(nvml: FakeNvml, monkeypatch: pytes
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     monkeypatch.setitem(sys.modules, "pynvml", None)  # an import would fail
+    monkeypatch.setattr(gpus, "torch_cuda", lambda: "12.8")
     assert gpus.visible_gpus() == ()
     assert gpus.driver_version() is None
+    assert gpus.driver_too_old() is None
 
 
 @pytest.mark.skipif(gpus._load_cuda() is not None, reason="there is a driver here")
@@ -176,33 +203,33 @@ def test_the_probe_takes_no_time_without_a_driver() -> None:
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("cuda: str | None = '12.8'", True),
-        ("cuda = None", False),
-        ("hip = '6.4'", False),
-        ("cuda =", False),
-        ("import no_such_module", False),
-        (None, False),
+        ("cuda: str | None = '12.8'", "12.8"),
+        ("cuda = None", None),
+        ("hip = '6.4'", None),
+        ("cuda =", None),
+        ("import no_such_module", None),
+        (None, None),
     ],
 )
 def test_what_torch_is_built_for(
-    text: str | None, answer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str | None, answer: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = importlib.machinery.ModuleSpec("torch", None, origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     if text is not None:
         (tmp_path / "version.py").write_text(text)
-    assert gpus.torch_has_cuda() is answer
+    assert gpus.torch_cuda() == answer
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert gpus.torch_has_cuda() is False
+    assert gpus.torch_cuda() is None
 
 
 def test_torch_agrees_on_what_it_is_built_for() -> None:
-    assert gpus.torch_has_cuda() is (torch.version.cuda is not None)
+    assert gpus.torch_cuda() == torch.version.cuda
 
 
 def test_the_probe_needs_no_torch() -> None:
     program = (
-        "import sys; import switchrun.gpus as g; g.visible_gpus(); g.torch_has_cuda(); print('torch' in sys.modules)"
+        "import sys; import switchrun.gpus as g; g.visible_gpus(); g.driver_too_old(); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -70,6 +70,8 @@ def _mismatch(answer: Answer, seen: int, driver: str | None, visible: Sequence[G
     build = build_of(torch)
     if visible and build == "CPU":
         return f"{has}, and torch is a CPU build, which cannot use it", f"install a CUDA build of torch: {_INSTALL}"
+    if answer["driver"].get("too_old"):
+        return answer["driver"]["too_old"], _OLDER
     if torch["cuda"] and driver is None:
         return (
             f"torch is built for {build}, and there is no NVIDIA driver",

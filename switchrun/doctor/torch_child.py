@@ -53,7 +53,11 @@ def _driver() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parents[2]))
     from switchrun import gpus
 
-    return {"version": gpus.driver_version(), "gpus": [asdict(gpu) for gpu in gpus.visible_gpus()]}
+    return {
+        "version": gpus.driver_version(),
+        "too_old": gpus.driver_too_old(),
+        "gpus": [asdict(gpu) for gpu in gpus.visible_gpus()],
+    }
 
 
 @contextlib.contextmanager

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import warnings
 from collections.abc import Iterator
 from mmap import mmap
 from typing import Any
 
 import torch
+
+from switchrun.errors import UsageError
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +27,27 @@ def device_type() -> str | None:
     """Give what torch calls this machine's GPUs, such as `cuda`; None if it finds none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type
+
+
+def check_driver() -> None:
+    """Refuse a driver that CUDA does not come up with, in one line; torch itself warns in three, and has no GPU then.
+
+    Raises:
+        UsageError: The driver is too old for this torch, or not there, or broken.
+    """
+    if torch.version.cuda is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            return
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(
+            f"torch, built for CUDA {torch.version.cuda}, cannot use the GPU: {str(error).strip().splitlines()[0]}",
+            "give --gpu-memory 0, or see switchrun doctor",
+        ) from None
 
 
 def device_count() -> int:

@@ -76,6 +76,8 @@ class Engine:
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
         self._warn = warn or _log.warning
+        if prepared.plan.gpus:
+            accelerator.check_driver()
         self.device = input_device(prepared.plan.device_map)
         self.context = RoutingContext()
         total = sum(use.dense_bytes for use in prepared.plan.tiers if use.tier != "disk")

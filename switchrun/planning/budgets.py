@@ -22,10 +22,16 @@ class Budgets:
     """Bytes allowed in CPU memory (the whole process's resident set) and on each GPU, by its number.
 
     On a GPU they bound what torch allocates there. CUDA's context comes on top.
+
+    Attributes:
+        cpu_bytes: In CPU memory.
+        gpu_bytes: On each GPU.
+        notes: Why a GPU that is there has no budget although nobody refused it one, a sentence each.
     """
 
     cpu_bytes: int
     gpu_bytes: Mapping[int, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | None) -> Budgets:
@@ -43,20 +49,25 @@ def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | None) 
         cpu = int(hardware.available_memory_bytes() * DEFAULT_CPU_SHARE)
     else:
         cpu = cpu_memory if isinstance(cpu_memory, int) else parse_bytes(cpu_memory)
+    notes: tuple[str, ...] = ()
     if gpu_memory is None:
-        allowed = _free_gpus()
+        allowed, notes = _free_gpus()
     elif isinstance(gpu_memory, int):
         allowed = {0: gpu_memory}
     else:
         allowed = _parse_gpus(gpu_memory)
-    return Budgets(cpu, {number: size for number, size in allowed.items() if size})
+    return Budgets(cpu, {number: size for number, size in allowed.items() if size}, notes)
 
 
-def _free_gpus() -> dict[int, int]:
-    if not gpus.torch_has_cuda():
-        return {}
+def _free_gpus() -> tuple[dict[int, int], tuple[str, ...]]:
+    """Give what is free on each GPU less the reserve; none, and why, if torch cannot use them."""
+    if gpus.torch_cuda() is None:
+        return {}, ()
+    too_old = gpus.driver_too_old()
+    if too_old:
+        return {}, (f"no GPU is used: {too_old}; update it, or see switchrun doctor",)
     reserves = {gpu: max(GPU_RESERVE_BYTES, int(gpu.total_bytes * GPU_RESERVE_SHARE)) for gpu in gpus.visible_gpus()}
-    return {gpu.number: max(0, gpu.free_bytes - reserve) for gpu, reserve in reserves.items()}
+    return {gpu.number: max(0, gpu.free_bytes - reserve) for gpu, reserve in reserves.items()}, ()
 
 
 def _parse_gpus(text: str) -> dict[int, int]:

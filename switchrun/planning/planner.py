@@ -65,9 +65,10 @@ def make_plan(
             f"use --cpu-memory {mib_up(needs.minimum).replace(' ', '')} or more",
         )
     reason: dict[str, str]
-    notes: tuple[str, ...] = ()
+    notes = budgets.notes
     if device_map is None:
-        placed, notes = place(needs, budgets)
+        placed, unused = place(needs, budgets)
+        notes += unused
         reason = {module: why(module, tier) for module, tier in placed.items()}
     else:
         check_device_map(device_map, checkpoint.dense)

@@ -111,7 +111,7 @@ class Plan:
         num_beams: Beams of each input.
         device_map: Module → tier in accelerate's format, for the dense weights.
         placements: The same with bytes and reasons.
-        notes: Which GPUs are not used although there is a budget for them, and why, a sentence each.
+        notes: Which GPUs are not used although there is a budget for them, or why none is by default, a sentence each.
         tiers: What each tier holds, fast to slow; the last is the disk.
         minimum_cpu_bytes: The smallest `--cpu-memory` that works for this model, dtype and batch.
         resident_cpu_bytes: The `--cpu-memory` from which on every weight stays in memory.

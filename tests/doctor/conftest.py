@@ -10,7 +10,7 @@ GIB = 1024**3
 def torch_answer(**changes: Any) -> dict[str, Any]:
     """What the probe finds on a machine without a GPU; `changes` replaces whole stages."""
     found = {
-        "driver": {"version": None, "gpus": []},
+        "driver": {"version": None, "too_old": None, "gpus": []},
         "torch": {
             "version": "2.13.0+cpu", "cuda": None, "hip": None, "xpu": None, "threads": 2, "bf16_instructions": True,
         },
@@ -23,7 +23,7 @@ def torch_answer(**changes: Any) -> dict[str, Any]:
 
 def driver(*free: int, version: str = "550.54.15") -> dict[str, Any]:
     gpus = [{"number": n, "name": "H100", "total_bytes": 80 * GIB, "free_bytes": size} for n, size in enumerate(free)]
-    return {"version": version, "gpus": gpus}
+    return {"version": version, "too_old": None, "gpus": gpus}
 
 
 def cuda_torch() -> dict[str, Any]:

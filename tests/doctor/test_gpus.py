@@ -64,6 +64,11 @@ BROKEN = {"error": "RuntimeError: The NVIDIA driver on your system is too old"}
             "update the driver",
         ),
         (gpu_answer(device(), devices={"found": []}), "shows 1 GPUs, and torch, built for CUDA 12.8, 0", "update"),
+        (
+            gpu_answer(driver=driver() | {"too_old": "the NVIDIA driver is too old"}),
+            "driver is too old",
+            "an older CUDA",
+        ),
         (gpu_answer(driver=driver(), devices=BROKEN), "shows no GPU", "CUDA_VISIBLE_DEVICES"),
         (torch_answer(driver={"error": "ImportError: pynvml"}), "driver failed: ImportError: pynvml", "nvidia-smi"),
         (torch_answer(driver=driver(GIB), torch={"error": "no"}), "torch does not work", "mend torch first"),

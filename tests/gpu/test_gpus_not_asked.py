@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from switchrun import GenerationOptions, Session, gpus, plan
+from switchrun.errors import UsageError
 from switchrun.experts import accelerator
 from tests.model.test_same_tokens import TEXTS, saved
 from tests.support.fake_accelerator import GPUS, fake_gpus
@@ -38,7 +41,7 @@ def test_without_a_gpu_in_the_plan_none_is_asked(
         raise AssertionError("asked")
 
     for module, name in [
-        *((gpus, name) for name in ("torch_has_cuda", "visible_gpus", "_load_cuda", "_nvml")),
+        *((gpus, name) for name in ("torch_cuda", "visible_gpus", "_load_cuda", "_nvml")),
         *((accelerator, name) for name in ("device_type", "device_count", "module")),
         *((GPUS, name) for name in ("device_count", "get_rng_state", "mem_get_info", "empty_cache", "current_stream")),
     ]:
@@ -61,3 +64,22 @@ def test_only_gpus_in_use_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (result,) = session.fill(TEXTS[:1], SAMPLED)
     assert result.memory.peak_gpu_bytes == 7
     assert set(numbers) == {1}
+
+
+@pytest.mark.parametrize("why", ["The NVIDIA driver on your system is too old", "No CUDA GPUs are available"])
+def test_cuda_that_does_not_come_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    def unavailable() -> bool:
+        warnings.warn(f"CUDA initialization: {why}\nin three lines", UserWarning, stacklevel=1)
+        return False
+
+    def fail() -> None:
+        raise RuntimeError(f"{why}\nand more")
+
+    saved(CheckpointSpec(), tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    with pytest.raises(UsageError) as caught:
+        Session.open(tmp_path, cpu_memory="4GiB", gpu_memory="1GiB")
+    assert caught.value.message == f"torch, built for CUDA 12.8, cannot use the GPU: {why}"
+    assert caught.value.hint == "give --gpu-memory 0, or see switchrun doctor"

@@ -188,11 +188,22 @@ def test_without_an_option_what_is_free_on_every_gpu_less_a_reserve(monkeypatch:
         Gpu(3, "large", 80 * GIB, 79 * GIB),
     )
     monkeypatch.setattr(gpus, "visible_gpus", lambda: found)
-    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(gpus, "torch_cuda", lambda: "12.8")
     assert resolve_budgets("1GiB", None) == Budgets(GIB, {0: 6 * GIB - 512 * MIB, 3: 75 * GIB})
     assert resolve_budgets("1GiB", "1=2GiB") == Budgets(GIB, {1: 2 * GIB})
-    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: False)
+    monkeypatch.setattr(gpus, "torch_cuda", lambda: None)
     assert resolve_budgets("1GiB", None) == Budgets(GIB)
+
+
+def test_a_driver_that_is_too_old_is_as_none_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: (Gpu(0, "small", 8 * GIB, 6 * GIB),))
+    monkeypatch.setattr(gpus, "torch_cuda", lambda: "12.8")
+    monkeypatch.setattr(gpus, "driver_too_old", lambda: "the driver is too old")
+    budgets = resolve_budgets("4GiB", None)
+    assert budgets.gpu_bytes == {}
+    assert budgets.notes == ("no GPU is used: the driver is too old; update it, or see switchrun doctor",)
+    assert make_plan(made_up_checkpoint(), budgets).notes == budgets.notes
+    assert resolve_budgets("4GiB", "0=2GiB") == Budgets(4 * GIB, {0: 2 * GIB})
 
 
 @pytest.mark.parametrize("gpu_memory", [0, 1, "0", "0=6GiB,1=20GiB"])
@@ -200,7 +211,7 @@ def test_the_driver_is_asked_only_if_nothing_was_said(gpu_memory: str | int, mon
     def asked() -> bool:
         raise AssertionError("asked")
 
-    monkeypatch.setattr(gpus, "torch_has_cuda", asked)
+    monkeypatch.setattr(gpus, "torch_cuda", asked)
     resolve_budgets("1GiB", gpu_memory)
     check_memory(None, None if gpu_memory == 0 else str(gpu_memory))
     with pytest.raises(AssertionError):

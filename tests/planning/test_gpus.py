@@ -159,7 +159,7 @@ def test_a_gpu_that_only_the_map_names_gets_few_slots() -> None:
 
 def test_by_default_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert switchrun.plan(cpu_memory="2GiB").gpus == (), "the tests hide this machine's GPUs"
-    monkeypatch.setattr(gpus, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(gpus, "torch_cuda", lambda: "12.8")
     monkeypatch.setattr(gpus, "visible_gpus", lambda: (Gpu(0, "made up", 8 * GIB, 7 * GIB),))
     plan = switchrun.plan(cpu_memory="2GiB")
     assert set(plan.device_map.values()) == {0}
