@@ -9,7 +9,7 @@ from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.doctor.torch_probe import Answer, build_of
 from switchrun.errors import UsageError
 from switchrun.gpus import Gpu
-from switchrun.units import GIB, format_bytes, format_rate
+from switchrun.units import GIB, counted, format_bytes, format_rate
 
 NAME = "gpu"
 
@@ -43,7 +43,7 @@ def check_gpus(answer: Answer, wanted: Collection[int] = ()) -> Check:
     if missing:
         if problem is None and missing[0] < len(seen):
             problem = _device_problem(seen[missing[0]])
-        there = f"gpu:{missing[0]} is asked for, and torch finds {len(seen)} GPUs"
+        there = f"gpu:{missing[0]} is asked for, and torch finds {counted(len(seen), 'GPU')}"
         finding, mend = problem or (there, "correct the GPU's number")
         return failed(NAME, finding, f"{mend}; or do without: --gpu-memory 0", UsageError, **details)
     if problem is None:
@@ -83,7 +83,7 @@ def _mismatch(answer: Answer, seen: int, driver: str | None, visible: Sequence[G
         return f"torch cannot use the GPU: {error}", _OLDER
     if torch["cuda"] and seen < len(visible):
         return (
-            f"the driver shows {len(visible)} GPUs, and torch, built for {build}, {seen}",
+            f"the driver shows {counted(len(visible), 'GPU')}, and torch, built for {build}, {seen}",
             _OLDER,
         )
     return None

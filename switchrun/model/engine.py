@@ -27,6 +27,7 @@ from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
 from switchrun.planning.types import tier_name
 from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
+from switchrun.units import counted
 
 _log = logging.getLogger(__name__)
 
@@ -161,8 +162,8 @@ class Engine:
             if not given_up:
                 continue
             self._warn(
-                f"{use.tier} ran out of memory: it holds {level.num_slots} experts from now on, not {use.expert_slots} "
-                "(a smaller --gpu-memory avoids this)"
+                f"{use.tier} ran out of memory: it holds {counted(level.num_slots, 'expert')} from now on, "
+                f"not {use.expert_slots} (a smaller --gpu-memory avoids this)"
             )
             smaller = replace(
                 use,

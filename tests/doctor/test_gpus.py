@@ -63,7 +63,7 @@ BROKEN = {"error": "RuntimeError: The NVIDIA driver on your system is too old"}
             "torch cannot use the GPU: RuntimeError: The NVIDIA",
             "update the driver",
         ),
-        (gpu_answer(device(), devices={"found": []}), "shows 1 GPUs, and torch, built for CUDA 12.8, 0", "update"),
+        (gpu_answer(device(), devices={"found": []}), "shows 1 GPU, and torch, built for CUDA 12.8, 0", "update"),
         (
             gpu_answer(driver=driver() | {"too_old": "the NVIDIA driver is too old"}),
             "driver is too old",
@@ -106,4 +106,4 @@ def test_a_gpu_that_is_asked_for_and_not_there_fails() -> None:
     assert (check.status, check.exit_code) == (Status.FAIL, 2)
     assert "cuda:1, H100, does not work: RuntimeError: no kernel image" in check.finding
     check = check_gpus(gpu_answer(device()), {0: GIB, 3: GIB})
-    assert "gpu:3 is asked for, and torch finds 1 GPUs" in check.finding
+    assert "gpu:3 is asked for, and torch finds 1 GPU" in check.finding
