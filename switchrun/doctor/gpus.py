@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.doctor.torch_probe import Answer, build_of
 from switchrun.errors import UsageError
 from switchrun.gpus import Gpu
-from switchrun.units import GIB, counted, format_bytes, format_rate
+from switchrun.units import GIB, MIB, counted, format_bytes, format_rate
 
 NAME = "gpu"
 
 #: With less free, a GPU holds neither switch-base's dense weights nor slots worth having.
 LITTLE_BYTES = GIB
+#: With less of its memory free, other processes have most of it.
+LITTLE_SHARE = 0.25
+#: Of what is free, this share is a budget to try.
+_OF_FREE = 0.9
 #: Less than PCIe 3.0 at half its width; four lanes of it give 3.9 GB/s at most.
 SLOW_BYTES_PER_SECOND = 5e9
 
@@ -22,19 +27,20 @@ _INSTALL = "https://pytorch.org/get-started/locally/"
 _OLDER = f"update the driver, or install torch for an older CUDA: {_INSTALL}"
 
 
-def check_gpus(answer: Answer, wanted: Collection[int] = ()) -> Check:
+def check_gpus(answer: Answer, wanted: Mapping[int, int] = MappingProxyType({})) -> Check:
     """Hold what torch sees against what the driver sees.
 
     Args:
         answer: Of the torch probe.
-        wanted: The numbers of the GPUs that a fill would use.
+        wanted: The GPUs that a fill would use, by their numbers, and the bytes that it may take there.
     """
     driver: str | None = answer["driver"].get("version")
     visible = [Gpu(**gpu) for gpu in answer["driver"].get("gpus", ())]
     seen: list[dict[str, Any]] = answer["devices"].get("found", [])
+    records = [_record(number, device, visible) for number, device in enumerate(seen)]
     details: dict[str, Any] = {
         "driver_version": driver,
-        "gpus": [_record(number, device, visible) for number, device in enumerate(seen)],
+        "gpus": records,
         "gpus_of_driver": [gpu.name for gpu in visible],
     }
     works = {number for number, device in enumerate(seen) if "error" not in device}
@@ -42,18 +48,19 @@ def check_gpus(answer: Answer, wanted: Collection[int] = ()) -> Check:
     problem = _mismatch(answer, len(seen), driver, visible)
     if missing:
         if problem is None and missing[0] < len(seen):
-            problem = _device_problem(seen[missing[0]])
+            problem = _device_problem(missing[0], records[missing[0]])
         there = f"gpu:{missing[0]} is asked for, and torch finds {counted(len(seen), 'GPU')}"
         finding, mend = problem or (there, "correct the GPU's number")
         return failed(NAME, finding, f"{mend}; or do without: --gpu-memory 0", UsageError, **details)
     if problem is None:
-        problem = next((found for device in seen if (found := _device_problem(device))), None)
+        problems = (_device_problem(number, record, wanted.get(number, 0)) for number, record in enumerate(records))
+        problem = next(filter(None, problems), None)
     if problem is not None:
         return warned(NAME, *problem, **details)
     if not seen:
         return passed(NAME, "none; everything runs on the CPU", **details)
     with_driver = f"; driver {driver}" if driver else ""
-    return passed(NAME, "; ".join(map(_describe, seen)) + with_driver, **details)
+    return passed(NAME, "; ".join(map(_describe, records)) + with_driver, **details)
 
 
 def _mismatch(answer: Answer, seen: int, driver: str | None, visible: Sequence[Gpu]) -> tuple[str, str] | None:
@@ -89,14 +96,22 @@ def _mismatch(answer: Answer, seen: int, driver: str | None, visible: Sequence[G
     return None
 
 
-def _device_problem(device: Mapping[str, Any]) -> tuple[str, str] | None:
-    name = f"{device['device']}, {device.get('name', 'a GPU')},"
-    if "error" in device:
+def _device_problem(number: int, device: Mapping[str, Any], allowed: int = 0) -> tuple[str, str] | None:
+    """Give what is wrong with a GPU of which a fill may take so many bytes, and the mend."""
+    name = f"{device['device']}, {device['name'] or 'a GPU'},"
+    if device["error"]:
         return f"{name} does not work: {device['error']}", f"install a build of torch for this GPU: {_INSTALL}"
-    if device["free_bytes"] < LITTLE_BYTES:
-        left = f"{format_bytes(device['free_bytes'])} of {format_bytes(device['total_bytes'])}"
-        return f"{name} has {left} free", "see what else is on it with nvidia-smi, or leave it out of --gpu-memory"
-    if "page_lock_error" in device:
+    free, total = device["free_bytes"], device["total_bytes"]
+    left = f"{name} has {format_bytes(free)} of {format_bytes(total)} free"
+    if allowed > free:
+        smaller = f"--gpu-memory {number}={int(free * _OF_FREE) // MIB}MiB"
+        return (
+            f"{left}, {format_bytes(allowed)} is allowed",
+            f"see what else is on it with nvidia-smi, or try {smaller}",
+        )
+    if free < max(LITTLE_BYTES, total * LITTLE_SHARE):
+        return left, "see what else is on it with nvidia-smi, or leave it out of --gpu-memory"
+    if device["page_lock_error"]:
         return (
             f"host memory cannot be page-locked: {device['page_lock_error']}",
             "raise the limit: ulimit -l unlimited (in a container: --ulimit memlock=-1)",
@@ -113,11 +128,21 @@ def _device_problem(device: Mapping[str, Any]) -> tuple[str, str] | None:
 def _describe(device: Mapping[str, Any]) -> str:
     free, total = format_bytes(device["free_bytes"]), format_bytes(device["total_bytes"])
     rate = format_rate(device["host_to_device_bytes_per_second"])
-    return f"{device['device']} {device['name']}, {free} of {total} free, {rate} from host memory"
+    bf16 = device["bf16_instructions"]
+    words = "" if bf16 is None else ", bf16 instructions" if bf16 else ", no bf16 instructions: bf16 is slow there"
+    return f"{device['device']} {device['name']}, {free} of {total} free{words}, {rate} from host memory"
 
 
 def _record(number: int, device: Mapping[str, Any], visible: Sequence[Gpu]) -> dict[str, Any]:
     """Give a device for JSON; what is free by the driver's word, where torch's own context takes none of it."""
     free = next((gpu.free_bytes for gpu in visible if gpu.number == number), device.get("free_bytes"))
-    keys = ("device", "name", "total_bytes", "host_to_device_bytes_per_second", "page_lock_error", "error")
+    keys = (
+        "device",
+        "name",
+        "total_bytes",
+        "bf16_instructions",
+        "host_to_device_bytes_per_second",
+        "page_lock_error",
+        "error",
+    )
     return {key: device.get(key) for key in keys} | {"free_bytes": free}

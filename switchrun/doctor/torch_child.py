@@ -152,7 +152,7 @@ def _device(torch: Any, kind: str, number: int) -> dict[str, Any]:
         module = torch.get_device_module(kind)
         found["name"] = module.get_device_name(number)
         free, total = module.mem_get_info(number)
-        found |= {"free_bytes": free, "total_bytes": total}
+        found |= {"free_bytes": free, "total_bytes": total, "bf16_instructions": _gpu_bf16(module, number)}
         ones = torch.ones(256, 256, device=device)
         if float((ones @ ones).sum()) != 256**3:
             raise RuntimeError("a product of two matrices of ones is wrong")
@@ -160,6 +160,15 @@ def _device(torch: Any, kind: str, number: int) -> dict[str, Any]:
     except Exception as error:
         found["error"] = _first_line(error)
     return found
+
+
+def _gpu_bf16(module: Any, number: int) -> bool | None:
+    """Tell whether a GPU multiplies bf16 itself, as NVIDIA's do from Ampere on; None where torch does not tell."""
+    try:
+        with module.device(number):
+            return bool(module.is_bf16_supported(including_emulation=False))
+    except (AttributeError, TypeError):
+        return None
 
 
 def copy_rate(torch: Any, device: str, size: int, wait: Callable[[], None]) -> dict[str, Any]:

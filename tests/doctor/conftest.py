@@ -36,5 +36,6 @@ def device(number: int = 0, **changes: Any) -> dict[str, Any]:
         "name": "H100",
         "total_bytes": 80 * GIB,
         "free_bytes": 78 * GIB,
+        "bf16_instructions": True,
         "host_to_device_bytes_per_second": 25e9,
     } | changes

@@ -29,7 +29,7 @@ def test_gpus_that_work() -> None:
     answer["driver"]["gpus"][0]["free_bytes"] = 79 * GIB
     check = check_gpus(answer, {1: GIB})
     assert (check.status, check.mend) == (Status.OK, None)
-    assert "cuda:0 H100, 78 GiB of 80 GiB free, 25.00 GB/s from host memory" in check.finding
+    assert "cuda:0 H100, 79 GiB of 80 GiB free, bf16 instructions, 25.00 GB/s from host memory" in check.finding
     assert "cuda:1" in check.finding
     assert "driver 550.54.15" in check.finding
     assert check.details["gpus"][0] == {
@@ -37,10 +37,36 @@ def test_gpus_that_work() -> None:
         "name": "H100",
         "total_bytes": 80 * GIB,
         "free_bytes": 79 * GIB,
+        "bf16_instructions": True,
         "host_to_device_bytes_per_second": 25e9,
         "page_lock_error": None,
         "error": None,
     }
+
+
+def test_bf16_is_told_of_each_gpu() -> None:
+    check = check_gpus(gpu_answer(device(), device(1, bf16_instructions=False), device(2, bf16_instructions=None)))
+    assert check.status is Status.OK
+    first, second, third = check.finding.split("; ")[:3]
+    assert ", bf16 instructions," in first
+    assert ", no bf16 instructions: bf16 is slow there," in second
+    assert "bf16" not in third
+    assert [each["bf16_instructions"] for each in check.details["gpus"]] == [True, False, None]
+
+
+@pytest.mark.parametrize(("free", "allowed", "status"), [(6, 6, "ok"), (6, 7, "warn"), (2, 1, "ok"), (1.9, 1, "warn")])
+def test_memory_that_others_have_taken(free: float, allowed: int, status: str) -> None:
+    # By the driver's word: torch's own context takes some of it, and is not there in a fill that has its own.
+    answer = gpu_answer(device(total_bytes=8 * GIB, free_bytes=int((free - 0.4) * GIB)))
+    answer["driver"]["gpus"][0]["free_bytes"] = int(free * GIB)
+    check = check_gpus(answer, {0: allowed * GIB})
+    assert check.status == status
+    if allowed > free:
+        assert check.finding == "cuda:0, H100, has 6 GiB of 8 GiB free, 7 GiB is allowed"
+        assert check.mend == "see what else is on it with nvidia-smi, or try --gpu-memory 0=5529MiB"
+    elif status == "warn":
+        assert check.finding == "cuda:0, H100, has 1.9 GiB of 8 GiB free"
+        assert "leave it out of --gpu-memory" in (check.mend or "")
 
 
 def test_another_makers_gpu_needs_no_nvidia_driver() -> None:

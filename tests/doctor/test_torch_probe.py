@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +149,21 @@ def test_builds() -> None:
     assert build_of(none | {"hip": "6.3"}) == "ROCm 6.3"
     assert build_of(none | {"xpu": "20250302"}) == "XPU"
     assert build_of(none) == "CPU"
+
+
+def test_bf16_is_asked_of_each_gpu() -> None:
+    asked: list[int] = []
+
+    @contextlib.contextmanager
+    def device(number: int) -> Iterator[None]:
+        asked.append(number)
+        yield
+
+    gpus = SimpleNamespace(device=device, is_bf16_supported=lambda including_emulation: including_emulation)
+    assert torch_child._gpu_bf16(gpus, 1) is False
+    assert torch_child._gpu_bf16(SimpleNamespace(device=device), 2) is None
+    assert torch_child._gpu_bf16(SimpleNamespace(device=device, is_bf16_supported=lambda: True), 3) is None
+    assert asked == [1, 2, 3]
 
 
 def test_copying_is_timed_and_what_cannot_be_page_locked_is_told() -> None:
