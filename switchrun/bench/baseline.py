@@ -38,9 +38,11 @@ def measure(task: Task) -> Answer:
         seed = task["seed"] if task["cold"] else task["seed"] + turn
         ids = torch.tensor(make_inputs(model.config.to_dict(), task["batch_size"], task["input_tokens"], seed))
         start, before = time.perf_counter(), io_read_bytes()
+        if model.device.type != "meta":
+            ids = ids.to(model.device)
         with torch.no_grad():
             output = model.generate(
-                ids.to(model.device) if model.device.type != "meta" else ids,
+                ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=task["output_tokens"],
                 min_new_tokens=task["output_tokens"],

@@ -118,12 +118,12 @@ class Probe:
     def fill(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
         """Generate exactly so many tokens for each row of ids, all rows of one length; blocks until it is done."""
         self.start()
-        ids = torch.tensor(rows, device=self._engine.device)
         options = GenerationOptions(max_new_tokens=output_tokens)
         times: list[float] = []
         io, before = io_read_bytes(), self._engine.levels.counters()
         start = time.perf_counter()
         with told_as_budget(self._engine.plan):
+            ids = torch.tensor(rows, device=self._engine.device)
             outputs = generate_batch(
                 self._engine.model,
                 self._engine.context,
