@@ -180,6 +180,25 @@ def test_nvml_that_does_not_load_is_no_error(cuda: FakeCuda, nvml: FakeNvml) -> 
     assert gpus.driver_version() is None
 
 
+def test_without_nvmls_library_nothing_is_said(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With the real pynvml; a warning would fail the test."""
+    import pynvml
+
+    def load(name: str) -> FakeCuda:
+        if name == "libcuda.so.1":
+            return cuda
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(pynvml, "CDLL", load)
+    monkeypatch.setattr(pynvml, "nvmlLib", None)
+    assert gpus.visible_gpus() == ()
+    assert gpus.driver_version() is None
+    assert (caplog.messages, *capfd.readouterr()) == ([], "", "")
+
+
 def test_without_a_driver_nothing_is_imported(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
