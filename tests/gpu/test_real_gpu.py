@@ -1,5 +1,7 @@
 """On a real GPU, by whoever has one: `pytest -m gpu -s`. It has not been run on one yet.
 
+With `-m slow` each test runs on fake GPUs too, so that what is written here is known to run.
+
 The tokens of plain transformers on the same GPU, the promise of `--gpu-memory`, packed experts by bitsandbytes'
 kernels, memory that is full, and a table of times.
 """
@@ -20,19 +22,16 @@ import switchrun
 from switchrun import GenerationOptions, Session, plan
 from switchrun.errors import BudgetError
 from switchrun.experts import accelerator
-from switchrun.units import MIB, format_bytes
+from switchrun.units import GIB, MIB, format_bytes
 from tests.model.test_packed import unpacked
 from tests.model.test_same_tokens import TEXTS, check_ids
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from tests.support.fake_accelerator import fake_gpus
 from tests.support.gpu_sessions import open_on_gpus
 from tests.support.sessions import encode, oracle_for, small_process
 
 __all__ = ["small_process"]
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.usefixtures("small_process"),
-    pytest.mark.skipif(accelerator.device_count() == 0, reason="torch finds no GPU"),
-]
+pytestmark = pytest.mark.usefixtures("small_process")
 
 DEMO = Path(switchrun.__file__).parent / "demo"
 DEMO_TEXTS = (
@@ -57,11 +56,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_tokenizer(folder)
 
 
-@pytest.fixture(autouse=True)
-def tidy() -> Iterator[None]:
-    """Let no test find the memory of the one before."""
-    yield
-    accelerator.release_unused()
+@pytest.fixture(
+    autouse=True, params=[pytest.param("real", marks=pytest.mark.gpu), pytest.param("fake", marks=pytest.mark.slow)]
+)
+def machine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The machine's GPUs (`real`) or two fake ones (`fake`); no test finds the memory of the one before."""
+    if request.param == "real":
+        if not accelerator.device_count():
+            pytest.skip("torch finds no GPU")
+        yield "real"
+        accelerator.release_unused()
+        return
+    # Without it, a module that changes its dtype, as plain transformers' router does, leaves a fake tensor's insides behind.
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    with fake_gpus(GIB, GIB):
+        yield "fake"
+    torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def on_gpu(model: Any, dtype: str) -> Any:
@@ -76,10 +87,12 @@ def load(folder: Path) -> Any:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("device_map", [ON_GPU, SPLIT], ids=["gpu", "split"])
 @pytest.mark.parametrize("slots", [(1, 1), (2, 3), (64, None)], ids=str)
-def test_tokens(folder: Path, dtype: str, device_map: dict[str, Any], slots: tuple[int, int | None]) -> None:
+def test_tokens(
+    machine: str, folder: Path, dtype: str, device_map: dict[str, Any], slots: tuple[int, int | None]
+) -> None:
     oracle = on_gpu(load(folder), dtype)
     with open_on_gpus(folder, device_map, *slots, dtype=dtype, batch_size=3) as session:
-        for _ in range(3):  # the cache is warmer each time
+        for _ in range(3 if machine == "real" else 1):  # the cache is warmer each time
             check_ids(oracle, session, TEXTS, dtype)
             check_ids(oracle, session, TEXTS[:1], dtype)
         counters = session.engine.levels.counters()["gpu:0"]
@@ -94,8 +107,9 @@ def test_tokens_of_the_demo_model(dtype: str) -> None:
         check_ids(oracle, session, DEMO_TEXTS, dtype)
 
 
-@pytest.mark.skipif(accelerator.device_count() < 2, reason="torch finds one GPU")
 def test_tokens_of_two_gpus(folder: Path) -> None:
+    if accelerator.device_count() < 2:
+        pytest.skip("torch finds one GPU")
     oracle = on_gpu(load(folder), "fp32")
     with open_on_gpus(folder, {"": 0, "decoder": 1, "encoder.block.3": 1}, 3, 4, dtype="fp32", batch_size=3) as session:
         check_ids(oracle, session, TEXTS, "fp32")
@@ -160,7 +174,7 @@ def test_memory_that_is_full(folder: Path) -> None:
     del hog
 
 
-def test_a_table_of_times(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_of_times(machine: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is asserted of the times: they are to be read."""
     lines = ["dtype  tiers         slots  first fill s  next fill s  ms/token  on GPU  copied      GPU peak"]
     for dtype in ("fp32", "bf16", "int8", "nf4"):
@@ -169,7 +183,7 @@ def test_a_table_of_times(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
             accelerator.module().reset_peak_memory_stats(accelerator.device(0))
             with open_on_gpus(folder, device_map, slots, dtype=dtype, offload_folder=tmp_path) as session:
                 seconds = []
-                for _ in range(3):
+                for _ in range(3 if machine == "real" else 1):
                     start = time.perf_counter()
                     (result,) = session.fill(TEXTS[:1], GenerationOptions(max_new_tokens=16))
                     seconds.append(time.perf_counter() - start)

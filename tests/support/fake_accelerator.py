@@ -56,6 +56,9 @@ class FakeTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.to("cpu").tolist()  # torch's own refuses subclasses
 
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.dim() == 0 else self, spec)  # as torch does for its own class
+
     def __repr__(self) -> str:  # type: ignore[override]
         return f"fake({self.inner!r}, {self.device})"
 
@@ -87,11 +90,7 @@ class Stream:
         while self.done < position:
             self.done += 1
             self.queue[self.done - 1]()
-            self.queue[self.done - 1] = _nothing  # lets go of the tensors
-
-
-def _nothing() -> None:
-    pass
+            self.queue[self.done - 1] = lambda: None  # lets go of the tensors
 
 
 class Event:
