@@ -91,6 +91,8 @@ class Engine:
 
         with ExitStack() as stack, told_as_budget(prepared.plan):
             check_gpus(prepared.plan.gpus)
+            if prepared.plan.gpus:
+                stack.callback(accelerator.release_unused)  # once all below is let go of
             preload = preload or DensePreload(prepared)
             stack.callback(preload.close)
             for name in preload.names:
@@ -107,6 +109,7 @@ class Engine:
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
             self.levels = stack.enter_context(ExpertLevels(self.cache))
             self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
+            stack.callback(drop_weights, self.model)
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
             weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
@@ -181,9 +184,6 @@ class Engine:
                 self._remember_bandwidth()
         finally:
             self._stack.close()
-            drop_weights(self.model)
-            if self.plan.gpus:
-                accelerator.release_unused()
 
     def _remember_bandwidth(self) -> None:
         """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""

@@ -101,6 +101,18 @@ def test_opening_where_nothing_fits(folder: Path, capacity: int) -> None:
         assert gpu.peak <= capacity
 
 
+def test_opening_that_fails_gives_back_what_it_has_taken(folder: Path) -> None:
+    opened, *_ = peaks(folder)
+    with fake_gpus(None) as (gpu,):
+        with open_on_gpus(folder, {"": 0}, 1) as session:
+            slot = session.engine.levels.gpus[0]._slots[0].nbytes
+        gpu.capacity = opened - (SLOTS - 1) * slot - 512  # all weights, and no slot
+        with pytest.raises(BudgetError) as caught:
+            open_on_gpus(folder, {"": 0}, SLOTS)
+        assert caught.value.__cause__ is not None  # whoever tries again may hold on to the error
+        assert gpu.allocator.reserved == 0
+
+
 def test_a_gpu_without_experts_says_what_to_try_too(folder: Path) -> None:
     device_map = {"": "cpu", "shared": 0, "lm_head": 0, "encoder.embed_tokens": 0, "decoder.embed_tokens": 0}
     with fake_gpus(None) as (gpu,), open_on_gpus(folder, device_map, SLOTS) as session:

@@ -67,7 +67,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[str]:
         yield "real"
         accelerator.release_unused()
         return
-    # Without it, a module that changes its dtype, as plain transformers' router does, leaves a fake tensor's insides behind.
+    # Without it, a module that changes its dtype, as plain transformers' router does, leaves a fake tensor's inner one.
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     with fake_gpus(GIB, GIB):
