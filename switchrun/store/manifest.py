@@ -16,7 +16,7 @@ from switchrun.store.layout import Layout
 
 MANIFEST = "manifest.json"
 #: Counts up whenever files written before can no longer be used.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MODEL_NAME = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
 _DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
 _TEXTS = ("model", "fingerprint", "dtype")
