@@ -40,6 +40,7 @@ def test_a_fill_a_damaged_expert_and_a_folder_of_something_else(run_switchrun: R
     assert "switchrun offload clear" in third.stderr
 
 
+@pytest.mark.slow
 def test_the_limit_leaves_no_room(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
     command = ["fill", "--dtype", "nf4", "--offload-folder", str(tmp_path / "tier"), "--offload-limit", "1KiB", TEXT]
     done = run_switchrun(command)
@@ -62,6 +63,7 @@ def test_a_plan(run_switchrun: RunSwitchrun, dtype: str) -> None:
     assert f"{dtype} (computed in bf16, stored as BF16)" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_model_in_8_bit(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
     model = save_tiny_tokenizer(save_in_int8(save_checkpoint(random_model(tiny_config()), tmp_path / "model")))
     tier = tmp_path / "tier"
