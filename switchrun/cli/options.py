@@ -49,10 +49,20 @@ GpuMemory = Annotated[
         help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB; 0: no GPU.",
     ),
 ]
+
+
+def _folder(name: str) -> Path:
+    if not name:
+        # Path("") is the current folder: an unset variable of a script must not fill that with experts.
+        raise UsageError("--offload-folder: the name is empty", "name a folder, or leave the option out")
+    return Path(name)
+
+
 OffloadFolder = Annotated[
     Path | None,
     typer.Option(
         "--offload-folder",
+        parser=_folder,
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
         show_default="./offload if it exists, else in the user's cache",

@@ -101,6 +101,8 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
         (["plan", "--disk-bandwidth", "0GB/s"], 2, "--disk-bandwidth: '0GB/s' is not a rate"),
         (["plan", "--dtype", "int4"], 2, "int4"),
         (["fill", "--offload-limit", "little", "<extra_id_0>"], 2, "--offload-limit: 'little' is not a size"),
+        (["plan", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
+        (["offload", "clear", "--yes", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
         (["plan", "--device-map", "nowhere"], 2, "there is no file 'nowhere'"),
         (["plan", "--input-tokens", "0"], 2, "'--input-tokens'"),
         (["plan", "--format", "jsonl"], 2, "'--format'"),
