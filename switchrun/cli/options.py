@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
+from switchrun.hints import command
 
 Model = Annotated[
     str | None,
@@ -119,8 +121,12 @@ NumBeams = Annotated[
 ]
 
 
-def device_map_path(value: str) -> Path | None:
+def device_map_path(value: str, **given: Any) -> Path | None:
     """Give the file that `--device-map` names; None for `auto`.
+
+    Args:
+        value: As `--device-map` has it.
+        given: The user's `model`, `dtype` and `offload_folder`, for the hint.
 
     Raises:
         UsageError: There is no such file.
@@ -129,7 +135,8 @@ def device_map_path(value: str) -> Path | None:
         return None
     path = Path(value)
     if not path.is_file():
-        raise UsageError(f"--device-map: there is no file '{value}'", "write one with: switchrun plan --format json")
+        plan = f"{command('plan', '--format', 'json', **given)} > {shlex.quote(value)}"
+        raise UsageError(f"--device-map: there is no file '{value}'", f"write one with: {plan}")
     return path
 
 

@@ -103,7 +103,12 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
         (["fill", "--offload-limit", "little", "<extra_id_0>"], 2, "--offload-limit: 'little' is not a size"),
         (["plan", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
         (["offload", "clear", "--yes", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
-        (["plan", "--device-map", "nowhere"], 2, "there is no file 'nowhere'"),
+        (["plan", "--device-map", "nowhere"], 2, "write one with: switchrun plan --format json > nowhere)"),
+        (
+            ["fill", "--device-map", "a b", "-m", "m", "--dtype", "int8", "--offload-folder", "my tier", "x"],
+            2,
+            "switchrun plan --format json --model m --dtype int8 --offload-folder 'my tier' > 'a b')",
+        ),
         (["plan", "--input-tokens", "0"], 2, "'--input-tokens'"),
         (["plan", "--format", "jsonl"], 2, "'--format'"),
         (["plan", "extra"], 2, "extra"),

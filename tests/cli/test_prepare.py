@@ -51,7 +51,7 @@ def files(tier: Path) -> list[Path]:
 def counts(done: Outcome) -> tuple[int, int]:
     """Give how many experts were written, and how many skipped."""
     assert done.code == 0, done.stderr
-    match = re.fullmatch(r"(\d+) experts written, (?:\d+ of them .*, )?(\d+) skipped, .*\n", done.stdout)
+    match = re.fullmatch(r"(\d+) experts? written, (?:\d+ in the place .*, )?(\d+) skipped, .*\n", done.stdout)
     assert match, done.stdout
     return int(match[1]), int(match[2])
 
@@ -112,13 +112,13 @@ def test_verify_rebuilds_a_flipped_byte(invoke: Invoke, tier: Path) -> None:
     assert path.read_bytes() != good
     done = invoke("prepare", "--dtype", "int8", "--verify")
     assert counts(done) == (1, 31)
-    assert "1 of them in the place of damaged ones" in done.stdout
+    assert "1 in the place of a damaged one" in done.stdout
     assert f"switchrun: warning: {path} is damaged" in done.stderr
     assert path.read_bytes() == good
     flip(path, 100)
     done = invoke("prepare", "--dtype", "int8")
     assert counts(done) == (1, 31)
-    assert "1 of them in the place of damaged ones" in done.stdout
+    assert "1 in the place of a damaged one" in done.stdout
     assert path.read_bytes() == good
 
 
