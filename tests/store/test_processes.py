@@ -144,6 +144,43 @@ def test_two_writers_and_a_reader(offload):
     assert no_temporaries(reader)
 
 
+def test_a_store_that_another_process_opens_while_it_is_begun(offload, monkeypatch):
+    real, stores = fcntl.flock, []
+
+    def flock(file: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", real)
+        # The first one has created its manifest's temporary file, and nothing tells yet that it has an owner.
+        stores.append(open_store(offload))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stores.append(open_store(offload))
+    for number, store in enumerate(stores):
+        assert store.write(key(number), data_of(number))
+    assert all(holds(store, number) for store in stores for number in range(2))
+    assert no_temporaries(stores[0])
+
+
+def test_processes_that_begin_a_store_at_the_same_time(offload):
+    code = "print('ready', flush=True)\nsys.stdin.readline()\n"
+    begin = _START.replace("store = ", f"{code}store = ") + "write(int(sys.argv[2]))\nprint('done')"
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", begin, str(offload), str(number)], text=True, **pipes)
+        for number in range(2)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    assert [process.communicate(timeout=30) for process in processes] == [("done\n", "")] * 2
+    store = open_store(offload, layout=_LAYOUT)
+    assert holds(store, 0)
+    assert holds(store, 1)
+    assert no_temporaries(store)
+
+
 def test_without_locks_only_old_temporaries_go(offload, monkeypatch):
     store = open_store(offload)
     new, old = store.folder / ".1-00000000.tmp", store.folder / ".1-00000001.tmp"
