@@ -89,15 +89,19 @@ def offload_limit_bytes(limit: str | int | None) -> int | None:
 
 
 def _stored_share(checkpoint: SwitchCheckpoint, dtype: str, folder: Path) -> float:
-    """Give which share of a model's experts is in the offload folder already; 0 for what is never kept there."""
+    """Give which share of a model's experts is in the offload folder already; 0 for what is never kept there.
+
+    Raises:
+        CorruptCheckpointError: What is kept there belongs to something else, so that a session would refuse it.
+    """
     from switchrun.dtypes import resolve_dtype
-    from switchrun.store import model_name, store_folder, stored_experts
+    from switchrun.store import open_checkpoint_store, stored_experts
 
     packed = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype).packed
     if packed is None or checkpoint.has_int8_experts:
         return 0.0
-    store = store_folder(folder, model_name(checkpoint), packed.value)
-    return min(1.0, sum(1 for _ in stored_experts(store)) / len(checkpoint.experts))
+    store = open_checkpoint_store(folder, checkpoint, packed.value, read_only=True)
+    return min(1.0, sum(1 for _ in stored_experts(store.folder)) / len(checkpoint.experts))
 
 
 def _measure(checkpoint: SwitchCheckpoint) -> None:

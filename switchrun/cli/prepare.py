@@ -17,7 +17,7 @@ from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
 from switchrun.output.byte_progress import ByteProgress
-from switchrun.units import format_bytes, format_seconds, parse_bytes
+from switchrun.units import format_bytes, format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
@@ -94,9 +94,10 @@ def prepare(
     done = _run(checkpoint, store, keys, jobs, verify, notes) if keys else planning.PreparedCounts(0, 0, 0)
     skipped = done.skipped + (0 if verify else len(preparation.stored))
     rebuilt = done.rebuilt + preparation.damaged
-    parts = [f"{done.written} experts written", f"{skipped} skipped", format_bytes(done.written * store.file_bytes)]
+    written = format_count(done.written, "expert")
+    parts = [f"{written} written", f"{skipped} skipped", format_bytes(done.written * store.file_bytes)]
     if rebuilt:
-        parts.insert(1, f"{rebuilt} of them in the place of damaged ones")
+        parts.insert(1, f"{rebuilt} in the place of {'a damaged one' if rebuilt == 1 else 'damaged ones'}")
     if preparation.left_out:
         parts.append(f"{preparation.left_out} left out by --limit")
     write_answer(f"{', '.join(parts)}, {format_seconds(time.perf_counter() - started)}\n")

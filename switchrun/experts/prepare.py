@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum, auto
+from pathlib import Path
 from queue import SimpleQueue
 
 import torch
@@ -72,11 +74,12 @@ class ExpertPreparer:
         """
         counts = dict.fromkeys(_Outcome, 0)
         results: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
-        waiting = iter(keys)
         self._stopped.clear()
         jobs = min(self._jobs, len(keys))
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(jobs))
+            # A second process begins at the end, so that the two meet in the middle: each skips what the other stored.
+            waiting = iter(keys if _is_first(self._store.folder, stack) else keys[::-1])
             reader = FileReader(self._direct, reading_way(self._slices) if self._direct else WAYS[0])
             stack.callback(reader.close)
             pool = stack.enter_context(ThreadPoolExecutor(max(1, jobs), thread_name_prefix="switchrun-prepare"))
@@ -161,6 +164,19 @@ class _Job:
             # Also what lies between the parts, which quantising leaves as it is.
             self._packed.tensor(0, 0, torch.uint8, (len(data),)).zero_()
         return whole
+
+
+def _is_first(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Tell whether no other process prepares the same store, and be the one that does until the stack is closed."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # The folder was cleared just now, or its filesystem has no locks.
+    return True
 
 
 @contextmanager

@@ -134,14 +134,10 @@ def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryv
     Raises:
         OSError: It could not be written. Nothing is left behind.
     """
-    temporary = store / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary, file = _create_temporary(store)
     renamed = False
     try:
         try:
-            # Held until the file is closed, by death too: it tells `remove_leftovers` that this one has an owner.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = _write_all(file, chunks)
             os.fsync(file)
             if size >= _DROP_BYTES:
@@ -156,6 +152,19 @@ def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryv
             with contextlib.suppress(OSError):
                 temporary.unlink()
     _sync_folder(target.parent)
+
+
+def _create_temporary(store: Path) -> tuple[Path, int]:
+    """Create a file and lock it until it is closed, by death too: so `remove_leftovers` knows that it has an owner."""
+    while True:
+        path = store / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Another process that begins just now may have taken it for a dead one's before it was locked.
+        if os.fstat(file).st_nlink:
+            return path, file
+        os.close(file)
 
 
 def _write_all(file: int, chunks: Sequence[bytes | memoryview]) -> int:
@@ -199,7 +208,6 @@ def remove_leftovers(store: Path) -> None:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if _abandoned(file):
-                    # Its owner may be between creating and locking it. Then its rename fails, and it lost only time.
                     path.unlink()
             finally:
                 os.close(file)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.folders import offload_folder
+from switchrun.hints import command
 from switchrun.store.files import write_atomically
 from switchrun.store.layout import Layout
 
@@ -150,7 +150,5 @@ def is_store_folder(folder: Path) -> bool:
 
 def mending_command(offload: str | Path, model: str, dtype: str) -> str:
     """Give the command that empties a store."""
-    command = f"switchrun offload clear --model {shlex.quote(model)} --dtype {dtype}"
-    if Path(offload).absolute() != offload_folder(None).absolute():
-        command += f" --offload-folder {shlex.quote(str(offload))}"
-    return f"run `{command}`"
+    named = None if Path(offload).absolute() == offload_folder(None).absolute() else offload
+    return f"run `{command('offload', 'clear', model=model, dtype=dtype, offload_folder=named)}`"

@@ -38,6 +38,8 @@ def test_a_fill_a_damaged_expert_and_a_folder_of_something_else(run_switchrun: R
     assert (third.returncode, third.stdout) == (7, "")
     assert "the checkpoint has changed since these experts were made of it" in third.stderr
     assert "switchrun offload clear" in third.stderr
+    planned = run_switchrun(["plan", "--dtype", "int8", "--offload-folder", str(tier)])
+    assert (planned.returncode, planned.stdout, planned.stderr) == (7, "", third.stderr)
 
 
 @pytest.mark.slow
