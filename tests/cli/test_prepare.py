@@ -142,7 +142,7 @@ def test_it_goes_on_after_a_kill(invoke: Invoke, tier: Path, hermetic: dict[str,
 def test_ctrl_c_leaves_whole_experts(invoke: Invoke, tier: Path, hermetic: dict[str, str]) -> None:
     env = {**hermetic, "SWITCHRUN_OFFLOAD_FOLDER": str(tier)}
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(first="time.sleep(0.3)")],
+        [sys.executable, "-c", CHILD.format(first="time.sleep(0.1)")],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     end = time.monotonic() + 60
