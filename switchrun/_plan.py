@@ -54,7 +54,7 @@ def prepare(
     checkpoint = open_checkpoint(None if model is None else str(model), cache_dir=offload.folder / "index")
     expert_file = next(iter(checkpoint.experts.values())).wi.file
     if disk_bandwidth == "measure":
-        _measure(checkpoint)
+        measure_disk(checkpoint)
         disk_bandwidth = None
     measured = hardware.known_bandwidth(expert_file)
     bandwidth = None
@@ -104,7 +104,7 @@ def _stored_share(checkpoint: SwitchCheckpoint, dtype: str, folder: Path) -> flo
     return min(1.0, sum(1 for _ in stored_experts(store.folder)) / len(checkpoint.experts))
 
 
-def _measure(checkpoint: SwitchCheckpoint) -> None:
+def measure_disk(checkpoint: SwitchCheckpoint) -> None:
     """Read experts here and there for half a second, and remember how fast that was."""
     import random
 

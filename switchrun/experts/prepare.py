@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,11 +21,13 @@ from switchrun.experts.formats import as_stored
 from switchrun.experts.packed import quantise, views
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
-from switchrun.experts.slots import Buffers, plan_reads
+from switchrun.experts.slots import Buffers, ExpertWeights, plan_reads
 from switchrun.planning.memory import buffer_for, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
 from switchrun.store.names import expert_path
+
+_CALIBRATION_SECONDS = 0.5
 
 #: Called on the caller's thread with the bytes done and the bytes in all.
 OnBytes = Callable[[int, int], None]
@@ -96,6 +99,26 @@ class ExpertPreparer:
         rebuilt = counts[_Outcome.REBUILT]
         return PreparedCounts(counts[_Outcome.WRITTEN] + rebuilt, counts[_Outcome.SKIPPED], rebuilt)
 
+    def packing_seconds(self, key: ExpertKey) -> float:
+        """Measure what quantising takes for one expert, with all jobs at work; blocks for about half a second.
+
+        Args:
+            key: The expert that is read, and quantised again and again. Nothing is stored.
+
+        Raises:
+            CorruptCheckpointError: The checkpoint cannot be read.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_few_threads(self._jobs))
+            reader = FileReader(self._direct, WAYS[0])
+            stack.callback(reader.close)
+            pool = stack.enter_context(ThreadPoolExecutor(self._jobs))
+
+            def rate(_: int) -> float:
+                return _Job(self._checkpoint, self._store, reader, self._direct).packing_rate(key)
+
+            return 1 / sum(pool.map(rate, range(self._jobs)))
+
     def _work(
         self, waiting: Iterator[ExpertKey], reader: FileReader, results: SimpleQueue[_Outcome | BaseException]
     ) -> None:
@@ -137,14 +160,28 @@ class _Job:
 
     def store(self, key: ExpertKey) -> None:
         """Read an expert from the checkpoint, quantise and write it."""
-        slices = self._slices[key]
-        plan = plan_reads(slices, self._direct)
-        self._reader.read(plan.segments, self._plain.view(0))
-        quantise(as_stored(slices, plan, self._plain, 0), self._into)
+        quantise(self._read(key), self._into)
         data = self._packed.view(0)[: self._store.layout.nbytes]
         # False without an error: somebody cleared the folder just then. It is made anew for the second try.
         if not self._store.write(key, data):
             self._store.write(key, data)
+
+    def packing_rate(self, key: ExpertKey) -> float:
+        """Give how often an expert is quantised in a second."""
+        matrices = self._read(key)
+        quantise(matrices, self._into)  # The first time touches memory that is new.
+        start, count, seconds = time.perf_counter(), 0, 0.0
+        while seconds < _CALIBRATION_SECONDS:
+            quantise(matrices, self._into)
+            count += 1
+            seconds = time.perf_counter() - start
+        return count / seconds
+
+    def _read(self, key: ExpertKey) -> ExpertWeights:
+        slices = self._slices[key]
+        plan = plan_reads(slices, self._direct)
+        self._reader.read(plan.segments, self._plain.view(0))
+        return as_stored(slices, plan, self._plain, 0)
 
     def is_whole(self, key: ExpertKey, stored: StoredExpert) -> bool:
         """Read a stored expert and look at its checksum."""

@@ -90,12 +90,18 @@ def test_a_part(invoke: Invoke, tier: Path, options: str, written: int) -> None:
         assert counts(again) == (0, written), "nothing is deleted for others"
 
 
-def test_dry_run_writes_nothing(invoke: Invoke, tier: Path) -> None:
-    done = invoke("prepare", "--dtype", "int8", "--dry-run")
+def test_dry_run_writes_nothing(invoke: Invoke, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchrun.experts.prepare._CALIBRATION_SECONDS", 0.01)
+    done = invoke("prepare", "--dtype", "int8", "--dry-run", "--jobs", "2")
     assert (done.code, done.stderr) == (0, "")
     for line in ("experts to write +32 of 13[0-9] KiB", "stored already +0", "bytes to write +4.3. MiB", "free on the"):
         assert re.search(line, done.stdout)
-    assert "reading and writing takes" in done.stdout
+    assert "estimated" in done.stdout
+    time = r"[\d.]+ m?s"
+    for line in (f"reading +{time}", f"quantising +{time} ", f"writing +{time} ", f"all of it +{time} to {time}"):
+        assert re.search(f"^{line}", done.stdout, flags=re.M)
+    one = invoke("prepare", "--dtype", "nf4", "--dry-run", "--jobs", "1").stdout
+    assert re.search(f"^all of it +{time}$", one, flags=re.M), "one after the other"
     assert list_stores(tier) == []
     assert [path.name for path in tier.iterdir()] == ["index"], "every command keeps the parsed index there"
     invoke("prepare", "--dtype", "int8", "--layers", "encoder.1")
@@ -136,7 +142,7 @@ def test_it_goes_on_after_a_kill(invoke: Invoke, tier: Path, hermetic: dict[str,
 def test_ctrl_c_leaves_whole_experts(invoke: Invoke, tier: Path, hermetic: dict[str, str]) -> None:
     env = {**hermetic, "SWITCHRUN_OFFLOAD_FOLDER": str(tier)}
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(first="time.sleep(0.3)")],
+        [sys.executable, "-c", CHILD.format(first="time.sleep(0.1)")],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     end = time.monotonic() + 60
