@@ -1,6 +1,20 @@
-"""`python -m switchrun` is the same as `switchrun`."""
+"""The console script, and `python -m switchrun`: sees to signals, and only then imports the command line."""
 
-from switchrun.cli.app import main
+from __future__ import annotations
+
+from typing import NoReturn
+
+from switchrun.cli.signals import quit_on_signals
+
+
+def main() -> NoReturn:
+    """Run the command line."""
+    quit_on_signals()
+    # Takes a tenth of a second, in which Ctrl-C would show where Python is.
+    from switchrun.cli.app import main as run
+
+    run()
+
 
 if __name__ == "__main__":
     main()

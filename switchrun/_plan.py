@@ -56,7 +56,7 @@ def prepare(
     checkpoint = open_checkpoint(None if model is None else str(model), cache_dir=offload.folder / "index")
     expert_file = next(iter(checkpoint.experts.values())).wi.file
     if disk_bandwidth == "measure":
-        _measure(checkpoint)
+        measure_disk(checkpoint)
         disk_bandwidth = None
     measured = hardware.known_bandwidth(expert_file)
     bandwidth = None
@@ -91,18 +91,22 @@ def offload_limit_bytes(limit: str | int | None) -> int | None:
 
 
 def _stored_share(checkpoint: SwitchCheckpoint, dtype: str, folder: Path) -> float:
-    """Give which share of a model's experts is in the offload folder already; 0 for what is never kept there."""
+    """Give which share of a model's experts is in the offload folder already; 0 for what is never kept there.
+
+    Raises:
+        CorruptCheckpointError: What is kept there belongs to something else, so that a session would refuse it.
+    """
     from switchrun.dtypes import resolve_dtype
-    from switchrun.store import model_name, store_folder, stored_experts
+    from switchrun.store import open_checkpoint_store, stored_experts
 
     packed = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype).packed
     if packed is None or checkpoint.has_int8_experts:
         return 0.0
-    store = store_folder(folder, model_name(checkpoint), packed.value)
-    return min(1.0, sum(1 for _ in stored_experts(store)) / len(checkpoint.experts))
+    store = open_checkpoint_store(folder, checkpoint, packed.value, read_only=True)
+    return min(1.0, sum(1 for _ in stored_experts(store.folder)) / len(checkpoint.experts))
 
 
-def _measure(checkpoint: SwitchCheckpoint) -> None:
+def measure_disk(checkpoint: SwitchCheckpoint) -> None:
     """Read experts here and there for half a second, and remember how fast that was."""
     import random
 

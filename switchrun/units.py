@@ -83,6 +83,11 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def format_count(count: int, noun: str, plural: str = "") -> str:
+    """Write a number of things: `1 expert`, `2 experts`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def _three_digits(value: float) -> str:
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     text = f"{value:.{digits}f}"

@@ -70,7 +70,8 @@ def measure(task: Task) -> Answer:
         from switchrun.bench.workload import make_inputs
         from switchrun.model.engine import Engine
 
-        with Engine(prepared, preload=preload) as engine, Probe(engine) as probe:
+        warnings: list[str] = []
+        with Engine(prepared, warn=warnings.append, preload=preload) as engine, Probe(engine) as probe:
             answer: Answer = {
                 "open_seconds": hardware.process_age_seconds(),
                 "open_io_read_bytes": io_read_bytes(),
@@ -87,6 +88,7 @@ def measure(task: Task) -> Answer:
                 answer["fills"].append(_examine(task, engine, probe, rows, first) | peak)
                 reset_peak_rss()
     answer["timeline"] = timeline.points
+    answer["warnings"] = warnings
     return answer
 
 

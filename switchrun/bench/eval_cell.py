@@ -103,6 +103,7 @@ def _plan(task: Task, cpu_bytes: int) -> Prepared:
         cpu_memory=cpu_bytes,
         gpu_memory=0,
         offload_folder=task["offload_folder"],
+        offload_limit=task["offload_limit"],
         # Blocks are run one by one, past the hooks that would bring weights in from disk.
         device_map={"": "cpu"},
         batch_size=task["batch_size"],

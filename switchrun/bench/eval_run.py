@@ -27,6 +27,7 @@ class Evaluation:
         lines: Its lines.
         cpu_memory: Bytes for each process; None is most of what is free.
         offload_folder: Where switchrun writes.
+        offload_limit: As `--offload-limit` has it.
         tokenizer: As `--tokenizer` has it.
         seed: Decides the spans.
         batch_size: Passages that attend and generate together.
@@ -38,6 +39,7 @@ class Evaluation:
     lines: Sequence[str]
     cpu_memory: int | None
     offload_folder: str | None
+    offload_limit: str | None
     tokenizer: str | None
     seed: int
     batch_size: int

@@ -205,6 +205,7 @@ def _notes(record: Record, answers: Sequence[Any]) -> list[str]:
         notes.append(record["synthetic"]["note"])
     if any(answer["page_cache_dropped"] is False for answer in answers):
         notes.append("parts of the checkpoint stayed in the page cache: not all reads were cold")
+    notes += dict.fromkeys(warning for answer in answers for warning in answer["warnings"])
     spread = noisy(record["metrics"])
     if spread:
         notes.append(f"noisy, the samples differ by more than 20 %: {', '.join(spread)}")

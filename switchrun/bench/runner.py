@@ -81,6 +81,8 @@ class Bench:
                 "turn": turn,
             }
             answers.append(self._child(_CELL, task, cell))
+            for warning in answers[-1]["warnings"]:
+                self.tell(f"warning: {label}: {warning}")
             if cell.baseline is None or obstacle is not None:
                 continue
             self.tell(f"{label}: the same with {cell.baseline}")

@@ -86,7 +86,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         dense=dense,
         experts=experts,
         sparse_blocks=sparse_blocks,
-        fingerprint=fingerprint(index.stamps),
+        fingerprint=fingerprint(index.stamps, location.content),
         stored_dtype="I8" if int8 else plain,
         forms=forms,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,8 @@ from pathlib import Path
 from switchrun.errors import ModelError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+#: So much of both ends of the demo's weights tells it from one that was trained again.
+_SAMPLE_BYTES = 64 * 1024
 _WAYS = "give a folder that holds config.json, or a Hub id such as google/switch-base-8"
 
 
@@ -21,11 +25,13 @@ class Location:
         id: What the user called it.
         revision: The Hub's commit, if it came from there.
         path: The folder.
+        content: What tells the files' content apart, whatever their times; empty if nothing but those does.
     """
 
     id: str
     revision: str | None
     path: Path
+    content: str = ""
 
 
 class NotDownloadedError(ModelError):
@@ -51,7 +57,8 @@ def locate(model: str | None, *, download: bool = True) -> Location:
         return _demo()
     path = Path(model).expanduser()
     if _is_dir(path):
-        return Location(model, None, path.resolve())
+        path = path.resolve()
+        return Location(model, None, path, _demo_content() if path == demo_folder() else "")
     if _exists(path):
         raise ModelError(f"{model} is a file, not a model's folder", f"give its folder: {path.parent}")
     name, at, revision = model.partition("@")
@@ -65,7 +72,7 @@ def locate(model: str | None, *, download: bool = True) -> Location:
     snapshot = find_snapshot(*found) if download else cached_snapshot(*found)
     if snapshot is None:
         raise NotDownloadedError(f"{model} is not in the Hub's local cache", f"download it: hf download {name}")
-    return Location(name, snapshot.name, snapshot)
+    return Location(name, snapshot.name, snapshot, snapshot.name)
 
 
 def hub_id(model: str | None) -> tuple[str, str | None] | None:
@@ -85,7 +92,17 @@ def _demo() -> Location:
     path = demo_folder()
     if not (path / "config.json").is_file():
         raise ModelError("the demo model is not part of this installation", _WAYS)
-    return Location("demo", None, path)
+    return Location("demo", None, path, _demo_content())
+
+
+def _demo_content() -> str:
+    try:
+        with (demo_folder() / "model.safetensors").open("rb") as file:
+            begin = file.read(_SAMPLE_BYTES)
+            file.seek(-len(begin), os.SEEK_END)
+            return hashlib.sha256(begin + file.read()).hexdigest()
+    except OSError:
+        return ""  # Opening it will say what is wrong.
 
 
 def _is_dir(path: Path) -> bool:

@@ -26,7 +26,13 @@ def stamp(folder: Path, path: Path) -> FileStamp:
     return FileStamp(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
 
 
-def fingerprint(stamps: Iterable[FileStamp]) -> str:
-    """One hash of all stamps: another one if any file has changed."""
-    lines = "".join(f"{name}\0{size}\0{mtime_ns}\n" for name, size, mtime_ns in sorted(stamps))
+def fingerprint(stamps: Iterable[FileStamp], content: str = "") -> str:
+    """One hash of all stamps: another one if any file has changed.
+
+    Args:
+        stamps: Of all files.
+        content: What tells their content apart, such as a commit. Then their times count for nothing, which another
+            download or installation of the same files changes.
+    """
+    lines = "".join(f"{name}\0{size}\0{content or mtime_ns}\n" for name, size, mtime_ns in sorted(stamps))
     return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

@@ -78,7 +78,8 @@ class SwitchCheckpoint:
             there only when the head is not tied, the two `embed_tokens` only when they are not `shared.weight`.
         experts: The slices of every expert.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
-        fingerprint: Changes when any file of the checkpoint does (names, sizes, modification times).
+        fingerprint: Changes when any file of the checkpoint does: names, sizes, and the Hub's commit, what the demo's
+            weights begin and end with, or else modification times.
         stored_dtype: What the experts are stored in; `I8` if any linear layer of the checkpoint is.
         forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how many have
             that form; empty if all are like the first.

@@ -29,6 +29,7 @@ def evaluate(
     ] = None,
     cpu_memory: options.CpuMemory = None,
     offload_folder: options.OffloadFolder = None,
+    offload_limit: options.OffloadLimit = None,
     tokenizer: options.Tokenizer = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which spans are taken out.")] = 0,
     limit: Annotated[
@@ -66,6 +67,7 @@ def evaluate(
     if chosen not in dtypes:
         raise UsageError(f"--reference: '{reference}' is not one of --dtype", "add it there, or leave --reference out")
     options.check_memory(cpu_memory, None)
+    options.check_offload_limit(offload_limit)
     name = "stdin" if text == "-" else text
     lines = _readable(name, islice(_entries(text), limit))
     tell: Callable[[str], Any] = (lambda _: None) if quiet else report
@@ -75,6 +77,7 @@ def evaluate(
         lines=lines,
         cpu_memory=options.memory_bytes(cpu_memory),
         offload_folder=str(folders.offload_folder(offload_folder)),
+        offload_limit=offload_limit,
         tokenizer=tokenizer,
         seed=seed,
         batch_size=batch_size,

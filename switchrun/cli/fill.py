@@ -100,7 +100,9 @@ def fill(
     """Fill in the sentinels of each TEXT: <extra_id_0>, <extra_id_1> and so on."""
     options.check_memory(cpu_memory, gpu_memory)
     options.check_offload_limit(offload_limit)
-    map_path = options.device_map_path(device_map)
+    map_path = options.device_map_path(
+        device_map, model=model, dtype=None if dtype is DtypeChoice.AUTO else dtype, offload_folder=offload_folder
+    )
     if blank is not None:
         replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
     generation = _generation_options(max_new_tokens, num_beams, sample, temperature, top_p, top_k, seed)

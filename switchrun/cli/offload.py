@@ -14,9 +14,10 @@ from switchrun.cli import options
 from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
+from switchrun.hints import command
 from switchrun.output.byte_progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
-from switchrun.units import format_bytes
+from switchrun.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from switchrun.store import StoreInfo, VerifyReport
@@ -82,7 +83,7 @@ def verify(
 ) -> None:
     """Read every stored expert and compare it with its checksum."""
     from switchrun.output.offload_tables import render_stores, render_verified
-    from switchrun.store import verify_store
+    from switchrun.store import mending_command, verify_store
 
     place = folders.offload_folder(offload_folder)
     stores = _chosen(place, model, dtype)
@@ -97,7 +98,7 @@ def verify(
         except CorruptCheckpointError as error:
             unusable += 1
             progress.clear()
-            report(error.message)
+            report(f"{error.message} ({mending_command(place, info.folder.parent.name, info.folder.name)})")
             continue
         finally:
             progress.clear()
@@ -109,13 +110,14 @@ def verify(
     if unusable:
         raise CorruptCheckpointError(
             f"{unusable} of the stores in {place} cannot be used",
-            "empty them with: switchrun offload clear --model MODEL --dtype DTYPE",
+            "the lines above say how to empty them",
         )
     left = sum(path.exists() for _, found in verified for path, _ in found.damaged)
     if left:
+        again = command("offload", "verify", "--delete", model=model, dtype=dtype, offload_folder=offload_folder)
         raise CorruptCheckpointError(
-            f"{left} stored experts in {place} are damaged",
-            "delete them with: switchrun offload verify --delete; they are made again from the checkpoint",
+            f"damaged experts are left in {place}: {left}",
+            f"delete them with: {again}; they are made again from the checkpoint",
         )
 
 
@@ -134,11 +136,11 @@ def clear(
     if not stores:
         write_answer(f"nothing to delete in {place}\n")
         return
-    experts = sum(info.experts for info in stores)
+    experts = format_count(sum(info.experts for info in stores), "expert")
     size = format_bytes(sum(info.nbytes for info in stores))
     for info in stores:
-        report_lines(f"{info.folder}: {info.experts} experts, {format_bytes(info.nbytes)}\n")
-    if not yes and not _confirmed(f"Delete these {experts} experts, {size}? [y/N] "):
+        report_lines(f"{info.folder}: {format_count(info.experts, 'expert')}, {format_bytes(info.nbytes)}\n")
+    if not yes and not _confirmed(f"Delete {experts}, {size}? [y/N] "):
         write_answer("nothing was deleted\n")
         return
     for info in stores:
@@ -149,7 +151,7 @@ def clear(
             raise StorageError(f"{info.folder} cannot be emptied: {error.strerror}") from error
         finally:
             progress.clear()
-    write_answer(f"deleted {experts} experts, {size}\n")
+    write_answer(f"deleted {experts}, {size}\n")
 
 
 def _confirmed(question: str) -> bool:
@@ -174,6 +176,9 @@ def _is_of(info: StoreInfo, place: Path, model: str) -> bool:
     # A folder called demo is ./demo: what is deleted must not depend on where one is.
     names = {model} if model == "demo" else {model, str(path.absolute()), str(path.resolve())}
     stored = info.manifest.model if info.manifest else ""
+    # `ls` and `verify` name a store whose manifest cannot be read by its folder.
+    if info.folder.parent.name == model:
+        return True
     # A Hub id without a revision means all that are stored of it.
     if stored in names or ("@" not in model and stored.startswith(f"{model}@")):
         return True

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
+from switchrun.hints import command
 
 Model = Annotated[
     str | None,
@@ -49,10 +51,20 @@ GpuMemory = Annotated[
         help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB; 0: no GPU.",
     ),
 ]
+
+
+def _folder(name: str) -> Path:
+    if not name:
+        # Path("") is the current folder: an unset variable of a script must not fill that with experts.
+        raise UsageError("--offload-folder: the name is empty", "name a folder, or leave the option out")
+    return Path(name)
+
+
 OffloadFolder = Annotated[
     Path | None,
     typer.Option(
         "--offload-folder",
+        parser=_folder,
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
         show_default="./offload if it exists, else in the user's cache",
@@ -109,8 +121,12 @@ NumBeams = Annotated[
 ]
 
 
-def device_map_path(value: str) -> Path | None:
+def device_map_path(value: str, **given: Any) -> Path | None:
     """Give the file that `--device-map` names; None for `auto`.
+
+    Args:
+        value: As `--device-map` has it.
+        given: The user's `model`, `dtype` and `offload_folder`, for the hint.
 
     Raises:
         UsageError: There is no such file.
@@ -119,7 +135,8 @@ def device_map_path(value: str) -> Path | None:
         return None
     path = Path(value)
     if not path.is_file():
-        raise UsageError(f"--device-map: there is no file '{value}'", "write one with: switchrun plan --format json")
+        plan = f"{command('plan', '--format', 'json', **given)} > {shlex.quote(value)}"
+        raise UsageError(f"--device-map: there is no file '{value}'", f"write one with: {plan}")
     return path
 
 

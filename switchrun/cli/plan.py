@@ -49,7 +49,9 @@ def plan(
 ) -> None:
     """Tell which weights go to which tier and why, and what a fill will cost."""
     options.check_memory(cpu_memory, gpu_memory)
-    map_path = options.device_map_path(device_map)
+    map_path = options.device_map_path(
+        device_map, model=model, dtype=None if dtype is DtypeChoice.AUTO else dtype, offload_folder=offload_folder
+    )
     bandwidth: float | Literal["measure"] | None = None
     if disk_bandwidth is not None:
         bandwidth = "measure" if disk_bandwidth.strip() == "measure" else _parse_rate(disk_bandwidth)

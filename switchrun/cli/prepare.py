@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,10 +18,11 @@ from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
 from switchrun.output.byte_progress import ByteProgress
-from switchrun.units import format_bytes, format_seconds, parse_bytes
+from switchrun.units import format_bytes, format_count, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
+    from switchrun.planning.estimate import Bandwidth
     from switchrun.planning.preparation import PreparedCounts
     from switchrun.store import ExpertStore
 
@@ -84,9 +86,9 @@ def prepare(
     if dry_run:
         from switchrun.output.prepare_tables import render_preparation
 
-        disk = planning.disk_of(checkpoint)
+        disk, packing_seconds = _calibrate(checkpoint, store, preparation.todo, jobs)
         memory = planning.process_bytes(checkpoint, layout, jobs)
-        write_answer(render_preparation(store, preparation, jobs, memory, disk))
+        write_answer(render_preparation(store, preparation, jobs, memory, disk, packing_seconds))
         return
     planning.check_room(preparation, store.folder)
     keys = [*preparation.todo, *(preparation.stored if verify else ())]
@@ -94,12 +96,29 @@ def prepare(
     done = _run(checkpoint, store, keys, jobs, verify, notes) if keys else planning.PreparedCounts(0, 0, 0)
     skipped = done.skipped + (0 if verify else len(preparation.stored))
     rebuilt = done.rebuilt + preparation.damaged
-    parts = [f"{done.written} experts written", f"{skipped} skipped", format_bytes(done.written * store.file_bytes)]
+    written = format_count(done.written, "expert")
+    parts = [f"{written} written", f"{skipped} skipped", format_bytes(done.written * store.file_bytes)]
     if rebuilt:
-        parts.insert(1, f"{rebuilt} of them in the place of damaged ones")
+        parts.insert(1, f"{rebuilt} in the place of {'a damaged one' if rebuilt == 1 else 'damaged ones'}")
     if preparation.left_out:
         parts.append(f"{preparation.left_out} left out by --limit")
     write_answer(f"{', '.join(parts)}, {format_seconds(time.perf_counter() - started)}\n")
+
+
+def _calibrate(
+    checkpoint: SwitchCheckpoint, store: ExpertStore, keys: Sequence[ExpertKey], jobs: int
+) -> tuple[Bandwidth, float]:
+    """Read, and quantise, for half a second; give how fast the disk is and what quantising an expert takes."""
+    from switchrun._plan import measure_disk
+    from switchrun.planning.preparation import disk_of
+
+    if not keys:
+        return disk_of(checkpoint), 0.0
+    measure_disk(checkpoint)
+    quieten_libraries()
+    from switchrun.experts.prepare import ExpertPreparer
+
+    return disk_of(checkpoint), ExpertPreparer(checkpoint, store, jobs).packing_seconds(keys[0])
 
 
 def _run(

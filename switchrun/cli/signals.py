@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,6 +19,18 @@ class Interrupted(BaseException):
         self.exit_code = 128 + signum
 
 
+def quit_on_signals() -> None:
+    """Let signals end the process at once and without a word: nobody is there yet to catch an exception."""
+    _take_over(lambda signum, _frame: os._exit(128 + signum))
+
+
+def _take_over(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Have a handler called, except for a signal that was ignored when the program started (as `nohup` and `&` do)."""
+    for signum in _SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
 class SignalGuard:
     """Turns the first SIGINT or SIGTERM into `Interrupted`; the second one kills the process at once.
 
@@ -30,10 +43,8 @@ class SignalGuard:
         self._holding = False
 
     def install(self) -> None:
-        """Take over the signals, except one that was ignored when the program was started (as `nohup` and `&` do)."""
-        for signum in _SIGNALS:
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                signal.signal(signum, self._handle)
+        """Take over the signals."""
+        _take_over(self._handle)
 
     def release(self) -> None:
         """Let signals kill the process from now on: it is about to end, and nobody would catch an exception."""

@@ -10,8 +10,9 @@ from switchrun.checkpoint.locate import NotDownloadedError
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.errors import SwitchrunError
+from switchrun.hints import command
 from switchrun.planning import Budgets, make_plan
-from switchrun.units import format_bytes
+from switchrun.units import format_bytes, format_count
 
 NAME = "model"
 
@@ -59,7 +60,8 @@ def check_model(model: str | None, opened: SwitchCheckpoint | Exception, budgets
     }
     finding = f"{checkpoint.id}, {format_bytes(checkpoint.total_bytes)} in {checkpoint.stored_dtype}"
     finding += f", {len(checkpoint.experts)} experts of {format_bytes(checkpoint.expert_bytes)}"
-    finding += f", {len(checkpoint.repairs)} repairs (see: switchrun plan)" if checkpoint.repairs else ""
+    if checkpoint.repairs:
+        finding += f", {format_count(len(checkpoint.repairs), 'repair')} (see: {command('plan', model=model)})"
     try:
         plan = make_plan(checkpoint, budgets)
     except SwitchrunError as error:

@@ -19,9 +19,8 @@ from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_bl
 #: Elements that share an absmax.
 BLOCK_SIZE = 64
 
-#: Elements that bitsandbytes unpacks at a time, 8 MiB in bfloat16: larger pieces of new memory cost page faults,
-#: smaller ones more calls.
-_BITSANDBYTES_ELEMENTS = 4 * 1024**2
+#: Elements that bitsandbytes unpacks at a time, 4 MiB in bfloat16: smaller pieces cost more calls, larger ones memory.
+_BITSANDBYTES_ELEMENTS = 2 * 1024**2
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
 NF4_VALUES = (

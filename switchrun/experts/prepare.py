@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum, auto
+from pathlib import Path
 from queue import SimpleQueue
 
 import torch
@@ -18,11 +21,13 @@ from switchrun.experts.formats import as_stored
 from switchrun.experts.packed import quantise, views
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
-from switchrun.experts.slots import Buffers, plan_reads
+from switchrun.experts.slots import Buffers, ExpertWeights, plan_reads
 from switchrun.planning.memory import buffer_for, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
 from switchrun.store.names import expert_path
+
+_CALIBRATION_SECONDS = 0.5
 
 #: Called on the caller's thread with the bytes done and the bytes in all.
 OnBytes = Callable[[int, int], None]
@@ -72,11 +77,12 @@ class ExpertPreparer:
         """
         counts = dict.fromkeys(_Outcome, 0)
         results: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
-        waiting = iter(keys)
         self._stopped.clear()
         jobs = min(self._jobs, len(keys))
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(jobs))
+            # A second process begins at the end, so that the two meet in the middle: each skips what the other stored.
+            waiting = iter(keys if _is_first(self._store.folder, stack) else keys[::-1])
             reader = FileReader(self._direct, reading_way(self._slices) if self._direct else WAYS[0])
             stack.callback(reader.close)
             pool = stack.enter_context(ThreadPoolExecutor(max(1, jobs), thread_name_prefix="switchrun-prepare"))
@@ -92,6 +98,26 @@ class ExpertPreparer:
                 on_bytes(number * self._store.file_bytes, len(keys) * self._store.file_bytes)
         rebuilt = counts[_Outcome.REBUILT]
         return PreparedCounts(counts[_Outcome.WRITTEN] + rebuilt, counts[_Outcome.SKIPPED], rebuilt)
+
+    def packing_seconds(self, key: ExpertKey) -> float:
+        """Measure what quantising takes for one expert, with all jobs at work; blocks for about half a second.
+
+        Args:
+            key: The expert that is read, and quantised again and again. Nothing is stored.
+
+        Raises:
+            CorruptCheckpointError: The checkpoint cannot be read.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_few_threads(self._jobs))
+            reader = FileReader(self._direct, WAYS[0])
+            stack.callback(reader.close)
+            pool = stack.enter_context(ThreadPoolExecutor(self._jobs))
+
+            def rate(_: int) -> float:
+                return _Job(self._checkpoint, self._store, reader, self._direct).packing_rate(key)
+
+            return 1 / sum(pool.map(rate, range(self._jobs)))
 
     def _work(
         self, waiting: Iterator[ExpertKey], reader: FileReader, results: SimpleQueue[_Outcome | BaseException]
@@ -134,14 +160,28 @@ class _Job:
 
     def store(self, key: ExpertKey) -> None:
         """Read an expert from the checkpoint, quantise and write it."""
-        slices = self._slices[key]
-        plan = plan_reads(slices, self._direct)
-        self._reader.read(plan.segments, self._plain.view(0))
-        quantise(as_stored(slices, plan, self._plain, 0), self._into)
+        quantise(self._read(key), self._into)
         data = self._packed.view(0)[: self._store.layout.nbytes]
         # False without an error: somebody cleared the folder just then. It is made anew for the second try.
         if not self._store.write(key, data):
             self._store.write(key, data)
+
+    def packing_rate(self, key: ExpertKey) -> float:
+        """Give how often an expert is quantised in a second."""
+        matrices = self._read(key)
+        quantise(matrices, self._into)  # The first time touches memory that is new.
+        start, count, seconds = time.perf_counter(), 0, 0.0
+        while seconds < _CALIBRATION_SECONDS:
+            quantise(matrices, self._into)
+            count += 1
+            seconds = time.perf_counter() - start
+        return count / seconds
+
+    def _read(self, key: ExpertKey) -> ExpertWeights:
+        slices = self._slices[key]
+        plan = plan_reads(slices, self._direct)
+        self._reader.read(plan.segments, self._plain.view(0))
+        return as_stored(slices, plan, self._plain, 0)
 
     def is_whole(self, key: ExpertKey, stored: StoredExpert) -> bool:
         """Read a stored expert and look at its checksum."""
@@ -161,6 +201,19 @@ class _Job:
             # Also what lies between the parts, which quantising leaves as it is.
             self._packed.tensor(0, 0, torch.uint8, (len(data),)).zero_()
         return whole
+
+
+def _is_first(folder: Path, stack: contextlib.ExitStack) -> bool:
+    """Tell whether no other process prepares the same store, and be the one that does until the stack is closed."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # The folder was cleared just now, or its filesystem has no locks.
+    return True
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
+from typing import NamedTuple
 
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
@@ -52,6 +53,13 @@ def view_tensor(memory: mmap, position: int, stored: TensorSlice) -> torch.Tenso
     return tensor.T.contiguous() if stored.transposed else tensor
 
 
+class Stored(NamedTuple):
+    """A tensor as a checkpoint has it, with the scales of its rows if it is in int8."""
+
+    tensor: torch.Tensor
+    scales: torch.Tensor | None
+
+
 class DenseWeights(Mapping[str, torch.Tensor]):
     """The dense weights by name, each read from the checkpoint when it is asked for, as it is kept in memory.
 
@@ -63,7 +71,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         slices: Where the tensors lie, by canonical name.
         precision: The compute dtype, and whether linear layers are kept in int8; routers are given in float32.
         reader: Reads them; it stays the caller's.
-        preload: Has some of them already.
+        preload: Has read some of them already, and is closed.
     """
 
     def __init__(
@@ -75,7 +83,8 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         #: Those of the matrix that was read last: a hook that asked for the one asks for the other next.
         self._scales: dict[str, torch.Tensor] = {}
         self._reader = reader
-        self.preload = preload
+        self._preload = preload
+        self._converted: dict[str, dict[str, torch.Tensor]] = {}
         names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
         self.aliases = {name: "shared.weight" for name in names if name not in slices}
 
@@ -84,41 +93,64 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             if name not in self._scales:
                 self[self._weights[name]]
             return self._scales[name]
-        tensors = self.tensors(name)
+        tensors = self.keep(name, self.read(name))
         result = tensors.pop(name)
         if tensors:
             self._scales = tensors
         return result
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Read a stored tensor; gives it by its name, or if it is kept in int8, its codes and by their name its scales.
+    def convert_staged(self) -> None:
+        """Bring what was read ahead, but not to stay, to the form in which it is kept, and let go of what was read."""
+        for name in self._preload.staged.names:
+            self._converted[name] = self.keep(name, self.read(name))
+        self._preload.forget_staged()
+
+    def read(self, name: str) -> Stored:
+        """Read a tensor as it is stored; any thread may.
 
         Raises:
             CorruptCheckpointError: It cannot be read.
         """
-        scales = scales_of(name)
-        if scales not in self._weights:
-            return {name: self._read(name)}
-        stored = self._slices[name]
-        if stored.scales is not None:
-            return {name: self._read(name), scales: read_tensor(stored.scales, self._reader)}
-        codes, scb = torch.empty(stored.shape, dtype=torch.int8), torch.empty(stored.shape[:1])
-        quantise_int8(read_tensor(stored, self._reader), codes, scb)
-        return {name: codes, scales: scb}
+        name = self.aliases.get(name, name)
+        stored, place = self._slices[name], self._preload.find(name)
+        tensor = view_tensor(*place, stored) if place else read_tensor(stored, self._reader)
+        return Stored(tensor, None if stored.scales is None else read_tensor(stored.scales, self._reader))
 
-    def _read(self, name: str) -> torch.Tensor:
-        stored = self._slices[self.aliases.get(name, name)]
-        position = self.preload.wait(self.aliases.get(name, name))
-        if position is not None:
-            return view_tensor(self.preload.mapping, position, stored)
-        tensor = read_tensor(stored, self._reader)
-        if stored.scales is not None:
-            if not is_router(name):
-                return tensor
-            return tensor * (read_tensor(stored.scales, self._reader) / 127.0).unsqueeze(1)
+    def keep(self, name: str, stored: Stored) -> dict[str, torch.Tensor]:
+        """Bring a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales.
+
+        torch has threads for this; called from several threads at once, they get in each other's way.
+        """
+        tensor, scales = stored
+        if scales_of(name) in self._weights:
+            if scales is None:
+                codes, scales = torch.empty(tensor.shape, dtype=torch.int8), torch.empty(tensor.shape[:1])
+                quantise_int8(tensor, codes, scales)
+                tensor = codes
+            return {name: tensor, scales_of(name): scales}
+        if scales is not None:
+            return {name: tensor * (scales / 127.0).unsqueeze(1)}
         tensor = tensor.to(self._dtype)
         # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
-        return tensor.float() if is_router(name) else tensor
+        return {name: tensor.float() if is_router(name) else tensor}
+
+    def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield each tensor's name, and what is kept for it by its names; in any order.
+
+        Raises:
+            CorruptCheckpointError: One cannot be read.
+        """
+        left = []
+        for name in names:
+            if name in self._converted:
+                yield name, self._converted.pop(name)
+            else:
+                left.append(name)
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, len(left), _READERS):
+                some = left[start : start + _READERS]
+                for name, stored in zip(some, pool.map(self.read, some), strict=True):
+                    yield name, self.keep(name, stored)
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._slices, *self._weights, *self.aliases])
@@ -157,7 +189,7 @@ def place_dense_weights(
     model: nn.Module,
     weights: DenseWeights,
     device_map: Mapping[str, Tier],
-    on_bytes: Callable[[int], None],
+    on_placed: Callable[[str], None],
 ) -> None:
     """Bring dense weights to their tiers; those on disk are brought in by accelerate's hooks when they are used.
 
@@ -165,21 +197,17 @@ def place_dense_weights(
         model: The model, on the meta device.
         weights: The weights; only those that do not stay on disk are read.
         device_map: Module → tier.
-        on_bytes: Called with the size of each tensor that was read and placed.
+        on_placed: Called with the name of each tensor.
 
     Raises:
         CorruptCheckpointError: A tensor cannot be read.
     """
     tiers = {name: tier_of(name, device_map) for name in weights}
     resident = [name for name in weights.names if tiers[name] != "disk"]
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(resident), _READERS):
-            names = resident[start : start + _READERS]
-            for name, tensors in zip(names, pool.map(weights.tensors, names), strict=True):
-                for part, tensor in tensors.items():
-                    set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
-                    if part not in weights.preload.names:
-                        on_bytes(tensor.nbytes)
+    for name, tensors in weights.tensors(resident):
+        for part, tensor in tensors.items():
+            set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
+        on_placed(name)
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)
     if len(set(tiers.values())) > 1 or "disk" in tiers.values():

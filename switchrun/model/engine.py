@@ -81,13 +81,18 @@ class Engine:
             accelerator.check_driver()
         self.device = input_device(prepared.plan.device_map)
         self.context = RoutingContext()
+        sizes = {
+            name: memory.dense_bytes(name, tensor, prepared.plan.precision) for name, tensor in checkpoint.dense.items()
+        }
         total = sum(use.dense_bytes for use in prepared.plan.tiers if use.tier != "disk")
         done = 0
 
-        def on_bytes(nbytes: int) -> None:
+        def note(name: str) -> None:
+            """Count a weight, the first time that it is named: when it was read ahead, or else when it is placed."""
             nonlocal done
-            done += nbytes
-            on_dense_bytes(done, total)
+            if name in sizes:
+                done += sizes.pop(name)
+                on_dense_bytes(done, total)
 
         with ExitStack() as stack, told_as_budget(prepared.plan):
             check_gpus(prepared.plan.gpus)
@@ -96,10 +101,16 @@ class Engine:
             preload = preload or DensePreload(prepared)
             stack.callback(preload.close)
             for name in preload.names:
-                preload.wait(name)
-                on_bytes(checkpoint.dense[name].nbytes)
+                preload.find(name)
+                note(name)
+            preload.close()
             self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes() - preload.nbytes)
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
+            reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
+            stack.callback(reader.close)
+            weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
+            # Before the slots' memory is used, from which it borrows.
+            weights.convert_staged()
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
             writer = None
@@ -110,10 +121,7 @@ class Engine:
             self.levels = stack.enter_context(ExpertLevels(self.cache))
             self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
             stack.callback(drop_weights, self.model)
-            reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
-            stack.callback(reader.close)
-            weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
-            place_dense_weights(self.model, weights, plan.device_map, on_bytes)
+            place_dense_weights(self.model, weights, plan.device_map, note)
             for number in plan.gpus:
                 self._add_level(number)
             self._stack = stack.pop_all()

@@ -18,60 +18,38 @@ from switchrun.planning import memory
 from switchrun.planning.device_map import tier_of
 
 
-class DensePreload:
-    """Begins to read the dense weights that will stay in CPU memory as they are stored; all into one mapping.
-
-    What must be converted or packed is left out (it would be in memory twice), and so are routers, which compute in
-    float32.
+class Landing:
+    """Anonymous memory into which some tensors are read, each to whole pages of its own.
 
     Args:
-        prepared: The checkpoint and its plan.
+        reader: Reads them; begins at once.
+        tensors: What to read, by name.
 
     Attributes:
-        nbytes: Size of the mapping; all of it is resident once `wait` has been called for each of `names`.
-        mapping: Holds the tensors; it lives as long as a view of it.
-
-    Owns its threads and files until `close`, which waits for reads under way.
+        nbytes: Size of the memory; all of it is resident once `find` has been called for each of `names`.
+        names: What is read, in this order.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
-        checkpoint, plan = prepared.checkpoint, prepared.plan
-        wanted = {
-            name: tensor
-            for name, tensor in checkpoint.dense.items()
-            if memory.is_kept_as_stored(name, tensor, plan.precision) and tier_of(name, plan.device_map) == "cpu"
-        }
-        way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
-        # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
-        self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
-        self._ends: dict[str, Future[None]] = {}
+    def __init__(self, reader: FileReader, tensors: Mapping[str, TensorSlice]) -> None:
         self._positions: dict[str, int] = {}
-        self._start(wanted)
-
-    def _start(self, wanted: Mapping[str, TensorSlice]) -> None:
+        self._ends: dict[str, Future[None]] = {name: Future() for name in tensors}
+        self.names = tuple(tensors)
         cursor, reads = 0, []
-        for name, tensor in sorted(wanted.items(), key=lambda item: (str(item[1].file), item[1].offset)):
-            read = self._reader.segment(tensor.file, tensor.offset, tensor.nbytes)
-            reads.append((name, read, cursor))
+        for name, tensor in tensors.items():
+            read = reader.segment(tensor.file, tensor.offset, tensor.nbytes)
+            reads.append((read, cursor, self._ends[name]))
             self._positions[name] = cursor + tensor.offset - read.offset
             cursor += -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE
         self.nbytes = cursor
-        self.mapping = mmap.mmap(-1, max(cursor, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._mapping = mmap.mmap(-1, max(cursor, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         with contextlib.suppress(OSError, AttributeError):
-            self.mapping.madvise(mmap.MADV_HUGEPAGE)
-        view = memoryview(self.mapping)
-        for name, read, start in reads:
-            end: Future[None] = Future()
-            self._ends[name] = end
-            self._reader.submit([read], view[start : start + read.length], partial(_settle, end))
+            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        view = memoryview(self._mapping)
+        for read, start, end in reads:
+            reader.submit([read], view[start : start + read.length], partial(_settle, end))
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What is read, in this order."""
-        return tuple(self._ends)
-
-    def wait(self, name: str) -> int | None:
-        """Give the byte of the mapping at which a tensor begins; blocks until it is there. None if it is not read.
+    def find(self, name: str) -> tuple[mmap.mmap, int] | None:
+        """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
 
         Raises:
             CorruptCheckpointError: It cannot be read.
@@ -79,7 +57,66 @@ class DensePreload:
         if name not in self._ends:
             return None
         self._ends[name].result()
-        return self._positions[name]
+        return self._mapping, self._positions[name]
+
+
+class DensePreload:
+    """Begins to read the dense weights that belong into CPU memory.
+
+    Those that are kept as they are stored stay where they are read to. The others, which are converted or packed when
+    torch is there, lie in memory twice meanwhile; as many of them are read as fit into the room of the expert slots,
+    which nobody uses before.
+
+    Args:
+        prepared: The checkpoint and its plan.
+
+    Attributes:
+        kept: Those that stay; the memory lives as long as a view of it.
+        staged: Those that do not.
+
+    Owns its threads and files until `close`, which waits for reads under way.
+    """
+
+    def __init__(self, prepared: Prepared) -> None:
+        checkpoint, plan = prepared.checkpoint, prepared.plan
+        kept: dict[str, TensorSlice] = {}
+        staged: dict[str, TensorSlice] = {}
+        room = plan.tier("cpu").expert_bytes
+        for name, tensor in sorted(checkpoint.dense.items(), key=lambda item: (str(item[1].file), item[1].offset)):
+            if tier_of(name, plan.device_map) != "cpu":
+                continue
+            if memory.is_kept_as_stored(name, tensor, plan.precision):
+                kept[name] = tensor
+            elif memory.read_buffer_bytes(tensor.nbytes) <= room:
+                room -= memory.read_buffer_bytes(tensor.nbytes)
+                staged[name] = tensor
+        way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
+        # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
+        self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
+        self.kept = Landing(self._reader, kept)
+        self.staged = Landing(self._reader, staged)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that is read, in this order."""
+        return self.kept.names + self.staged.names
+
+    @property
+    def nbytes(self) -> int:
+        """What is resident once `find` has been called for each of `names`."""
+        return self.kept.nbytes + self.staged.nbytes
+
+    def find(self, name: str) -> tuple[mmap.mmap, int] | None:
+        """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
+
+        Raises:
+            CorruptCheckpointError: It cannot be read.
+        """
+        return self.kept.find(name) or self.staged.find(name)
+
+    def forget_staged(self) -> None:
+        """Let go of what does not stay. To be called after `close`: the threads hold on to what they read last."""
+        self.staged = Landing(self._reader, {})
 
     def close(self) -> None:
         """Wait for reads under way, end the threads and close the files."""

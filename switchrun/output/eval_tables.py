@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from switchrun.output.sinks import format_record
-from switchrun.units import format_bytes, format_seconds
+from switchrun.units import format_bytes, format_count, format_seconds
 
 _HEAD = ("dtype", "loss", "± loss", "same tokens", "same outputs", "experts read", "time", "peak RSS", "slots")
 _NOTHING = "–"
@@ -62,16 +62,17 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def _notes(record: dict[str, Any]) -> Iterator[str]:
     """Tell what the columns are about, and whatever was left out."""
     text = record["text"]
-    yield f"{text['passages']} passages, {text['target_tokens']} target tokens; loss in nats per target token"
+    passages = format_count(text["passages"], "passage")
+    yield f"{passages}, {format_count(text['target_tokens'], 'target token')}; loss in nats per target token"
     yield f"reference {record['reference']}, seed {record['seed']}"
     for row in record["rows"]:
         if row["status"] == "failed":
             yield f"{row['name']}: {row['error']['message']}"
             continue
-        passes = f"{row['passes']} {'pass' if row['passes'] == 1 else 'passes'}"
+        passes = format_count(row["passes"], "pass", "passes")
         yield (
             f"{row['name']}: {passes}, {format_bytes(row['hidden_bytes'])} of hidden states, "
-            f"{row['experts_used']} experts used, {row['loss_pass']['expert_loads']} read for the loss"
+            f"{format_count(row['experts_used'], 'expert')} used, {row['loss_pass']['expert_loads']} read for the loss"
         )
 
 

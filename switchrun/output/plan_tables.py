@@ -12,7 +12,7 @@ from rich.table import Table
 from switchrun.output.consoles import make_list, make_table, render
 from switchrun.output.tier_table import tier_table
 from switchrun.planning.types import Estimate, Placement, Plan
-from switchrun.units import format_bytes, format_rate, format_seconds, mib_up
+from switchrun.units import format_bytes, format_count, format_rate, format_seconds, mib_up
 
 _BLOCK = re.compile(r"((?:encoder|decoder)\.block)\.(\d+)(?:\..*)?")
 
@@ -68,13 +68,15 @@ def _placements(placements: Iterable[Placement]) -> Table:
 
 def _estimate(estimate: Estimate, batch_size: int) -> Table:
     inputs = "one input" if batch_size == 1 else f"{batch_size} inputs"
-    table = make_list(f"First fill of {inputs}: {estimate.input_tokens} tokens in, {estimate.output_tokens} out")
+    tokens = format_count(estimate.input_tokens, "token")
+    table = make_list(f"First fill of {inputs}: {tokens} in, {estimate.output_tokens} out")
     loads = f"{estimate.encoder_expert_loads} in the encoder, {estimate.decoder_expert_loads} in the decoder"
     table.add_row("expert loads", loads)
     table.add_row("experts read", format_bytes(estimate.load_bytes))
     table.add_row("dense weights read again", format_bytes(estimate.dense_disk_bytes))
     if estimate.gpu_load_bytes:
-        table.add_row("copied to GPUs", f"{format_bytes(estimate.gpu_load_bytes)}, {estimate.gpu_expert_loads} experts")
+        copied = format_count(estimate.gpu_expert_loads, "expert")
+        table.add_row("copied to GPUs", f"{format_bytes(estimate.gpu_load_bytes)}, {copied}")
     rate = format_rate(estimate.bandwidth_bytes_per_second)
     table.add_row("disk", f"{rate} ({estimate.bandwidth_source})")
     table.add_row("reading takes", format_seconds(estimate.read_seconds))

@@ -9,7 +9,7 @@ from rich.table import Table
 from switchrun.model.records import SessionStats
 from switchrun.output.consoles import make_list, render
 from switchrun.output.tier_table import tier_table
-from switchrun.units import format_bytes, format_rate, format_seconds
+from switchrun.units import format_bytes, format_count, format_rate, format_seconds
 
 
 def render_stats(stats: SessionStats) -> str:
@@ -28,16 +28,14 @@ def _peaks(stats: SessionStats) -> Table:
 def _speed(stats: SessionStats) -> Table:
     table = make_list("Time")
     table.add_row("open", format_seconds(stats.open_seconds))
-    table.add_row(
-        f"fill, {stats.inputs} {'input' if stats.inputs == 1 else 'inputs'}", format_seconds(stats.fill_seconds)
-    )
+    table.add_row(f"fill, {format_count(stats.inputs, 'input')}", format_seconds(stats.fill_seconds))
     if stats.ttft_seconds is not None:
         table.add_row("time to first token, mean", format_seconds(stats.ttft_seconds))
     if stats.itl_seconds is not None:
         table.add_row("inter-token latency, mean", format_seconds(stats.itl_seconds))
     if stats.fill_seconds > 0:
         rate = stats.output_tokens / stats.fill_seconds
-        table.add_row("output", f"{stats.output_tokens} tokens, {rate:.3g} tokens/s")
+        table.add_row("output", f"{format_count(stats.output_tokens, 'token')}, {rate:.3g} tokens/s")
     return table
 
 

@@ -26,7 +26,7 @@ def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int) -> 
         BudgetError: Not a single slot would be left.
     """
     use = plan.tier("cpu")
-    expected = memory.RUNTIME_BYTES - memory.FIRST_RUN_BYTES
+    expected = memory.runtime_bytes(plan.precision) - memory.FIRST_RUN_BYTES
     expected += memory.index_bytes(checkpoint)
     surplus = rss_bytes - expected
     spare = (use.budget_bytes or 0) - use.total_bytes

@@ -70,10 +70,12 @@ def is_int8(name: str, tensor: TensorSlice, precision: Precision) -> bool:
 
 
 def is_kept_as_stored(name: str, tensor: TensorSlice, precision: Precision) -> bool:
-    """Tell whether a dense tensor is kept in the very bytes that are stored; routers are said not to be."""
+    """Tell whether a dense tensor is kept in the very bytes that are stored."""
+    if tensor.transposed:
+        return False
     if is_int8(name, tensor, precision):
         return tensor.dtype == "I8"
-    return tensor.dtype == precision.compute.stored and not is_router(name)
+    return tensor.dtype == precision.compute.stored and (not is_router(name) or tensor.dtype == "F32")
 
 
 def dense_bytes(name: str, tensor: TensorSlice, precision: Precision) -> int:
@@ -161,12 +163,10 @@ def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
 
 
 def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give what packing takes: scratch, libraries, and the buffers of experts that wait to be written to `offload/`."""
+    """Give what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
     if precision.packed is None:
         return 0
     scratch = (STAGING_BUFFERS + 1) * PACKING_SCRATCH_BYTES
-    if precision.packed is PackedDtype.NF4:
-        scratch += BITSANDBYTES_BYTES
     if checkpoint.has_int8_experts:
         return scratch
     return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
@@ -176,7 +176,12 @@ def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give what a process needs besides weights and activations: libraries, the index, buffers for reading."""
     largest = max(tensor.nbytes for tensor in checkpoint.dense.values())
     buffers = staging_bytes(checkpoint, precision) + packing_bytes(checkpoint, precision)
-    return RUNTIME_BYTES + index_bytes(checkpoint) + largest + buffers
+    return runtime_bytes(precision) + index_bytes(checkpoint) + largest + buffers
+
+
+def runtime_bytes(precision: Precision) -> int:
+    """Give what Python and the libraries take, the first fill included."""
+    return RUNTIME_BYTES + (BITSANDBYTES_BYTES if precision.packed is PackedDtype.NF4 else 0)
 
 
 def index_bytes(checkpoint: SwitchCheckpoint) -> int:

@@ -56,9 +56,38 @@ class Preparation:
         """What will be written."""
         return len(self.todo) * self.file_bytes
 
-    def disk_seconds(self, disk: Bandwidth) -> float:
-        """Estimate how long the disk takes, if it writes as fast as it reads."""
-        return (len(self.todo) * self.read_bytes + self.write_bytes) / disk.bytes_per_second
+    def estimate(self, disk: Bandwidth, packing_seconds: float) -> TimeEstimate:
+        """Estimate how long it takes.
+
+        Args:
+            disk: How fast the disk reads; it is taken to write as fast.
+            packing_seconds: What quantising takes for one expert, with all jobs at work.
+        """
+        count = len(self.todo)
+        return TimeEstimate(
+            reading=count * self.read_bytes / disk.bytes_per_second,
+            packing=count * packing_seconds,
+            writing=self.write_bytes / disk.bytes_per_second,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TimeEstimate:
+    """Seconds that reading, quantising and writing all experts take, each by itself."""
+
+    reading: float
+    packing: float
+    writing: float
+
+    @property
+    def least(self) -> float:
+        """All of it, if the jobs keep disk and processor at work at the same time."""
+        return max(self.reading + self.writing, self.packing)
+
+    @property
+    def most(self) -> float:
+        """All of it, if one waits for the other; so it is with a single job."""
+        return self.reading + self.writing + self.packing
 
 
 @dataclass(frozen=True, slots=True)

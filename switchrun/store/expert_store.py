@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import zlib
 from collections.abc import Callable
 from pathlib import Path
+
+from xxhash import xxh3_64_intdigest
 
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.errors import StorageError
@@ -181,7 +182,7 @@ class ExpertStore:
             raise ValueError(f"an expert has {self.layout.nbytes} bytes here, not {len(data)}")
         if not self._writable:
             return False
-        checksum = zlib.crc32(data)
+        checksum = xxh3_64_intdigest(data)
         header = self._format.header(key, checksum)
         path = expert_path(self.folder, key)
         if self._limit is not None and not self._limit.reserve(key, self._format.file_bytes):
@@ -233,7 +234,7 @@ class ExpertStore:
         Returns:
             Whether they agree. If they do not, the caller discards the expert.
         """
-        checksum = zlib.crc32(memoryview(buffer).cast("B"))
+        checksum = xxh3_64_intdigest(memoryview(buffer).cast("B"))
         with self._lock:
             known = self._known.get(key)
         if known is None or known.checksum != checksum:

@@ -23,7 +23,9 @@ _DROP_BYTES = 4 * 1024**2
 _TEMPORARY = re.compile(r"\.[0-9]+-[0-9a-f]{8}\.tmp", re.ASCII)
 #: Where a filesystem has no locks: how old a temporary file must be to be nobody's.
 _ABANDONED_SECONDS = 15 * 60
-_CHECKSUM_DIGITS = 8
+#: XXH3 is as fast as memory; it finds accidents, and is no protection against a forger.
+CHECKSUM = "xxh3_64"
+_CHECKSUM_DIGITS = 16
 
 
 class DamagedFileError(Exception):
@@ -38,7 +40,7 @@ class StoredExpert:
         path: The file.
         offset: First byte of the data, a multiple of 4096.
         nbytes: Length of the data; the layout says what is in it.
-        checksum: `zlib.crc32` of the data, as the file states it.
+        checksum: XXH3 (64 bit) of the data, as the file states it.
     """
 
     path: Path
@@ -88,7 +90,7 @@ class ExpertFormat:
     def _text(self, key: ExpertKey, checksum: int) -> bytes:
         name = f"{key.stack}.{key.block}/{key.expert}"
         # The checksum has a fixed length and comes first, so `inspect` knows its place.
-        about = {"crc32": f"{checksum:0{_CHECKSUM_DIGITS}x}", "expert": name, "store": self._identity}
+        about = {CHECKSUM: f"{checksum:0{_CHECKSUM_DIGITS}x}", "expert": name, "store": self._identity}
         return json.dumps({"__metadata__": about, **self._tensors}, separators=(",", ":")).encode()
 
     def inspect(self, path: Path, key: ExpertKey) -> StoredExpert:
@@ -108,7 +110,7 @@ class ExpertFormat:
             got = os.pread(file, self.header_bytes, 0)
         finally:
             os.close(file)
-        begin = 8 + len('{"__metadata__":{"crc32":"')
+        begin = 8 + len(f'{{"__metadata__":{{"{CHECKSUM}":"')
         try:
             checksum = int(got[begin : begin + _CHECKSUM_DIGITS], 16)
         except ValueError:
@@ -132,14 +134,10 @@ def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryv
     Raises:
         OSError: It could not be written. Nothing is left behind.
     """
-    temporary = store / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    temporary, file = _create_temporary(store)
     renamed = False
     try:
         try:
-            # Held until the file is closed, by death too: it tells `remove_leftovers` that this one has an owner.
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = _write_all(file, chunks)
             os.fsync(file)
             if size >= _DROP_BYTES:
@@ -154,6 +152,19 @@ def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryv
             with contextlib.suppress(OSError):
                 temporary.unlink()
     _sync_folder(target.parent)
+
+
+def _create_temporary(store: Path) -> tuple[Path, int]:
+    """Create a file and lock it until it is closed, by death too: so `remove_leftovers` knows that it has an owner."""
+    while True:
+        path = store / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        # Another process that begins just now may have taken it for a dead one's before it was locked.
+        if os.fstat(file).st_nlink:
+            return path, file
+        os.close(file)
 
 
 def _write_all(file: int, chunks: Sequence[bytes | memoryview]) -> int:
@@ -197,7 +208,6 @@ def remove_leftovers(store: Path) -> None:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 if _abandoned(file):
-                    # Its owner may be between creating and locking it. Then its rename fails, and it lost only time.
                     path.unlink()
             finally:
                 os.close(file)

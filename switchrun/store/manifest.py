@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.folders import offload_folder
+from switchrun.hints import command
 from switchrun.store.files import write_atomically
 from switchrun.store.layout import Layout
 
 MANIFEST = "manifest.json"
 #: Counts up whenever files written before can no longer be used.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MODEL_NAME = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
 _DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
 _TEXTS = ("model", "fingerprint", "dtype")
@@ -150,7 +150,5 @@ def is_store_folder(folder: Path) -> bool:
 
 def mending_command(offload: str | Path, model: str, dtype: str) -> str:
     """Give the command that empties a store."""
-    command = f"switchrun offload clear --model {shlex.quote(model)} --dtype {dtype}"
-    if Path(offload).absolute() != offload_folder(None).absolute():
-        command += f" --offload-folder {shlex.quote(str(offload))}"
-    return f"run `{command}`"
+    named = None if Path(offload).absolute() == offload_folder(None).absolute() else offload
+    return f"run `{command('offload', 'clear', model=model, dtype=dtype, offload_folder=named)}`"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from xxhash import xxh3_64
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.store.files import DamagedFileError, ExpertFormat, temporaries
@@ -119,15 +120,15 @@ def _tell(progress: Progress | None, info: StoreInfo, before: int, count: int) -
 def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
     """Sum up a file's data, and give its pages back: a whole store would drive everything else out of the cache."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))
-    checksum = 0
+    checksum = xxh3_64()
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while count := file.readinto(buffer):
-            checksum = zlib.crc32(buffer[:count], checksum)
+            checksum.update(buffer[:count])
             progress(file.tell())
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file.fileno(), 0, file.tell(), os.POSIX_FADV_DONTNEED)
-    return checksum
+    return checksum.intdigest()
 
 
 def clear_store(folder: Path, progress: Progress | None = None) -> int:

@@ -36,6 +36,15 @@ def test_a_cold_cell(cell: Cell, tmp_path: Path) -> None:
     assert all(without_reads[stage]["counters"]["requests"] == 0 for stage in without_reads)
     assert fill["seconds"] >= sum(stage["expert_layer_seconds"] for stage in fill["stages"].values())
     assert answer["timeline"]
+    assert answer["warnings"] == []
+
+
+def test_the_stores_warnings_are_in_the_answer(cell: Cell, tmp_path: Path) -> None:
+    offload = tmp_path / "a file"
+    offload.write_text("")
+    answer = cell_process.measure(task_of(replace(cell, dtype="int8"), tmp_path, offload_folder=str(offload)))
+    assert len(answer["warnings"]) == 1
+    assert "cannot be written" in answer["warnings"][0]
 
 
 def test_a_warm_cell_keeps_its_experts(cell: Cell, tmp_path: Path) -> None:

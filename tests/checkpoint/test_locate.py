@@ -81,6 +81,36 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> 
     assert open_checkpoint(None).id == "demo"
 
 
+def touch_all(folder: Path) -> None:
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))
+
+
+def test_an_installation_leaves_the_demos_fingerprint(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path.resolve() / package)
+    demo = tmp_path / "switchrun" / "demo"
+    shutil.copytree(folder, demo)
+    before = open_checkpoint(None).fingerprint
+    touch_all(demo)
+    assert open_checkpoint(None).fingerprint == open_checkpoint(str(demo)).fingerprint == before
+    weights = demo / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert open_checkpoint(None).fingerprint != before, "trained again"
+
+
+def test_a_download_leaves_a_commits_fingerprint(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
+    found = []
+    for commit in (COMMIT, COMMIT[::-1]):
+        snapshot = shutil.copytree(folder, tmp_path / commit)
+        monkeypatch.setattr("switchrun.checkpoint.hub.find_snapshot", lambda *_, path=snapshot: path)
+        for _ in range(2):
+            found.append(open_checkpoint("org/tiny").fingerprint)
+            touch_all(snapshot)
+    assert found[0] == found[1] != found[2] == found[3]
+
+
 @pytest.mark.parametrize(
     ("there", "chosen"),
     [

@@ -52,6 +52,7 @@ def answer() -> dict[str, Any]:
     }
     return {
         "open_seconds": 1.0, "open_io_read_bytes": 1000, "plan": PLAN, "fills": [fill], "timeline": [[0.1, 10**6]],
+        "warnings": [],
     }  # fmt: skip
 
 
@@ -102,6 +103,16 @@ def test_the_arithmetic_of_a_record(invoke: Invoke, children: list[dict[str, Any
     assert median["ideal_ratio"] == 4 / 2.25
     assert median["first_pass_ratio"] == 1
     assert [way["best_for"] for way in record["raw_disk"]] == [["decoder"], ["encoder"]]
+
+
+def test_warnings_of_the_store_are_told_and_recorded(
+    invoke: Invoke, children: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "run_child", lambda *_: answer() | {"warnings": ["tier cannot be written"]})
+    done = invoke(*"bench --repeats 2 --format jsonl".split())
+    assert done.stderr.count("switchrun: warning: cell 1 of 1: tier cannot be written\n") == 2
+    assert json.loads(done.stdout)["notes"].count("tier cannot be written") == 1
+    assert "tier cannot be written" in invoke(*"bench --repeats 1 -q".split()).stdout
 
 
 def test_a_failed_cell_does_not_end_the_run(invoke: Invoke, children: list[dict[str, Any]]) -> None:

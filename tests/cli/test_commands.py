@@ -50,7 +50,7 @@ def test_what_stores_are_there_is_told_without_torch(hermetic: dict[str, str]) -
     assert _imported("offload ls --format json", hermetic) == set()
     assert _imported("offload verify", hermetic) <= {"rich"}
     assert _imported("offload clear --yes", hermetic) == set()
-    assert _imported("prepare --dtype int8 --dry-run", hermetic) <= {"rich"}
+    assert _imported("prepare --dtype int8 --limit 0 --dry-run", hermetic) <= {"rich"}
 
 
 def test_importing_the_package_imports_nothing_heavy(hermetic: dict[str, str]) -> None:
@@ -101,7 +101,14 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
         (["plan", "--disk-bandwidth", "0GB/s"], 2, "--disk-bandwidth: '0GB/s' is not a rate"),
         (["plan", "--dtype", "int4"], 2, "int4"),
         (["fill", "--offload-limit", "little", "<extra_id_0>"], 2, "--offload-limit: 'little' is not a size"),
-        (["plan", "--device-map", "nowhere"], 2, "there is no file 'nowhere'"),
+        (["plan", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
+        (["offload", "clear", "--yes", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
+        (["plan", "--device-map", "nowhere"], 2, "write one with: switchrun plan --format json > nowhere)"),
+        (
+            ["fill", "--device-map", "a b", "-m", "m", "--dtype", "int8", "--offload-folder", "my tier", "x"],
+            2,
+            "switchrun plan --format json --model m --dtype int8 --offload-folder 'my tier' > 'a b')",
+        ),
         (["plan", "--input-tokens", "0"], 2, "'--input-tokens'"),
         (["plan", "--format", "jsonl"], 2, "'--format'"),
         (["plan", "extra"], 2, "extra"),

@@ -114,6 +114,18 @@ def test_the_demo_model_in_int8(invoke: Invoke, tasks: Tasks, tmp_path: Path) ->
     assert "note: int8: experts were read from the checkpoint and packed" in done.stderr
 
 
+def test_the_limit_of_the_offload_folder(invoke: Invoke, tasks: Tasks, tiny: str, tmp_path: Path) -> None:
+    options = "--dtype int8 --format json --offload-folder tier --offload-limit".split()
+    done = run(invoke, tiny, *options, "1KiB")
+    assert done.code == 0
+    assert "warning: int8: " in done.stderr
+    assert "the limit leaves no room" in done.stderr
+    assert not list((tmp_path / "tier").rglob("*.safetensors"))
+    refused = run(invoke, tiny, *options, "little")
+    assert (refused.code, refused.stdout) == (2, "")
+    assert "--offload-limit: 'little' is not a size" in refused.stderr
+
+
 def test_a_seed_decides(invoke: Invoke, tasks: Tasks, tiny: str) -> None:
     losses = [
         record_of(run(invoke, tiny, *f"--dtype fp32 --seed {seed} --format json".split()))["rows"][0]["loss"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ HUB = "google/switch-base-8@0123abc"
 @pytest.fixture
 def offload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An offload folder with two stores of two models, and things that are not switchrun's."""
-    folder = tmp_path / "tier"
+    folder = tmp_path / "my tier"
     monkeypatch.setenv("SWITCHRUN_OFFLOAD_FOLDER", str(folder))
     for model, dtype, count in (("demo", "int8", 3), (HUB, "int8", 2), (HUB, "nf4", 1)):
         store = open_store(folder, model=model, dtype=dtype)
@@ -84,8 +85,10 @@ def test_verify_finds_what_is_damaged_and_deletes_it_if_asked(invoke: Invoke, of
     assert done.code == 7
     reason, error = done.stderr.splitlines()
     assert reason == f"switchrun: {path}: its bytes do not match its checksum"
-    assert "1 stored experts" in error
-    assert "offload verify --delete" in error
+    assert f"damaged experts are left in {offload}: 1" in error
+    hint = f"offload verify --delete --model demo --dtype int8 --offload-folder '{offload}'"
+    told = invoke("offload", "verify", "--model", "demo", "--dtype", "int8", "--offload-folder", str(offload)).stderr
+    assert hint in told.splitlines()[-1]
     assert path.exists()
     assert invoke("offload", "verify", "--model", HUB).code == 0
     assert invoke("offload", "verify", "--dtype", "nf4").code == 0
@@ -101,7 +104,10 @@ def test_verify_goes_on_after_a_store_that_cannot_be_used(invoke: Invoke, offloa
     done = invoke("offload", "verify")
     assert done.code == 7
     assert "google/switch-base-8" in done.stdout
-    assert "offload clear" in done.stderr.splitlines()[-1]
+    command = shlex.split(done.stderr.split("`")[1])
+    assert command[:3] == ["switchrun", "offload", "clear"]
+    assert invoke(*command[1:], "--yes").stdout.startswith("deleted 3 experts")
+    assert experts(offload) == 3
 
 
 def test_progress_is_for_terminals(invoke: Invoke, offload: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +133,7 @@ def test_clear_wants_yes_where_nobody_can_be_asked(invoke: Invoke, offload: Path
 def test_clear_asks_on_a_terminal(invoke: Invoke, offload: Path, answer: bytes, left: int) -> None:
     done = invoke("offload", "clear", input=answer, terminal=True)
     assert done.code == 0
-    assert "Delete these 6 experts, " in done.stderr
+    assert "Delete 6 experts, " in done.stderr
     assert experts(offload) == left
     assert done.stdout.startswith("nothing was deleted" if left else "deleted 6")
 
@@ -153,7 +159,7 @@ def test_a_local_model_is_known_by_its_folder(invoke: Invoke, offload: Path, tmp
     store = open_store(offload, model=str(tmp_path / "mine"))
     store.write(key(0), data_of(0))
     (store.folder / "manifest.json").write_text("{")
-    assert invoke("offload", "clear", "--yes", "--model", "mine").stdout.startswith("deleted 1 experts")
+    assert invoke("offload", "clear", "--yes", "--model", "mine").stdout.startswith("deleted 1 expert, ")
     assert experts(offload) == 6
 
 
@@ -161,7 +167,7 @@ def test_a_folder_called_demo_is_not_the_demo_model(invoke: Invoke, offload: Pat
     (tmp_path / "demo").mkdir()
     open_store(offload, model=str(tmp_path / "demo")).write(key(0), data_of(0))
     assert invoke("offload", "clear", "--yes", "--model", "demo").stdout.startswith("deleted 3 experts")
-    assert invoke("offload", "clear", "--yes", "--model", "./demo").stdout.startswith("deleted 1 experts")
+    assert invoke("offload", "clear", "--yes", "--model", "./demo").stdout.startswith("deleted 1 expert, ")
 
 
 def test_a_variable_for_fill_does_not_decide_what_is_deleted(

@@ -38,8 +38,11 @@ def test_a_fill_a_damaged_expert_and_a_folder_of_something_else(run_switchrun: R
     assert (third.returncode, third.stdout) == (7, "")
     assert "the checkpoint has changed since these experts were made of it" in third.stderr
     assert "switchrun offload clear" in third.stderr
+    planned = run_switchrun(["plan", "--dtype", "int8", "--offload-folder", str(tier)])
+    assert (planned.returncode, planned.stdout, planned.stderr) == (7, "", third.stderr)
 
 
+@pytest.mark.slow
 def test_the_limit_leaves_no_room(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
     command = ["fill", "--dtype", "nf4", "--offload-folder", str(tmp_path / "tier"), "--offload-limit", "1KiB", TEXT]
     done = run_switchrun(command)
@@ -62,6 +65,7 @@ def test_a_plan(run_switchrun: RunSwitchrun, dtype: str) -> None:
     assert f"{dtype} (computed in bf16, stored as BF16)" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_model_in_8_bit(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
     model = save_tiny_tokenizer(save_in_int8(save_checkpoint(random_model(tiny_config()), tmp_path / "model")))
     tier = tmp_path / "tier"

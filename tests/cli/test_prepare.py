@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from switchrun.checkpoint.types import ExpertKey
 from switchrun.store import list_stores, verify_store
 from tests.cli.conftest import Invoke, Outcome
 from tests.conftest import RunSwitchrun
@@ -51,7 +52,7 @@ def files(tier: Path) -> list[Path]:
 def counts(done: Outcome) -> tuple[int, int]:
     """Give how many experts were written, and how many skipped."""
     assert done.code == 0, done.stderr
-    match = re.fullmatch(r"(\d+) experts written, (?:\d+ of them .*, )?(\d+) skipped, .*\n", done.stdout)
+    match = re.fullmatch(r"(\d+) experts? written, (?:\d+ in the place .*, )?(\d+) skipped, .*\n", done.stdout)
     assert match, done.stdout
     return int(match[1]), int(match[2])
 
@@ -89,12 +90,18 @@ def test_a_part(invoke: Invoke, tier: Path, options: str, written: int) -> None:
         assert counts(again) == (0, written), "nothing is deleted for others"
 
 
-def test_dry_run_writes_nothing(invoke: Invoke, tier: Path) -> None:
-    done = invoke("prepare", "--dtype", "int8", "--dry-run")
+def test_dry_run_writes_nothing(invoke: Invoke, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchrun.experts.prepare._CALIBRATION_SECONDS", 0.01)
+    done = invoke("prepare", "--dtype", "int8", "--dry-run", "--jobs", "2")
     assert (done.code, done.stderr) == (0, "")
     for line in ("experts to write +32 of 13[0-9] KiB", "stored already +0", "bytes to write +4.3. MiB", "free on the"):
         assert re.search(line, done.stdout)
-    assert "reading and writing takes" in done.stdout
+    assert "estimated" in done.stdout
+    time = r"[\d.]+ m?s"
+    for line in (f"reading +{time}", f"quantising +{time} ", f"writing +{time} ", f"all of it +{time} to {time}"):
+        assert re.search(f"^{line}", done.stdout, flags=re.M)
+    one = invoke("prepare", "--dtype", "nf4", "--dry-run", "--jobs", "1").stdout
+    assert re.search(f"^all of it +{time}$", one, flags=re.M), "one after the other"
     assert list_stores(tier) == []
     assert [path.name for path in tier.iterdir()] == ["index"], "every command keeps the parsed index there"
     invoke("prepare", "--dtype", "int8", "--layers", "encoder.1")
@@ -112,13 +119,13 @@ def test_verify_rebuilds_a_flipped_byte(invoke: Invoke, tier: Path) -> None:
     assert path.read_bytes() != good
     done = invoke("prepare", "--dtype", "int8", "--verify")
     assert counts(done) == (1, 31)
-    assert "1 of them in the place of damaged ones" in done.stdout
+    assert "1 in the place of a damaged one" in done.stdout
     assert f"switchrun: warning: {path} is damaged" in done.stderr
     assert path.read_bytes() == good
     flip(path, 100)
     done = invoke("prepare", "--dtype", "int8")
     assert counts(done) == (1, 31)
-    assert "1 of them in the place of damaged ones" in done.stdout
+    assert "1 in the place of a damaged one" in done.stdout
     assert path.read_bytes() == good
 
 
@@ -135,7 +142,7 @@ def test_it_goes_on_after_a_kill(invoke: Invoke, tier: Path, hermetic: dict[str,
 def test_ctrl_c_leaves_whole_experts(invoke: Invoke, tier: Path, hermetic: dict[str, str]) -> None:
     env = {**hermetic, "SWITCHRUN_OFFLOAD_FOLDER": str(tier)}
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD.format(first="time.sleep(0.3)")],
+        [sys.executable, "-c", CHILD.format(first="time.sleep(0.1)")],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     end = time.monotonic() + 60
@@ -195,6 +202,25 @@ def test_a_read_only_folder(invoke: Invoke, tier: Path, tmpfs: Mount) -> None:
     assert invoke("offload", "clear", "--yes", "--offload-folder", str(disk)).code == 9
     assert counts(invoke("prepare", "--dtype", "int8", "--experts", "0", "--offload-folder", str(disk))) == (0, 4)
     assert invoke("prepare", "--dtype", "int8", "--dry-run", "--offload-folder", str(disk)).code == 0
+
+
+def test_two_at_once_meet_in_the_middle(invoke: Invoke, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from switchrun.store import ExpertStore
+
+    real, begun, order = ExpertStore.write, [], []
+
+    def write(store: ExpertStore, key: ExpertKey, data: memoryview) -> bool:
+        if not begun:
+            begun.append(key)
+            # While the first one stores its first expert, another one does a layer.
+            assert counts(invoke("prepare", "--dtype", "int8", "--jobs", "1", "--layers", "decoder.3")) == (8, 0)
+        order.append(key)
+        return real(store, key, data)
+
+    monkeypatch.setattr(ExpertStore, "write", write)
+    assert counts(invoke("prepare", "--dtype", "int8", "--jobs", "1")) == (24, 8)
+    assert [(key.stack, key.block, key.expert) for key in order[:8]] == [("decoder", 3, n) for n in range(7, -1, -1)]
+    assert [key.expert for key in order[8:16]] == list(range(8))
 
 
 def test_too_little_room_is_said_before(invoke: Invoke, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:

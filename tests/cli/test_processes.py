@@ -197,3 +197,22 @@ def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> Non
     # What is left on the screen once the erased parts are gone.
     shown = re.sub(rb"[^\n]*\r\x1b\[2K", b"", seen).replace(b"\r\n", b"\n")
     assert shown == f"switchrun: note: {REPAIR}\nswitchrun: note: {UNUSED}\n".encode() + ANSWER * 2
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_the_command_line_is_imported(
+    hermetic: dict[str, str], signum: signal.Signals, code: int
+) -> None:
+    script = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path, target=None):\n"
+        f"        if name == 'typer': os.kill(os.getpid(), {int(signum)})\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "sys.argv = ['switchrun', 'plan']\n"
+        "from switchrun.__main__ import main\n"
+        "assert 'typer' not in sys.modules\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=hermetic, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")

@@ -47,7 +47,7 @@ def test_repairs_are_counted(tmp_path: Path) -> None:
     found = check(str(folder), tmp_path)
     assert found.status is Status.OK
     assert len(found.details["repairs"]) > 0
-    assert f"{len(found.details['repairs'])} repairs (see: switchrun plan)" in found.finding
+    assert f"{len(found.details['repairs'])} repairs (see: switchrun plan --model {folder})" in found.finding
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.errors import BudgetError, UsageError
 from switchrun.planning import preparation
+from switchrun.planning.estimate import Bandwidth
 from switchrun.planning.preparation import choose_experts, job_bytes, process_bytes, resolve_jobs
 from switchrun.store import layout_of
 from tests.planning.made_up import made_up_checkpoint
@@ -63,6 +64,15 @@ def test_jobs_fit_into_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     for jobs in (None, 1):
         with pytest.raises(BudgetError, match="give --cpu-memory"):
             resolve_jobs(CHECKPOINT, LAYOUT, jobs, least - 1)
+
+
+def test_the_time_is_between_side_by_side_and_one_after_the_other() -> None:
+    made = preparation.Preparation(tuple(CHECKPOINT.experts), (), 0, 0, file_bytes=100, read_bytes=300, free_bytes=0)
+    estimate = made.estimate(Bandwidth(1600, "given"), packing_seconds=0.5)
+    assert (estimate.reading, estimate.packing, estimate.writing) == (3, 8, 1)
+    assert (estimate.least, estimate.most) == (8, 12)
+    slow = made.estimate(Bandwidth(100, "given"), packing_seconds=0.5)
+    assert (slow.least, slow.most) == (64, 72)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])

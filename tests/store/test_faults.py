@@ -187,7 +187,7 @@ def check_rebuilt(offload: Path, path: Path) -> None:
 
 
 # The length, the braces, the checksum's first and last digit, the names, the padding, and the data's ends.
-@pytest.mark.parametrize("position", [0, 7, 8, 34, 41, 60, 300, 4095, 4096, 4096 + LAYOUT.nbytes - 1])
+@pytest.mark.parametrize("position", [0, 7, 8, 36, 51, 70, 300, 4095, 4096, 4096 + LAYOUT.nbytes - 1])
 def test_a_flipped_bit(offload, position):
     open_store(offload).write(key(1), data_of(1))
     path = open_store(offload).find(key(1)).path

@@ -17,13 +17,13 @@ OTHERS = {
     "layout": ({"layout": int8_layout(65, 33)}, "another layout"),
 }
 EDITS = {
-    "version": (lambda record: record | {"version": 2}, "format 2, this switchrun has format 1"),
-    "old layout": (lambda record: {"version": 0}, "format 0, this switchrun has format 1"),
+    "version": (lambda record: record | {"version": 3}, "format 3, this switchrun has format 2"),
+    "old layout": (lambda record: {"version": 0}, "format 0, this switchrun has format 2"),
     "model": (lambda record: record | {"model": "google/other"}, "another model, google/other"),
     "dtype": (lambda record: record | {"dtype": "nf4"}, "another dtype"),
     "no fingerprint": (lambda record: {k: v for k, v in record.items() if k != "fingerprint"}, "cannot be used"),
     "null fingerprint": (lambda record: record | {"fingerprint": None}, "cannot be used"),
-    "version as text": (lambda record: record | {"version": "1"}, "cannot be used"),
+    "version as text": (lambda record: record | {"version": "2"}, "cannot be used"),
     "layout of text": (lambda record: record | {"layout": "wi"}, "cannot be used"),
     "a list": (lambda record: [record], "cannot be used"),
 }
