@@ -42,7 +42,7 @@ class TierUse:
             and they are linear layers, in float32 if they are routers'; on disk as stored.
         expert_slots: Fixed buffers, each of which holds one expert. Those of a GPU are a level in front of those of the
             CPU: an expert may be in both.
-        slot_bytes: Size of one slot.
+        slot_bytes: Size of one slot; on a GPU, with what torch leaves unused around it.
         expert_bytes: All slots together; on disk, every expert of the checkpoint as stored.
         activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch.
         overhead_bytes: Reserved for the interpreter, libraries, the index and buffers; on a GPU, for libraries and for
