@@ -53,11 +53,6 @@ def format_bytes(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def counted(number: int, noun: str) -> str:
-    """Write how many of something there are: `1 GPU`, `2 GPUs`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def mib_up(size: int) -> str:
     """Write a size that something needs in whole MiB, rounded up since less would be too little: `1215 MiB`."""
     return f"{-(-size // MIB)} MiB"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from switchrun.errors import UsageError
-from switchrun.units import GIB, KIB, MIB, TIB, counted, format_bytes, format_rate, format_seconds, parse_bytes
+from switchrun.units import GIB, KIB, MIB, TIB, format_bytes, format_count, format_rate, format_seconds, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,5 @@ def test_durations_are_written(seconds: float, text: str) -> None:
 
 
 def test_one_of_something_is_no_plural() -> None:
-    assert [counted(number, "GPU") for number in (0, 1, 2)] == ["0 GPUs", "1 GPU", "2 GPUs"]
+    assert [format_count(number, "GPU") for number in (0, 1, 2)] == ["0 GPUs", "1 GPU", "2 GPUs"]
+    assert [format_count(number, "pass", "passes") for number in (1, 2)] == ["1 pass", "2 passes"]

@@ -10,7 +10,7 @@ from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.doctor.torch_probe import Answer, build_of
 from switchrun.errors import UsageError
 from switchrun.gpus import Gpu
-from switchrun.units import GIB, MIB, counted, format_bytes, format_rate
+from switchrun.units import GIB, MIB, format_bytes, format_count, format_rate
 
 NAME = "gpu"
 
@@ -49,7 +49,7 @@ def check_gpus(answer: Answer, wanted: Mapping[int, int] = MappingProxyType({}))
     if missing:
         if problem is None and missing[0] < len(seen):
             problem = _device_problem(missing[0], records[missing[0]])
-        there = f"gpu:{missing[0]} is asked for, and torch finds {counted(len(seen), 'GPU')}"
+        there = f"gpu:{missing[0]} is asked for, and torch finds {format_count(len(seen), 'GPU')}"
         finding, mend = problem or (there, "correct the GPU's number")
         return failed(NAME, finding, f"{mend}; or do without: --gpu-memory 0", UsageError, **details)
     if problem is None:
@@ -90,7 +90,7 @@ def _mismatch(answer: Answer, seen: int, driver: str | None, visible: Sequence[G
         return f"torch cannot use the GPU: {error}", _OLDER
     if torch["cuda"] and seen < len(visible):
         return (
-            f"the driver shows {counted(len(visible), 'GPU')}, and torch, built for {build}, {seen}",
+            f"the driver shows {format_count(len(visible), 'GPU')}, and torch, built for {build}, {seen}",
             _OLDER,
         )
     return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.doctor.check import Check, failed, passed, warned
-from switchrun.units import counted
+from switchrun.units import format_count
 
 #: A first import from a slow disk takes half a minute; after this, something hangs.
 TIMEOUT_SECONDS = 120.0
@@ -110,7 +110,7 @@ def check_torch(answer: Answer) -> Check:
         mend = "pip install --force-reinstall transformers accelerate"
         finding = f"transformers and accelerate cannot be imported: {broken}"
         return failed("torch", finding, mend, torch_error=broken, **details)
-    finding = f"{found['version']}, {build} build, {counted(found['threads'], 'thread')}"
+    finding = f"{found['version']}, {build} build, {format_count(found['threads'], 'thread')}"
     if bf16 is not None:
         finding += ", bf16 instructions" if bf16 else ", no bf16 instructions: bf16 is computed in fp32"
     return passed("torch", finding, **details)

@@ -25,6 +25,7 @@ from switchrun.model.preload import DensePreload
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.types import Tier
+from switchrun.units import format_count
 
 #: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
 _READERS = 2
@@ -168,13 +169,16 @@ def check_gpus(numbers: Sequence[int]) -> None:
     """Refuse a plan with GPUs that this machine does not have, and wake those that it has.
 
     Raises:
-        UsageError: A GPU is not there.
+        UsageError: A GPU is not there, or the driver does not suit torch.
     """
-    there = accelerator.device_count() if numbers else 0
+    if not numbers:
+        return
+    accelerator.check_driver()
+    there = accelerator.device_count()
     for number in numbers:
         if number >= there:
             raise UsageError(
-                f"gpu:{number} is asked for, and torch finds {there} GPUs here",
+                f"gpu:{number} is asked for, and torch finds {format_count(there, 'GPU')} here",
                 "give --gpu-memory 0, or change the map",
             )
         accelerator.wake(number)

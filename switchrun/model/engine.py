@@ -27,7 +27,7 @@ from switchrun.planning import Plan, memory
 from switchrun.planning.fit import fit_to_runtime
 from switchrun.planning.types import tier_name
 from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
-from switchrun.units import counted
+from switchrun.units import format_count
 
 _log = logging.getLogger(__name__)
 
@@ -77,9 +77,6 @@ class Engine:
     ) -> None:
         self.checkpoint = checkpoint = prepared.checkpoint
         self._warn = warn or _log.warning
-        if prepared.plan.gpus:
-            accelerator.check_driver()
-        self.device = input_device(prepared.plan.device_map)
         self.context = RoutingContext()
         sizes = {
             name: memory.dense_bytes(name, tensor, prepared.plan.precision) for name, tensor in checkpoint.dense.items()
@@ -96,6 +93,7 @@ class Engine:
 
         with ExitStack() as stack, told_as_budget(prepared.plan):
             check_gpus(prepared.plan.gpus)
+            self.device = input_device(prepared.plan.device_map)
             if prepared.plan.gpus:
                 stack.callback(accelerator.release_unused)  # once all below is let go of
             preload = preload or DensePreload(prepared)
@@ -173,7 +171,7 @@ class Engine:
             if not given_up:
                 continue
             self._warn(
-                f"{use.tier} ran out of memory: it holds {counted(level.num_slots, 'expert')} from now on, "
+                f"{use.tier} ran out of memory: it holds {format_count(level.num_slots, 'expert')} from now on, "
                 f"not {use.expert_slots} (a smaller --gpu-memory avoids this)"
             )
             smaller = replace(
