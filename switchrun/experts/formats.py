@@ -127,7 +127,7 @@ class PackedFormat:
 
     def load(self, key: ExpertKey) -> Load:
         """See `Format`."""
-        stored = None if key in self._failed else self._store.find(key)
+        stored = None if key in self._failed else self._store.expect(key)
         if stored is None:
             return Load(key, plan_reads(self._slices[key], self._direct), staged=True)
         length = -(-stored.nbytes // PAGE) * PAGE if self._direct else stored.nbytes

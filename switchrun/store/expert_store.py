@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -125,6 +127,19 @@ class ExpertStore:
         """What each expert takes on disk."""
         return self._format.file_bytes
 
+    def expect(self, key: ExpertKey) -> StoredExpert | None:
+        """Give the place of an expert, if a file of its name and size is there; nothing is read.
+
+        A header takes as long as the disk is busy; `verify` reads it later, on the thread that has read the data.
+        """
+        path = expert_path(self.folder, key)
+        with self._lock:
+            unknown = key not in self._known and key not in self._unusable
+        with contextlib.suppress(OSError):
+            if unknown and path.stat().st_size == self._format.file_bytes and os.access(path, os.R_OK):
+                return StoredExpert(path, self._format.header_bytes, self.layout.nbytes, None)
+        return self.find(key)
+
     def find(self, key: ExpertKey) -> StoredExpert | None:
         """Give the place of an expert, if it is stored.
 
@@ -136,11 +151,8 @@ class ExpertStore:
             known = self._known.get(key)
             if known is None and key in self._unusable:
                 return None
-        if known is None:
-            known = self._look(key)
-            if known is None:
-                return None
-        if self._limit is not None:
+        known = known or self._look(key)
+        if known is not None and self._limit is not None:
             self._limit.use(key)
         return known
 
@@ -235,18 +247,14 @@ class ExpertStore:
             Whether they agree. If they do not, the caller discards the expert.
         """
         checksum = xxh3_64_intdigest(memoryview(buffer).cast("B"))
-        with self._lock:
-            known = self._known.get(key)
-        if known is None or known.checksum != checksum:
+        known = self.find(key)
+        if known is not None and known.checksum != checksum:
             # Another process may have replaced the file after its header was read here.
-            try:
-                known = self._format.inspect(expert_path(self.folder, key), key)
-            except (OSError, DamagedFileError):
-                return False
-            if known.checksum != checksum:
-                return False
+            self._forget(key)
+            known = self.find(key)
+        if known is None or known.checksum != checksum:
+            return False
         with self._lock:
-            self._known[key] = known
             self._verified.add(key)
         return True
 
@@ -257,6 +265,9 @@ class ExpertStore:
         """
         path = expert_path(self.folder, key)
         self._forget(key)
+        with self._lock:
+            if key in self._unusable:
+                return  # that was told
         try:
             if self._read_only:
                 path.stat()

@@ -40,13 +40,13 @@ class StoredExpert:
         path: The file.
         offset: First byte of the data, a multiple of 4096.
         nbytes: Length of the data; the layout says what is in it.
-        checksum: XXH3 (64 bit) of the data, as the file states it.
+        checksum: XXH3 (64 bit) of the data, as the file states it; None if its header has not been read.
     """
 
     path: Path
     offset: int
     nbytes: int
-    checksum: int
+    checksum: int | None
 
 
 class ExpertFormat:
