@@ -49,6 +49,7 @@ class ExpertCache:
         touch: Slots whose pages are taken from the system ahead, on a thread of their own: a first fill would
             otherwise wait for them (new pages are slower than many disks).
         slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
+        memory: A mapping for the slots, if there is one already.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
@@ -65,9 +66,10 @@ class ExpertCache:
         way: Way = WAYS[0],
         touch: int = 0,
         slot_format: Format | None = None,
+        memory: mmap | None = None,
     ) -> None:
         self._format = slot_format or PlainFormat(slices, dtype, direct)
-        self._slots = Buffers(num_slots, slot_bytes)
+        self._slots = Buffers(num_slots, slot_bytes, memory)
         self._staging = Buffers(*staging)
         self._reader = FileReader(direct, way)
         self._table = SlotTable(num_slots)

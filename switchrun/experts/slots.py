@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,17 +10,11 @@ import torch
 
 from switchrun.checkpoint.types import ExpertSlices, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
+from switchrun.experts.pages import Pages
 from switchrun.experts.reader import PAGE, Segment
 
 if TYPE_CHECKING:
     from switchrun.experts.packed import Int8Matrix, Nf4Matrix
-
-#: Buffers of this size on ask for huge pages.
-_HUGE_PAGE_BUFFERS = 4 * 1024**2
-
-_LIBC = ctypes.CDLL(None)
-_MADV_POPULATE_WRITE = 23
-_TOUCH_BYTES = 2 * 1024**2
 
 #: torch's dtypes by safetensors' names.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -33,44 +24,8 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-class Buffers:
-    """One mapping of anonymous memory, cut into equal page-aligned buffers.
-
-    Pages are taken from the system when they are first written, by the threads that read into them, or by `touch`.
-    The buffers live as long as this object or any tensor made of them.
-
-    Attributes:
-        memory: The mapping.
-    """
-
-    def __init__(self, count: int, size: int) -> None:
-        self.count = count
-        self.size = size
-        self.memory = mmap.mmap(-1, max(count * size, PAGE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if size >= _HUGE_PAGE_BUFFERS:
-            # Pinning 4 KiB pages for a direct read costs a slow core more time than the disk needs.
-            with contextlib.suppress(OSError, AttributeError):
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self.memory)
-
-    def touch(self, index: int) -> bool:
-        """Take one buffer's pages from the system; what is in them stays. Other threads run on meanwhile.
-
-        Returns:
-            Whether the system knows how (Linux 5.14 and later).
-        """
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        first, end = index * self.size // mmap.PAGESIZE * mmap.PAGESIZE, (index + 1) * self.size
-        # Step by step: meanwhile no other thread can map memory.
-        for start in range(first, end, _TOUCH_BYTES):
-            length = min(_TOUCH_BYTES, end - start)
-            if _LIBC.madvise(ctypes.c_void_p(base + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
-                return False
-        return True
-
-    def view(self, index: int) -> memoryview:
-        """Give the bytes of one buffer."""
-        return self._view[index * self.size : (index + 1) * self.size]
+class Buffers(Pages):
+    """Equal buffers in one mapping, and tensors that are views of them."""
 
     def tensor(self, index: int, position: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """Give a tensor that is a view of one buffer, from byte `position` on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ _log = logging.getLogger(__name__)
 
 
 def build_cache(
-    checkpoint: SwitchCheckpoint, plan: Plan, way: Way, store: ExpertStore | None, writer: BackgroundWriter | None
+    checkpoint: SwitchCheckpoint,
+    plan: Plan,
+    way: Way,
+    slots: mmap,
+    store: ExpertStore | None,
+    writer: BackgroundWriter | None,
 ) -> ExpertCache:
     """Make the expert cache that a plan asks for; the caller closes it.
 
@@ -37,6 +43,7 @@ def build_cache(
         checkpoint: Where experts lie.
         plan: How many slots, and in which dtype.
         way: How the disk is read.
+        slots: Memory for as many.
         store: Where packed experts may lie; None if experts are not packed, or are so in the checkpoint.
         writer: Writes there; it stays the caller's.
     """
@@ -51,8 +58,9 @@ def build_cache(
         staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
         direct=direct,
         way=way,
-        touch=plan.estimate.encoder_expert_loads + plan.estimate.decoder_expert_loads,
+        touch=memory.touched_slots(plan),
         slot_format=_slot_format(checkpoint, plan, store, writer, direct),
+        memory=slots,
     )
 
 

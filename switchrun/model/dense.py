@@ -101,10 +101,9 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return result
 
     def convert_staged(self) -> None:
-        """Bring what was read ahead, but not to stay, to the form in which it is kept, and let go of what was read."""
+        """Bring what was read ahead, but not to stay, to the form in which it is kept."""
         for name in self._preload.staged.names:
             self._converted[name] = self.keep(name, self.read(name))
-        self._preload.forget_staged()
 
     def read(self, name: str) -> Stored:
         """Read a tensor as it is stored; any thread may.

@@ -107,15 +107,15 @@ class Engine:
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
             weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
-            # Before the slots' memory is used, from which it borrows.
             weights.convert_staged()
+            slots = preload.hand_over_slots(plan.tier("cpu").expert_slots)
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
             writer = None
             if store is not None:
                 buffers = memory.writer_buffers(checkpoint, plan.precision)
                 writer = stack.enter_context(BackgroundWriter(store, buffers))
-            self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
+            self.cache = stack.enter_context(build_cache(checkpoint, plan, way, slots, store, writer))
             self.levels = stack.enter_context(ExpertLevels(self.cache))
             self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
             stack.callback(drop_weights, self.model)

@@ -5,32 +5,34 @@ Importing them takes seconds of the processor in which the disk would have nothi
 
 from __future__ import annotations
 
-import contextlib
 import mmap
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import TensorSlice
+from switchrun.experts.pages import Pages
 from switchrun.experts.reader import WAYS, FileReader, known_way
 from switchrun.planning import memory
 from switchrun.planning.device_map import tier_of
 
 
 class Landing:
-    """Anonymous memory into which some tensors are read, each to whole pages of its own.
+    """Memory into which some tensors are read, each to whole pages of its own.
 
     Args:
         reader: Reads them; begins at once.
         tensors: What to read, by name.
+        pages: Where to, from the beginning on; without it, to new memory.
 
     Attributes:
-        nbytes: Size of the memory; all of it is resident once `find` has been called for each of `names`.
+        nbytes: Size of the memory used; all of it is resident once `find` has been called for each of `names`.
         names: What is read, in this order.
     """
 
-    def __init__(self, reader: FileReader, tensors: Mapping[str, TensorSlice]) -> None:
+    def __init__(self, reader: FileReader, tensors: Mapping[str, TensorSlice], pages: Pages | None = None) -> None:
         self._positions: dict[str, int] = {}
         self._ends: dict[str, Future[None]] = {name: Future() for name in tensors}
         self.names = tuple(tensors)
@@ -41,9 +43,7 @@ class Landing:
             self._positions[name] = cursor + tensor.offset - read.offset
             cursor += -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE
         self.nbytes = cursor
-        self._mapping = mmap.mmap(-1, max(cursor, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with contextlib.suppress(OSError, AttributeError):
-            self._mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._mapping = (pages or Pages(1, cursor)).memory
         view = memoryview(self._mapping)
         for read, start, end in reads:
             reader.submit([read], view[start : start + read.length], partial(_settle, end))
@@ -61,11 +61,10 @@ class Landing:
 
 
 class DensePreload:
-    """Begins to read the dense weights that belong into CPU memory.
+    """Begins to read the dense weights that belong into CPU memory, and to take the memory of the expert slots.
 
-    Those that are kept as they are stored stay where they are read to. The others, which are converted or packed when
-    torch is there, lie in memory twice meanwhile; as many of them are read as fit into the room of the expert slots,
-    which nobody uses before.
+    Weights that are kept as they are stored stay where they are read to. The others, which are converted or packed when
+    torch is there, are read into the slots' memory, as far as there is room: nobody uses it before.
 
     Args:
         prepared: The checkpoint and its plan.
@@ -79,9 +78,10 @@ class DensePreload:
 
     def __init__(self, prepared: Prepared) -> None:
         checkpoint, plan = prepared.checkpoint, prepared.plan
+        use = plan.tier("cpu")
         kept: dict[str, TensorSlice] = {}
         staged: dict[str, TensorSlice] = {}
-        room = plan.tier("cpu").expert_bytes
+        room = use.expert_bytes
         for name, tensor in sorted(checkpoint.dense.items(), key=lambda item: (str(item[1].file), item[1].offset)):
             if tier_of(name, plan.device_map) != "cpu":
                 continue
@@ -93,8 +93,13 @@ class DensePreload:
         way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
         self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
+        self._slots = Pages(use.expert_slots, use.slot_bytes)
         self.kept = Landing(self._reader, kept)
-        self.staged = Landing(self._reader, staged)
+        self.staged = Landing(self._reader, staged, self._slots)
+        self._touched = self.staged.nbytes // use.slot_bytes
+        self._closing = threading.Event()
+        self._toucher = threading.Thread(target=self._touch, args=(memory.touched_slots(plan),), daemon=True)
+        self._toucher.start()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,8 +108,8 @@ class DensePreload:
 
     @property
     def nbytes(self) -> int:
-        """What is resident once `find` has been called for each of `names`."""
-        return self.kept.nbytes + self.staged.nbytes
+        """What is resident once `find` has been called for each of `names`, and this is closed."""
+        return self.kept.nbytes + max(self.staged.nbytes, self._touched * self._slots.size)
 
     def find(self, name: str) -> tuple[mmap.mmap, int] | None:
         """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
@@ -114,12 +119,25 @@ class DensePreload:
         """
         return self.kept.find(name) or self.staged.find(name)
 
-    def forget_staged(self) -> None:
-        """Let go of what does not stay. To be called after `close`: the threads hold on to what they read last."""
-        self.staged = Landing(self._reader, {})
+    def hand_over_slots(self, count: int) -> mmap.mmap:
+        """Let go of what does not stay, and give the memory of the first slots; that of the others is given back.
+
+        To be called once, after `close`.
+        """
+        slots, self._slots = self._slots, Pages(0, 1)
+        self.staged = Landing(self._reader, {}, self._slots)
+        slots.shrink(count)
+        return slots.memory
+
+    def _touch(self, count: int) -> None:
+        """Touch slots in the order in which they are taken."""
+        while self._touched < count and not self._closing.is_set() and self._slots.touch(self._touched):
+            self._touched += 1
 
     def close(self) -> None:
         """Wait for reads under way, end the threads and close the files."""
+        self._closing.set()
+        self._toucher.join()
         self._reader.close()
 
 
