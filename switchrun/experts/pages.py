@@ -11,7 +11,8 @@ _HUGE_PAGE_BUFFERS = 4 * 1024**2
 
 _LIBC = ctypes.CDLL(None)
 _MADV_POPULATE_WRITE = 23
-_TOUCH_BYTES = 2 * 1024**2
+#: Larger steps keep other threads, such as one that imports torch, from mapping memory for too long.
+_TOUCH_BYTES = 64 * 1024
 
 
 class Pages:
@@ -47,7 +48,6 @@ class Pages:
         """
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         first, end = index * self.size // mmap.PAGESIZE * mmap.PAGESIZE, (index + 1) * self.size
-        # Step by step: meanwhile no other thread can map memory.
         for start in range(first, end, _TOUCH_BYTES):
             length = min(_TOUCH_BYTES, end - start)
             if _LIBC.madvise(ctypes.c_void_p(base + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
