@@ -17,6 +17,7 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.experts.formats import Format, Load, PlainFormat
+from switchrun.experts.pages import Pages
 from switchrun.experts.reader import WAYS, FileReader, Segment, Way
 from switchrun.experts.slot_table import CacheCounters, SlotTable
 from switchrun.experts.slots import Buffers, ExpertWeights
@@ -49,7 +50,7 @@ class ExpertCache:
         touch: Slots whose pages are taken from the system ahead, on a thread of their own: a first fill would
             otherwise wait for them (new pages are slower than many disks).
         slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
-        memory: A mapping for the slots, if there is one already.
+        memory: Memory for the slots, if there is some already.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
@@ -66,7 +67,7 @@ class ExpertCache:
         way: Way = WAYS[0],
         touch: int = 0,
         slot_format: Format | None = None,
-        memory: mmap | None = None,
+        memory: Pages | None = None,
     ) -> None:
         self._format = slot_format or PlainFormat(slices, dtype, direct)
         self._slots = Buffers(num_slots, slot_bytes, memory)
@@ -74,7 +75,9 @@ class ExpertCache:
         self._reader = FileReader(direct, way)
         self._table = SlotTable(num_slots)
         self._closing = threading.Event()
-        self._toucher = threading.Thread(target=self._touch, args=(min(touch, num_slots),), name="switchrun-touch")
+        self._toucher = threading.Thread(
+            target=self._slots.touch_first, args=(touch, self._closing), name="switchrun-touch"
+        )
         self._free_staging = list(range(staging[0]))
         self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._in_flight = 0
@@ -241,12 +244,6 @@ class ExpertCache:
         self._closing.set()
         self._toucher.join()
         self._reader.close()
-
-    def _touch(self, count: int) -> None:
-        """Touch slots in the order in which they are taken."""
-        for slot in range(count):
-            if self._closing.is_set() or not self._slots.touch(slot):
-                return
 
     @property
     def memory(self) -> mmap:

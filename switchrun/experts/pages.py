@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import threading
 
 #: Buffers of this size on ask for huge pages.
 _HUGE_PAGE_BUFFERS = 4 * 1024**2
@@ -24,20 +25,18 @@ class Pages:
     Args:
         count: How many buffers.
         size: Size of each.
-        memory: A mapping of at least that size, if there is one already.
+        memory: Memory of at least that size, if there is some already.
 
     Attributes:
         memory: The mapping.
+        touched: So many buffers, from the first on, have their pages for certain.
     """
 
-    def __init__(self, count: int, size: int, memory: mmap.mmap | None = None) -> None:
+    def __init__(self, count: int, size: int, memory: Pages | None = None) -> None:
         self.count = count
         self.size = size
-        self.memory = memory or mmap.mmap(-1, max(count * size, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if memory is None and size >= _HUGE_PAGE_BUFFERS:
-            # Pinning 4 KiB pages for a direct read costs a slow core more time than the disk needs.
-            with contextlib.suppress(OSError, AttributeError):
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
+        self.memory: mmap.mmap = memory.memory if memory else _anonymous(count * size, huge=size >= _HUGE_PAGE_BUFFERS)
+        self.touched: int = memory.touched if memory else 0
         self._view = memoryview(self.memory)
 
     def touch(self, index: int) -> bool:
@@ -54,6 +53,11 @@ class Pages:
                 return False
         return True
 
+    def touch_first(self, count: int, stop: threading.Event) -> None:
+        """Touch buffers in order, those that are not yet, until so many are or it is told to stop."""
+        while self.touched < min(count, self.count) and not stop.is_set() and self.touch(self.touched):
+            self.touched += 1
+
     def view(self, index: int) -> memoryview:
         """Give the bytes of one buffer."""
         return self._view[index * self.size : (index + 1) * self.size]
@@ -63,4 +67,13 @@ class Pages:
         start = -(-count * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < len(self.memory):
             self.memory.madvise(mmap.MADV_DONTNEED, start)
-        self.count = count
+        self.count, self.touched = count, min(count, self.touched)
+
+
+def _anonymous(nbytes: int, huge: bool) -> mmap.mmap:
+    memory = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge:
+        # Pinning 4 KiB pages for a direct read costs a slow core more time than the disk needs.
+        with contextlib.suppress(OSError, AttributeError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import Format, Int8Format, PackedFormat
 from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import OffloadedExperts, RoutingContext
+from switchrun.experts.pages import Pages
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
 from switchrun.model.int8_linear import use_int8
@@ -33,7 +33,7 @@ def build_cache(
     checkpoint: SwitchCheckpoint,
     plan: Plan,
     way: Way,
-    slots: mmap,
+    slots: Pages,
     store: ExpertStore | None,
     writer: BackgroundWriter | None,
 ) -> ExpertCache:
@@ -58,7 +58,7 @@ def build_cache(
         staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
         direct=direct,
         way=way,
-        touch=memory.touched_slots(plan),
+        touch=plan.estimate.expert_loads,
         slot_format=_slot_format(checkpoint, plan, store, writer, direct),
         memory=slots,
     )

@@ -96,9 +96,11 @@ class DensePreload:
         self._slots = Pages(use.expert_slots, use.slot_bytes)
         self.kept = Landing(self._reader, kept)
         self.staged = Landing(self._reader, staged, self._slots)
-        self._touched = self.staged.nbytes // use.slot_bytes
+        self._slots.touched = self.staged.nbytes // use.slot_bytes  # by the reads
         self._closing = threading.Event()
-        self._toucher = threading.Thread(target=self._touch, args=(memory.touched_slots(plan),), daemon=True)
+        self._toucher = threading.Thread(
+            target=self._slots.touch_first, args=(plan.estimate.expert_loads, self._closing), daemon=True
+        )
         self._toucher.start()
 
     @property
@@ -109,7 +111,7 @@ class DensePreload:
     @property
     def nbytes(self) -> int:
         """What is resident once `find` has been called for each of `names`, and this is closed."""
-        return self.kept.nbytes + max(self.staged.nbytes, self._touched * self._slots.size)
+        return self.kept.nbytes + max(self.staged.nbytes, self._slots.touched * self._slots.size)
 
     def find(self, name: str) -> tuple[mmap.mmap, int] | None:
         """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
@@ -119,7 +121,7 @@ class DensePreload:
         """
         return self.kept.find(name) or self.staged.find(name)
 
-    def hand_over_slots(self, count: int) -> mmap.mmap:
+    def hand_over_slots(self, count: int) -> Pages:
         """Let go of what does not stay, and give the memory of the first slots; that of the others is given back.
 
         To be called once, after `close`.
@@ -127,12 +129,7 @@ class DensePreload:
         slots, self._slots = self._slots, Pages(0, 1)
         self.staged = Landing(self._reader, {}, self._slots)
         slots.shrink(count)
-        return slots.memory
-
-    def _touch(self, count: int) -> None:
-        """Touch slots in the order in which they are taken."""
-        while self._touched < count and not self._closing.is_set() and self._slots.touch(self._touched):
-            self._touched += 1
+        return slots
 
     def close(self) -> None:
         """Wait for reads under way, end the threads and close the files."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import PackedDtype, Precision
-from switchrun.planning.types import Plan, Tier
+from switchrun.planning.types import Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
@@ -141,11 +141,6 @@ def buffer_for(stored: ExpertSlices) -> int:
 def read_buffer_bytes(*sizes: int) -> int:
     """Give the bytes of a buffer that tensors of some sizes can be read into together."""
     return _round_up(sum(sizes) + 2 * len(sizes) * _PAGE, _PAGE)
-
-
-def touched_slots(plan: Plan) -> int:
-    """Give how many slots a first fill is going to use."""
-    return min(plan.tier("cpu").expert_slots, plan.estimate.encoder_expert_loads + plan.estimate.decoder_expert_loads)
 
 
 def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:

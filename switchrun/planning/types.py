@@ -91,6 +91,11 @@ class Estimate:
     bandwidth_source: BandwidthSource
     read_seconds: float
 
+    @property
+    def expert_loads(self) -> int:
+        """Experts read in all."""
+        return self.encoder_expert_loads + self.decoder_expert_loads
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -24,7 +24,7 @@ _TEMPORARY = re.compile(r"\.[0-9]+-[0-9a-f]{8}\.tmp", re.ASCII)
 #: Where a filesystem has no locks: how old a temporary file must be to be nobody's.
 _ABANDONED_SECONDS = 15 * 60
 #: XXH3 is as fast as memory; it finds accidents, and is no protection against a forger.
-CHECKSUM = "xxh3_64"
+_CHECKSUM = "xxh3_64"
 _CHECKSUM_DIGITS = 16
 
 
@@ -90,7 +90,7 @@ class ExpertFormat:
     def _text(self, key: ExpertKey, checksum: int) -> bytes:
         name = f"{key.stack}.{key.block}/{key.expert}"
         # The checksum has a fixed length and comes first, so `inspect` knows its place.
-        about = {CHECKSUM: f"{checksum:0{_CHECKSUM_DIGITS}x}", "expert": name, "store": self._identity}
+        about = {_CHECKSUM: f"{checksum:0{_CHECKSUM_DIGITS}x}", "expert": name, "store": self._identity}
         return json.dumps({"__metadata__": about, **self._tensors}, separators=(",", ":")).encode()
 
     def inspect(self, path: Path, key: ExpertKey) -> StoredExpert:
@@ -110,7 +110,7 @@ class ExpertFormat:
             got = os.pread(file, self.header_bytes, 0)
         finally:
             os.close(file)
-        begin = 8 + len(f'{{"__metadata__":{{"{CHECKSUM}":"')
+        begin = 8 + len(f'{{"__metadata__":{{"{_CHECKSUM}":"')
         try:
             checksum = int(got[begin : begin + _CHECKSUM_DIGITS], 16)
         except ValueError:

@@ -23,4 +23,4 @@ def test_what_is_touched_is_resident_and_what_is_shrunk_is_not() -> None:
     assert pages.count == 2
     assert abs(hardware.rss_bytes() - before - 2 * SIZE) < SIZE
     assert bytes(pages.view(0)[:4]) == b"kept"
-    assert Pages(2, SIZE, pages.memory).view(0)[:4] == b"kept"
+    assert Pages(2, SIZE, pages).view(0)[:4] == b"kept"
