@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -112,6 +113,7 @@ class Bench:
             return self._child(_BASELINE, task | more, cell, self.baseline_timeout)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+            os.sync()  # else the disk would still be busy with it while the next process is measured
 
     def _obstacle(self, cell: Cell) -> dict[str, Any] | None:
         if cell.baseline is None:

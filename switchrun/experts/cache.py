@@ -173,12 +173,13 @@ class ExpertCache:
             self._table.put(key, slot, None)
             self._in_flight += 1
             self._note_busy(+1)
-            buffer = self._slots.view(slot) if staging is None else self._staging.view(staging)
+            buffers, index = (self._slots, slot) if staging is None else (self._staging, staging)
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
             self._counters.loads += 1
             done = partial(self._finish, load, slot, staging)
-            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffer, done)
+            new = buffers.claim((index + 1) * buffers.size)
+            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffers.view(index), done, new)
 
     def _finish(self, load: Load, slot: int, staging: int | None, error: BaseException | None) -> None:
         """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""

@@ -10,17 +10,15 @@ import threading
 #: Buffers of this size on ask for huge pages.
 _HUGE_PAGE_BUFFERS = 4 * 1024**2
 
-_LIBC = ctypes.CDLL(None)
-_MADV_POPULATE_WRITE = 23
-#: Larger steps keep other threads, such as one that imports torch, from mapping memory for too long.
-_TOUCH_BYTES = 64 * 1024
+#: Pages are taken so many bytes at a time; whoever wants a buffer meanwhile waits for one step at most.
+_TOUCH_BYTES = 2 * 1024**2
 
 
 class Pages:
     """One mapping of anonymous memory, cut into equal page-aligned buffers.
 
-    Pages are taken from the system when they are first written, by the threads that read into them, or by `touch`.
-    The buffers live as long as this object or any tensor made of them.
+    Pages are taken from the system when they are first written: by `touch_first`, or by whoever uses a buffer, who
+    claims it before. The buffers live as long as this object or any tensor made of them.
 
     Args:
         count: How many buffers.
@@ -29,34 +27,38 @@ class Pages:
 
     Attributes:
         memory: The mapping.
-        touched: So many buffers, from the first on, have their pages for certain.
+        claimed: So many bytes, from the first on, have their pages or a user.
     """
 
     def __init__(self, count: int, size: int, memory: Pages | None = None) -> None:
         self.count = count
         self.size = size
         self.memory: mmap.mmap = memory.memory if memory else _anonymous(count * size, huge=size >= _HUGE_PAGE_BUFFERS)
-        self.touched: int = memory.touched if memory else 0
+        self.claimed: int = memory.claimed if memory else 0
         self._view = memoryview(self.memory)
+        self._lock = threading.Lock()
 
-    def touch(self, index: int) -> bool:
-        """Take one buffer's pages from the system; what is in them stays. Other threads run on meanwhile.
+    def claim(self, end: int) -> bool:
+        """Have `touch_first` leave all up to byte `end` alone, since it is used from now on; any thread may.
 
         Returns:
-            Whether the system knows how (Linux 5.14 and later).
+            Whether some of it had not been claimed: it may have no pages yet.
         """
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-        first, end = index * self.size // mmap.PAGESIZE * mmap.PAGESIZE, (index + 1) * self.size
-        for start in range(first, end, _TOUCH_BYTES):
-            length = min(_TOUCH_BYTES, end - start)
-            if _LIBC.madvise(ctypes.c_void_p(base + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE):
-                return False
-        return True
+        with self._lock:
+            new = self.claimed < end
+            self.claimed = max(self.claimed, end)
+        return new
 
     def touch_first(self, count: int, stop: threading.Event) -> None:
-        """Touch buffers in order, those that are not yet, until so many are or it is told to stop."""
-        while self.touched < min(count, self.count) and not stop.is_set() and self.touch(self.touched):
-            self.touched += 1
+        """Touch so many buffers, those that nobody has claimed, in order, until told to stop."""
+        end = min(count, self.count) * self.size
+        while not stop.is_set():
+            with self._lock:
+                start = self.claimed
+                if start >= end:
+                    return
+                self.claimed = min(start + _TOUCH_BYTES, end)
+                touch(self._view[start : self.claimed])
 
     def view(self, index: int) -> memoryview:
         """Give the bytes of one buffer."""
@@ -67,7 +69,18 @@ class Pages:
         start = -(-count * self.size // mmap.PAGESIZE) * mmap.PAGESIZE
         if start < len(self.memory):
             self.memory.madvise(mmap.MADV_DONTNEED, start)
-        self.count, self.touched = count, min(count, self.touched)
+        self.count, self.claimed = count, min(count * self.size, self.claimed)
+
+
+def touch(memory: memoryview) -> None:
+    """Take the pages of writable memory from the system, by writing zeros; other threads run on meanwhile.
+
+    A read into new memory would take them too, as madvise does; but then no other thread of the process can map memory
+    for as long as the system takes to find them and to clear them. Importing torch took 14 s instead of 5 for this on a
+    virtual machine that was slow to give pages (2026-11-27). A write takes them one by one and holds up nobody.
+    """
+    if memory:
+        ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, len(memory))
 
 
 def _anonymous(nbytes: int, huge: bool) -> mmap.mmap:

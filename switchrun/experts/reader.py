@@ -15,6 +15,7 @@ from pathlib import Path
 from switchrun import hardware
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.open_files import OpenFiles
+from switchrun.experts.pages import touch
 from switchrun.units import MIB
 
 PAGE = 4096
@@ -81,7 +82,11 @@ class FileReader:
         return self._files.all_direct
 
     def submit(
-        self, segments: Iterable[Segment], buffer: memoryview, done: Callable[[BaseException | None], None]
+        self,
+        segments: Iterable[Segment],
+        buffer: memoryview,
+        done: Callable[[BaseException | None], None],
+        new: bool = False,
     ) -> int:
         """Start reading segments into a buffer.
 
@@ -89,6 +94,7 @@ class FileReader:
             segments: What to read.
             buffer: Writable bytes; must stay untouched until `done` is called.
             done: Called once, on a reader thread, with None or the first error.
+            new: The buffer may have no pages yet; they are touched before it is read to.
 
         Returns:
             The bytes that will be read.
@@ -100,7 +106,7 @@ class FileReader:
             self._outstanding += 1
         try:
             for piece in pieces:
-                self._pool.submit(self._read, piece, buffer, pending)
+                self._pool.submit(self._read, piece, buffer, new, pending)
                 submitted += 1
         except BaseException as error:
             for _ in pieces[submitted:]:
@@ -148,10 +154,13 @@ class FileReader:
                 self._outstanding -= 1
                 self._idle.notify_all()
 
-    def _read(self, piece: Segment, buffer: memoryview, pending: _Pending) -> None:
+    def _read(self, piece: Segment, buffer: memoryview, new: bool, pending: _Pending) -> None:
         try:
             if not pending.failed:
-                self._read_piece(piece, buffer[piece.position : piece.position + piece.length])
+                target = buffer[piece.position : piece.position + piece.length]
+                if new:
+                    touch(target)
+                self._read_piece(piece, target)
         except BaseException as error:  # handed to the thread that waits for the expert
             pending.finish(error)
         else:

@@ -43,10 +43,12 @@ class Landing:
             self._positions[name] = cursor + tensor.offset - read.offset
             cursor += -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE
         self.nbytes = cursor
-        self._mapping = (pages or Pages(1, cursor)).memory
+        pages = pages or Pages(1, cursor)
+        pages.claim(cursor)
+        self._mapping = pages.memory
         view = memoryview(self._mapping)
         for read, start, end in reads:
-            reader.submit([read], view[start : start + read.length], partial(_settle, end))
+            reader.submit([read], view[start : start + read.length], partial(_settle, end), new=True)
 
     def find(self, name: str) -> tuple[mmap.mmap, int] | None:
         """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
@@ -96,7 +98,6 @@ class DensePreload:
         self._slots = Pages(use.expert_slots, use.slot_bytes)
         self.kept = Landing(self._reader, kept)
         self.staged = Landing(self._reader, staged, self._slots)
-        self._slots.touched = self.staged.nbytes // use.slot_bytes  # by the reads
         self._closing = threading.Event()
         self._toucher = threading.Thread(
             target=self._slots.touch_first, args=(plan.estimate.expert_loads, self._closing), daemon=True
@@ -111,7 +112,7 @@ class DensePreload:
     @property
     def nbytes(self) -> int:
         """What is resident once `find` has been called for each of `names`, and this is closed."""
-        return self.kept.nbytes + max(self.staged.nbytes, self._slots.touched * self._slots.size)
+        return self.kept.nbytes + self._slots.claimed
 
     def find(self, name: str) -> tuple[mmap.mmap, int] | None:
         """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.

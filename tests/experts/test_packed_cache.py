@@ -71,13 +71,12 @@ def check(checkpoint: SwitchCheckpoint, key: ExpertKey, weights: ExpertWeights) 
         assert torch.allclose(back, stored(slices), atol=float(matrix.scb.max()) / 250)
 
 
-def wait_for(store: ExpertStore, *wanted: ExpertKey) -> None:
-    import time
-
-    end = time.monotonic() + 10
-    while not all(expert_path(store.folder, key).exists() for key in wanted):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+def wait_for(cache: ExpertCache, store: ExpertStore, *wanted: ExpertKey) -> None:
+    """Wait until the writer is idle: it notes an expert in its books a moment after the file is there."""
+    assert isinstance(cache._format, PackedFormat)
+    assert cache._format._writer is not None
+    cache._format._writer.flush()
+    assert all(expert_path(store.folder, key).exists() for key in wanted)
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -102,7 +101,7 @@ def test_every_expert_arrives_from_either_tier(
             packed = len(stored_before)
             other = (NUM_EXPERTS - packed) * checkpoint.expert_bytes
             assert counted.load_bytes == packed * store.layout.nbytes + other
-        wait_for(store, *wanted)
+        wait_for(cache, store, *wanted)
     assert not warnings
 
 
@@ -113,7 +112,7 @@ def test_damaged_and_vanished_experts_come_from_the_checkpoint(
     cache, store = opened(slots)
     wanted = keys(*range(NUM_EXPERTS))
     list(cache.stream(wanted))
-    wait_for(store, *wanted)
+    wait_for(cache, store, *wanted)
     fresh, again = opened(slots)
     damaged, vanished, *_ = wanted
     path = expert_path(again.folder, damaged)
@@ -126,7 +125,7 @@ def test_damaged_and_vanished_experts_come_from_the_checkpoint(
     assert (counted.loads, counted.requests, counted.hits) == (NUM_EXPERTS, NUM_EXPERTS, 0)
     assert idle(fresh) == set(fresh._table.entries)
     assert sum("is damaged" in warning for warning in warnings) == len(warnings) == 1
-    wait_for(again, damaged, vanished)
+    wait_for(fresh, again, damaged, vanished)
 
 
 @pytest.mark.parametrize("where", ["before the read", "while it is being cut into pieces", "after an arrival"])
@@ -147,7 +146,7 @@ def test_a_signal_in_the_middle_leaves_all_in_order(
     cache, store = opened(slots)
     if stored_before:
         list(cache.stream(keys(0, 1, 2, 3)))
-        wait_for(store, *keys(0, 1, 2, 3))
+        wait_for(cache, store, *keys(0, 1, 2, 3))
         cache.clear()
     with monkeypatch.context() as patched:
         if where == "before the read":
@@ -171,7 +170,7 @@ def test_a_signal_in_the_middle_leaves_all_in_order(
 def test_a_checkpoint_that_cannot_be_read_is_an_error(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     cache, store = opened(2)
     list(cache.stream(keys(0)))
-    wait_for(store, *keys(0))
+    wait_for(cache, store, *keys(0))
     cache.clear()
 
     def refuse(*_: object) -> None:
