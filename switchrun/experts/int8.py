@@ -18,7 +18,7 @@ from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_bl
 OUTLIER_THRESHOLD = 6.0
 
 #: From so many tokens on, unpacking to float32 once beats torch's int8 kernel, which unpacks again for every few.
-_UNPACK_TOKENS = 16
+_UNPACK_TOKENS = 32
 
 #: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
 #: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
@@ -90,7 +90,7 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
         buffer.view(-1, in_features).copy_(codes[rows])
 
     # Scaling the few results is cheaper than scaling the weights.
-    return linear_by_blocks(x, (out_features, in_features), unpack).mul_(scale).to(x.dtype)
+    return linear_by_blocks(x, (out_features, in_features), lambda _largest: unpack).mul_(scale).to(x.dtype)
 
 
 def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:

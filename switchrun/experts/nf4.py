@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from switchrun.experts.bnb import operations
-from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
+from switchrun.experts.row_blocks import Unpack, largest_block, linear_by_blocks, row_blocks
 
 #: Elements that share an absmax.
 BLOCK_SIZE = 64
@@ -94,15 +94,19 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     if x.is_cuda or (bitsandbytes_unpacks(x.dtype) and x.device.type == "cpu" and shape[0] % multiple == 0):
         return _linear_bitsandbytes(x, packed, absmax, shape)
     pairs = _pair_table().to(x.device)
-    indices = torch.empty(largest_block(shape, multiple) // 2 + 1, dtype=torch.int32, device=x.device)
 
-    def unpack(rows: slice, buffer: torch.Tensor) -> None:
-        here, there = _storage_of(rows, shape[1])
-        codes = indices[: here.stop - here.start].copy_(packed[here])
-        _look_up_pairs(codes, pairs, buffer)
-        _scale_back(buffer, absmax[there])
+    def unpacker(largest: int) -> Unpack:
+        indices = torch.empty(largest // 2 + 1, dtype=torch.int32, device=x.device)
 
-    return linear_by_blocks(x, shape, unpack, multiple).to(x.dtype)
+        def unpack(rows: slice, buffer: torch.Tensor) -> None:
+            here, there = _storage_of(rows, shape[1])
+            codes = indices[: here.stop - here.start].copy_(packed[here])
+            _look_up_pairs(codes, pairs, buffer)
+            _scale_back(buffer, absmax[there])
+
+        return unpack
+
+    return linear_by_blocks(x, shape, unpacker, multiple).to(x.dtype)
 
 
 @cache

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 
 import torch
 
 #: Elements of a block: 2 MiB once they are float32. Smaller blocks pay more for starting threads than they save.
 BLOCK_ELEMENTS = 512 * 1024
+
+#: The same where blocks are multiplied: several threads work on some, and each wait for one another costs more.
+_PRODUCT_ELEMENTS = 1024 * 1024
+
+#: Threads that multiply a matrix; each has scratch memory of its own.
+MOST_WORKERS = 4
+
+#: Writes some rows of a matrix into a flat float32 buffer.
+Unpack = Callable[[slice, torch.Tensor], None]
 
 
 def row_blocks(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
@@ -26,12 +37,12 @@ def row_blocks(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_
         yield slice(start, min(start + step, shape[0]))
 
 
-def largest_block(shape: tuple[int, int], multiple: int = 1) -> int:
+def largest_block(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_ELEMENTS) -> int:
     """Tell how many elements a block of `row_blocks` has at most: scratch memory is taken once, not for each block.
 
     Memory that was just taken from the system costs more to touch than the arithmetic done in it.
     """
-    return min(shape[0], _rows_in_a_block(shape[1], multiple, BLOCK_ELEMENTS)) * shape[1]
+    return min(shape[0], _rows_in_a_block(shape[1], multiple, elements)) * shape[1]
 
 
 def _rows_in_a_block(length: int, multiple: int, elements: int) -> int:
@@ -39,14 +50,18 @@ def _rows_in_a_block(length: int, multiple: int, elements: int) -> int:
 
 
 def linear_by_blocks(
-    x: torch.Tensor, shape: tuple[int, int], unpack: Callable[[slice, torch.Tensor], None], multiple: int = 1
+    x: torch.Tensor, shape: tuple[int, int], unpacker: Callable[[int], Unpack], multiple: int = 1
 ) -> torch.Tensor:
     """Multiply with a packed matrix that is unpacked block by block; all arithmetic is float32.
+
+    On a CPU a few threads take every second, third or fourth block: what torch does to unpack one is in part the work
+    of a single core. Each takes up to 6 MiB of scratch memory.
 
     Args:
         x: `[..., in]`, of any floating dtype.
         shape: `(out, in)` of the matrix.
-        unpack: Writes the given rows of the matrix into a flat float32 buffer of as many elements.
+        unpacker: Gives for the most elements of a block a function that writes the given rows of the matrix into a flat
+            float32 buffer of as many elements; called once for each thread.
         multiple: As for `row_blocks`.
 
     Returns:
@@ -60,9 +75,28 @@ def linear_by_blocks(
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
     tokens = x.reshape(-1, in_features).float()
     result = torch.empty(tokens.shape[0], out_features, device=x.device)
-    buffer = torch.empty(largest_block(shape, multiple), device=x.device)
-    for rows in row_blocks(shape, multiple):
-        block = buffer[: (rows.stop - rows.start) * in_features]
-        unpack(rows, block)
-        torch.mm(tokens, block.view(-1, in_features).T, out=result[:, rows])
+    blocks = list(row_blocks(shape, multiple, _PRODUCT_ELEMENTS))
+    largest = largest_block(shape, multiple, _PRODUCT_ELEMENTS)
+
+    def work(share: list[slice]) -> None:
+        unpack, buffer = unpacker(largest), torch.empty(largest, device=x.device)
+        for rows in share:
+            block = buffer[: (rows.stop - rows.start) * in_features]
+            unpack(rows, block)
+            torch.mm(tokens, block.view(-1, in_features).T, out=result[:, rows])
+
+    workers = min(MOST_WORKERS, torch.get_num_threads(), len(blocks)) if x.device.type == "cpu" else 1
+    others = [_helpers().submit(work, blocks[first::workers]) for first in range(1, workers)]
+    try:
+        work(blocks[::workers])
+    finally:
+        wait(others)  # whatever happens here, they write into `result`
+    for other in others:
+        other.result()
     return result.view(*x.shape[:-1], out_features)
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Threads that share the blocks with the model's; as many as ever work at once, so that nobody waits for one."""
+    return ThreadPoolExecutor(MOST_WORKERS - 1, thread_name_prefix="switchrun-unpack")
