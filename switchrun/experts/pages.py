@@ -76,8 +76,9 @@ def touch(memory: memoryview) -> None:
     """Take the pages of writable memory from the system, by writing zeros; other threads run on meanwhile.
 
     A read into new memory would take them too, as madvise does; but then no other thread of the process can map memory
-    for as long as the system takes to find them and to clear them. Importing torch took 14 s instead of 5 for this on a
-    virtual machine that was slow to give pages (2026-11-27). A write takes them one by one and holds up nobody.
+    for as long as the system takes to find them and to clear them. On a virtual machine that was slow to give pages
+    importing torch took 14 s for this, alone 5 (2026-11-27). A write holds up nobody from Linux 6.4 on, where a page
+    fault locks only the mapping that it is in.
     """
     if memory:
         ctypes.memset(ctypes.addressof(ctypes.c_char.from_buffer(memory)), 0, len(memory))

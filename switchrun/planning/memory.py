@@ -24,8 +24,10 @@ INDEX_BYTES_PER_TENSOR = 900
 STAGING_BUFFERS = 2
 #: What may wait to be written to `offload/`: at least two experts. The next ones are written when they are met again.
 WRITER_BYTES = 8 * MIB
-#: What packing an expert, or multiplying with a packed one, takes besides; one of each can be under way.
+#: What packing an expert takes besides, for each that is being converted.
 PACKING_SCRATCH_BYTES = 14 * MIB
+#: What multiplying with a packed matrix takes: a block of it in float32 and its codes, for each of four threads.
+PRODUCT_SCRATCH_BYTES = 24 * MIB
 #: bitsandbytes itself, which unpacks nf4; 45 MiB measured with 0.50.2.
 BITSANDBYTES_BYTES = 48 * MIB
 #: From this size on an expert is read past the page cache; below, the alignment would cost more than it saves.
@@ -166,7 +168,7 @@ def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Give what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
     if precision.packed is None:
         return 0
-    scratch = (STAGING_BUFFERS + 1) * PACKING_SCRATCH_BYTES
+    scratch = STAGING_BUFFERS * PACKING_SCRATCH_BYTES + PRODUCT_SCRATCH_BYTES
     if checkpoint.has_int8_experts:
         return scratch
     return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
