@@ -72,7 +72,10 @@ def test_the_same_as_when_we_quantise(tmp_path: Path, container: str, stored: st
     assert not experts_in(tmp_path / "own")
 
 
-@pytest.mark.parametrize("kept", MIXTURES)
+@pytest.mark.parametrize(
+    "kept",
+    [pytest.param(kept, marks=() if kept in ("wo", "all experts") else pytest.mark.slow) for kept in MIXTURES],
+)
 def test_any_mixture_of_plain_and_int8(tmp_path: Path, kept: str) -> None:
     saved(CheckpointSpec(tied=False), tmp_path / "model")
     with open_at(tmp_path, "int8", {"": "cpu"}) as session:

@@ -96,6 +96,7 @@ def test_below_the_minimum_nothing_is_loaded(big: Path, run_switchrun: RunSwitch
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_refused(big: Path, run_switchrun: RunSwitchrun) -> None:
     done = run_switchrun(["fill", TEXT, "--model", str(big), "--gpu-memory", "4GiB"])
@@ -103,6 +104,7 @@ def test_a_gpu_that_is_not_there_is_refused(big: Path, run_switchrun: RunSwitchr
     assert "gpu:0 is asked for, and torch finds 0 GPUs here" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_line_that_cannot_fit_is_refused_before_it_takes_memory(
     big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str]
 ) -> None:
