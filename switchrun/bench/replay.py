@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchrun.bench.page_cache import drop_page_cache
+from switchrun.experts.pages import touch
 from switchrun.experts.reader import Way
 from switchrun.units import MIB
 
@@ -37,9 +38,8 @@ class Ring:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _RING_BYTES)
-        for position in range(0, _RING_BYTES, _PAGE):
-            self._memory[position] = 1
         self._view = memoryview(self._memory)
+        touch(self._view)
 
     def close(self) -> None:
         """Give the memory back."""

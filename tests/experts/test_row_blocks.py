@@ -47,21 +47,22 @@ def test_each_block_is_unpacked_once_into_the_buffer_of_one_thread(workers: int)
 
 def test_an_error_of_any_thread_is_told_when_all_have_ended(workers: int) -> None:
     for wrong in (0, 64 * (workers - 1)):
-        running = 0
+        begun: list[int] = []
+        ended: list[int] = []
 
-        def unpacker(_largest: int, wrong: int = wrong) -> Unpack:
+        def unpacker(_largest: int, wrong: int = wrong, begun: list[int] = begun, ended: list[int] = ended) -> Unpack:
             def unpack(rows: slice, buffer: torch.Tensor) -> None:
-                nonlocal running
-                running += 1
+                begun.append(rows.start)
                 try:
                     buffer.zero_()
                     if rows.start == wrong:
                         raise OSError("no")
                 finally:
-                    running -= 1
+                    ended.append(rows.start)
 
             return unpack
 
         with pytest.raises(OSError, match="no"):
             linear_by_blocks(torch.ones(1, SHAPE[1]), SHAPE, unpacker)
-        assert running == 0
+        assert wrong in begun
+        assert sorted(begun) == sorted(ended)
