@@ -43,7 +43,7 @@ class Landing:
             self._positions[name] = cursor + tensor.offset - read.offset
             cursor += -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE
         self.nbytes = cursor
-        pages = pages or Pages(1, cursor)
+        pages = pages or Pages(1, cursor, huge=False)  # read once, while importing keeps the processor busier still
         pages.claim(cursor)
         self._mapping = pages.memory
         view = memoryview(self._mapping)
