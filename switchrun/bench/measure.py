@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class StageTimes:
 
     Attributes:
         seconds: From its start to its end.
-        expert_layer_seconds: Of that, spent in sparse layers after the router: waiting and computing.
+        expert_layer_seconds: Of that, spent in sparse layers after the router: waiting, and computing experts.
         counters: What the expert cache did meanwhile, all its levels together.
         gpus: What those on GPUs did.
     """
@@ -109,6 +110,9 @@ class Probe:
                 self._hooks.callback(handle.remove)
         self._hooks.callback(self._engine.model.encoder.register_forward_hook(self._end_of_encoder).remove)
         self._engine.cache.on_load = self._note_load
+        meanwhile = self._engine.cache.meanwhile
+        self._hooks.callback(setattr, self._engine.cache, "meanwhile", meanwhile)
+        self._engine.cache.meanwhile = partial(self._meanwhile, meanwhile)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,6 +187,13 @@ class Probe:
 
     def _leave(self, module: Any, *_: Any) -> None:
         self._inside[_stack(self._layers[module][0])] += time.perf_counter() - self._entered
+
+    def _meanwhile(self, compute: Callable[[], bool]) -> bool:
+        """Let dense work that is done during a read not count as the sparse layer's: as if that had begun later."""
+        start = time.perf_counter()
+        computed = compute()
+        self._entered += time.perf_counter() - start
+        return computed
 
     def _end_of_encoder(self, *_: Any) -> None:
         self._encoder_end = time.perf_counter()

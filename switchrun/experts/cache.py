@@ -54,6 +54,7 @@ class ExpertCache:
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
+        meanwhile: Called while nothing has arrived, to compute a piece of something else; tells whether it did.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ExpertCache:
         self._busy, self._busy_since = 0, 0.0
         self._counters = CacheCounters()
         self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
+        self.meanwhile: Callable[[], bool] = lambda: False
         self._toucher.start()
 
     @property
@@ -143,9 +145,7 @@ class ExpertCache:
                 self._table.policy.release(key)
                 self._submit(missing)
             while self._in_flight:
-                start = time.perf_counter()
                 arrival = self._next_arrival()
-                self._counters.wait_seconds += time.perf_counter() - start
                 if arrival.again:
                     missing.appendleft(arrival.key)
                 elif arrival.weights is None:
@@ -204,7 +204,11 @@ class ExpertCache:
 
     def _next_arrival(self) -> _Arrival:
         """Wait for a read to end, whichever is first."""
+        while self._arrived.empty() and self.meanwhile():
+            pass
+        start = time.perf_counter()
         arrival = self._arrived.get()
+        self._counters.wait_seconds += time.perf_counter() - start
         self._in_flight -= 1
         self._table.entries[arrival.key].weights = arrival.weights
         if arrival.weights is None:

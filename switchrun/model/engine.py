@@ -19,6 +19,7 @@ from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import RoutingContext
 from switchrun.experts.probe import reading_way
 from switchrun.experts.reader import WAYS, FileReader
+from switchrun.model.ahead import CrossAttentionAhead
 from switchrun.model.build import build_cache, build_model
 from switchrun.model.dense import DenseWeights, check_gpus, drop_weights, input_device, place_dense_weights
 from switchrun.model.gpu_memory import told_as_budget
@@ -120,6 +121,8 @@ class Engine:
             self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
             stack.callback(drop_weights, self.model)
             place_dense_weights(self.model, weights, plan.device_map, note)
+            if all(weight.device.type == "cpu" for weight in self.model.decoder.parameters()):
+                self.cache.meanwhile = CrossAttentionAhead(self.model).step
             for number in plan.gpus:
                 self._add_level(number)
             self._stack = stack.pop_all()

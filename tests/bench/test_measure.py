@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from switchrun._plan import prepare
@@ -15,7 +19,7 @@ from switchrun.bench.measure import Probe, used_experts
 from switchrun.bench.replay import Range, Ring, replay
 from switchrun.bench.workload import make_inputs
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.experts.reader import WAYS
+from switchrun.experts.reader import WAYS, FileReader
 from switchrun.model.engine import Engine
 from tests.bench.conftest import task_of
 
@@ -104,3 +108,32 @@ def test_replays_read_what_they_are_told(tmp_path: Path) -> None:
     assert replay([], WAYS[0], ring) is None
     assert replay([Range(file, 0, 300_000)], WAYS[-1], ring)
     ring.close()
+
+
+def test_dense_work_done_during_a_read_is_not_the_experts(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = prepare(cell.model, cpu_memory=cell.cpu_memory_bytes)
+    rows = make_inputs(prepared.checkpoint.config, 2, 6, seed=3)
+    pieces, done, read_piece = iter([0.5, 0.5]), threading.Event(), FileReader._read_piece
+
+    def work() -> bool:
+        seconds = next(pieces, None)
+        if seconds is None:
+            done.set()
+            return False
+        time.sleep(seconds)
+        return True
+
+    def late(*arguments: Any) -> None:
+        assert done.wait(10)
+        read_piece(*arguments)
+
+    with Engine(prepared) as engine:
+        monkeypatch.setattr(FileReader, "_read_piece", late)
+        engine.cache.meanwhile = work
+        with Probe(engine) as probe:
+            fill = probe.fill(rows, 2)
+        assert engine.cache.meanwhile is work
+    waited = sum(times.counters.wait_seconds for times in fill.stages.values())
+    inside = sum(times.expert_layer_seconds for times in fill.stages.values())
+    assert done.is_set()
+    assert waited <= inside <= fill.seconds - 1.0
