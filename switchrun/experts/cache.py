@@ -8,29 +8,37 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.experts.formats import Format, Load, PlainFormat
+from switchrun.experts.packed import ArrivingMatrix
 from switchrun.experts.pages import Pages
 from switchrun.experts.reader import WAYS, FileReader, Segment, Way
 from switchrun.experts.slot_table import CacheCounters, SlotTable
 from switchrun.experts.slots import Buffers, ExpertWeights
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A read that has ended, one way or another; with `again`, the expert is to be loaded anew by another way."""
+    """A read that has ended, one way or another; with `again`, the expert is to be loaded anew by another way.
+
+    Or one that has not ended, if not `whole`: `wi` is there.
+    """
 
     key: ExpertKey
     weights: ExpertWeights | None
     error: BaseException | None
     again: bool = False
+    whole: bool = True
 
 
 class ExpertCache:
@@ -135,6 +143,7 @@ class ExpertCache:
         hits, missing_keys = self._table.ask(keys, self._counters)
         missing = deque(missing_keys)
         finished = False
+        given: set[ExpertKey] = set()  # before they were whole
         try:
             self._submit(missing)
             yield None
@@ -150,8 +159,14 @@ class ExpertCache:
                     missing.appendleft(arrival.key)
                 elif arrival.weights is None:
                     raise arrival.error or AssertionError("a read ended with neither weights nor an error")
+                elif not arrival.whole:
+                    if self._arrived.empty():  # else there is something better to do than to wait for `wo` soon
+                        yield arrival.key, arrival.weights
+                        given.add(arrival.key)
+                    continue
                 else:
-                    yield arrival.key, arrival.weights
+                    if arrival.key not in given:
+                        yield arrival.key, arrival.weights
                     self._table.policy.release(arrival.key)
                 self._submit(missing)
             finished = True
@@ -177,11 +192,22 @@ class ExpertCache:
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
             self._counters.loads += 1
-            done = partial(self._finish, load, slot, staging)
+            end: Future[None] = Future()
+            done = partial(self._finish, load, slot, staging, end)
+            first = (load.wi_end, partial(self._begin_with, load, slot, end)) if load.wi_end else None
             new = buffers.claim((index + 1) * buffers.size)
-            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffers.view(index), done, new)
+            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffers.view(index), done, new, first)
 
-    def _finish(self, load: Load, slot: int, staging: int | None, error: BaseException | None) -> None:
+    def _begin_with(self, load: Load, slot: int, end: Future[None]) -> None:
+        """Give what can be computed with `wi` alone; on a reader thread."""
+        there = self._format.place(load, self._slots, slot)
+        assert isinstance(there.wo, torch.Tensor)
+        weights = ExpertWeights(there.wi, ArrivingMatrix(there.wo, partial(self._wait, end.result)))
+        self._arrived.put(_Arrival(load.key, weights, None, whole=False))
+
+    def _finish(
+        self, load: Load, slot: int, staging: int | None, end: Future[None], error: BaseException | None
+    ) -> None:
         """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""
         weights, again = None, False
         try:
@@ -201,14 +227,15 @@ class ExpertCache:
             self._free_staging.append(staging)
         self._note_busy(-1)
         self._arrived.put(_Arrival(load.key, weights, error, again))
+        end.set_result(None) if error is None else end.set_exception(error)
 
     def _next_arrival(self) -> _Arrival:
-        """Wait for a read to end, whichever is first."""
+        """Wait for a read to end, or for its first matrix, whichever is first."""
         while self._arrived.empty() and self.meanwhile():
             pass
-        start = time.perf_counter()
-        arrival = self._arrived.get()
-        self._counters.wait_seconds += time.perf_counter() - start
+        arrival = self._wait(self._arrived.get)
+        if not arrival.whole:
+            return arrival
         self._in_flight -= 1
         self._table.entries[arrival.key].weights = arrival.weights
         if arrival.weights is None:
@@ -216,6 +243,14 @@ class ExpertCache:
         if arrival.again:
             self._counters.loads -= 1
         return arrival
+
+    def _wait(self, something: Callable[[], T]) -> T:
+        """Call what blocks for reads, and count the time."""
+        start = time.perf_counter()
+        try:
+            return something()
+        finally:
+            self._counters.wait_seconds += time.perf_counter() - start
 
     def _recover(self) -> None:
         """Leave nothing in flight and nothing in use: a read failed, the caller stopped early, or a signal came.
@@ -225,7 +260,7 @@ class ExpertCache:
         self._reader.wait()
         while not self._arrived.empty():
             arrival = self._arrived.get()
-            if arrival.key in self._table.entries:
+            if arrival.whole and arrival.key in self._table.entries:
                 self._table.entries[arrival.key].weights = arrival.weights
         self._table.rebuild()
         self._free_staging = list(range(self._staging.count))

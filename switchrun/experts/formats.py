@@ -25,12 +25,14 @@ class Load:
         plan: The reads.
         staged: Whether they go to a staging buffer, and from there into the slot.
         stored: Where it is in the store, if that is where it is read from.
+        wi_end: `wi` is there once so many bytes are, and can be multiplied; 0 if nothing can be before all is there.
     """
 
     key: ExpertKey
     plan: ReadPlan
     staged: bool
     stored: StoredExpert | None = None
+    wi_end: int = 0
 
 
 class Format(Protocol):
@@ -75,7 +77,10 @@ class PlainFormat:
 
     def load(self, key: ExpertKey) -> Load:
         """See `Format`."""
-        return Load(key, plan_reads(self._slices[key], self._direct), self._converts)
+        slices = self._slices[key]
+        plan = plan_reads(slices, self._direct)
+        wi, wo, *_ = plan.positions
+        return Load(key, plan, self._converts, wi_end=0 if self._converts or wo < wi else wi + slices.wi.nbytes)
 
     def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
         """See `Format`; gives views in the stored dtype."""

@@ -1,4 +1,4 @@
-"""Experts in few bits: matrices that multiply as they are packed, and how they lie in a slot."""
+"""Matrices that multiply in ways of their own, in few bits above all, and how those lie in a slot."""
 
 from __future__ import annotations
 
@@ -61,7 +61,30 @@ class Nf4Matrix:
         return Nf4Matrix(move(self.packed), move(self.absmax), self.shape)
 
 
-def multiply(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix | Nf4Matrix) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class ArrivingMatrix:
+    """A matrix that is still being read, when what is computed before it can begin.
+
+    Attributes:
+        matrix: A view of the slot that it is read to.
+        wait: Blocks until it is there; raises what the read has raised.
+    """
+
+    matrix: torch.Tensor
+    wait: Callable[[], None]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Wait, and give `x @ weight.T`."""
+        self.wait()
+        return linear(x, self.matrix)
+
+    def moved(self, move: Move) -> torch.Tensor:
+        """Wait, and give what `move` gives."""
+        self.wait()
+        return move(self.matrix)
+
+
+def multiply(x: torch.Tensor, matrix: torch.Tensor | Int8Matrix | Nf4Matrix | ArrivingMatrix) -> torch.Tensor:
     """Give `x @ matrix.T`, whatever the matrix is kept in.
 
     Args:

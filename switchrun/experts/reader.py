@@ -87,6 +87,7 @@ class FileReader:
         buffer: memoryview,
         done: Callable[[BaseException | None], None],
         new: bool = False,
+        first: tuple[int, Callable[[], None]] | None = None,
     ) -> int:
         """Start reading segments into a buffer.
 
@@ -95,18 +96,23 @@ class FileReader:
             buffer: Writable bytes; must stay untouched until `done` is called.
             done: Called once, on a reader thread, with None or the first error.
             new: The buffer may have no pages yet; they are touched before it is read to.
+            first: So many bytes of the buffer, and what is called on a reader thread once they are there and others
+                are not; before `done`, and not at all if a read fails.
 
         Returns:
             The bytes that will be read.
         """
         pieces = [piece for segment in segments for piece in _cut(segment, self._way.chunk_bytes)]
         pending = _Pending(len(pieces), partial(self._end, done))
+        length, tell = first or (0, lambda: None)
+        early = sum(piece.position < length for piece in pieces)
+        begin = _Pending(early, lambda _none: tell()) if early < len(pieces) else None
         submitted = 0
         with self._idle:
             self._outstanding += 1
         try:
             for piece in pieces:
-                self._pool.submit(self._read, piece, buffer, new, pending)
+                self._pool.submit(self._read, piece, buffer, new, pending, begin if piece.position < length else None)
                 submitted += 1
         except BaseException as error:
             for _ in pieces[submitted:]:
@@ -154,13 +160,15 @@ class FileReader:
                 self._outstanding -= 1
                 self._idle.notify_all()
 
-    def _read(self, piece: Segment, buffer: memoryview, new: bool, pending: _Pending) -> None:
+    def _read(self, piece: Segment, buffer: memoryview, new: bool, pending: _Pending, begin: _Pending | None) -> None:
         try:
             if not pending.failed:
                 target = buffer[piece.position : piece.position + piece.length]
                 if new:
                     touch(target)
                 self._read_piece(piece, target)
+                if begin is not None:
+                    begin.finish(None)
         except BaseException as error:  # handed to the thread that waits for the expert
             pending.finish(error)
         else:

@@ -14,7 +14,7 @@ from switchrun.experts.pages import Pages
 from switchrun.experts.reader import PAGE, Segment
 
 if TYPE_CHECKING:
-    from switchrun.experts.packed import Int8Matrix, Nf4Matrix
+    from switchrun.experts.packed import ArrivingMatrix, Int8Matrix, Nf4Matrix
 
 #: torch's dtypes by safetensors' names.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -40,11 +40,11 @@ class Buffers(Pages):
 class ExpertWeights:
     """The matrices of one expert in memory, `wi` [d_ff, d_model] and `wo` [d_model, d_ff]: views of a slot.
 
-    They are valid while the cache keeps the expert in use, and no longer.
+    They are valid while the cache keeps the expert in use, and no longer. `wo` may still be on its way.
     """
 
     wi: torch.Tensor | Int8Matrix | Nf4Matrix
-    wo: torch.Tensor | Int8Matrix | Nf4Matrix
+    wo: torch.Tensor | Int8Matrix | Nf4Matrix | ArrivingMatrix
 
 
 @dataclass(frozen=True, slots=True)

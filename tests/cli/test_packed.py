@@ -14,6 +14,7 @@ from tests.support.int8 import save_in_int8
 TEXT = "A man <extra_id_0> into a bar."
 
 
+@pytest.mark.slow
 def test_a_fill_a_damaged_expert_and_a_folder_of_something_else(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
     tier = tmp_path / "tier"
     command = ["fill", "--dtype", "int8", "--offload-folder", str(tier), TEXT]

@@ -41,8 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("dtype", "device_map", "beams"),
     [
-        ("fp32", None, 1), ("bf16", None, 3), ("int8", None, 1), ("nf4", None, 1), ("bf16", ON_DISK, 1),
+        ("bf16", None, 3),
         ("nf4", ON_DISK, 1),
+        *(pytest.param(*rest, marks=pytest.mark.slow) for rest in [
+            ("fp32", None, 1), ("int8", None, 1), ("nf4", None, 1), ("bf16", ON_DISK, 1),
+        ]),
     ],
     ids=str,
 )  # fmt: skip

@@ -39,9 +39,15 @@ MIXES = [
     *((device_map, SLOTS[at % len(SLOTS)], "fp32") for at, device_map in enumerate(MAPS)),
     *((device_map, SLOTS[at % len(SLOTS)], "bf16") for at, device_map in enumerate(MAPS[:8:2], 1)),
 ]
+#: Each takes two seconds: CI runs all.
+SLOW_MIXES = [*MIXES[1 : len(MAPS) : 2], *MIXES[len(MAPS) + 1 :]]
 
 
-@pytest.mark.parametrize(("device_map", "slots", "dtype"), MIXES, ids=str)
+@pytest.mark.parametrize(
+    ("device_map", "slots", "dtype"),
+    [pytest.param(*mix, marks=pytest.mark.slow if mix in SLOW_MIXES else ()) for mix in MIXES],
+    ids=str,
+)
 def test_every_mix_of_tiers(
     tmp_path: Path, device_map: dict[str, Any], slots: tuple[int, int | None], dtype: str
 ) -> None:

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from switchrun import GenerationOptions, Session
 from switchrun.experts import product
+from switchrun.experts.reader import Way
+from switchrun.model import engine
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec, checkpoint_specs
@@ -38,18 +40,36 @@ def saved(spec: CheckpointSpec, folder: Path) -> Any:
     return model
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+ANY_OF_THESE = given(
     spec=checkpoint_specs(),
     dtype=st.sampled_from(["fp32", "bf16"]),
     slots=st.sampled_from([1, 2, 5, None]),
     own_products=st.booleans(),
+    small_reads=st.booleans(),
 )
-def test_greedy_ids_and_logits(spec: CheckpointSpec, dtype: str, slots: int | None, own_products: bool) -> None:
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@settings(SETTINGS, max_examples=15)
+@ANY_OF_THESE
+def test_greedy_ids_and_logits(**case: Any) -> None:
+    check_greedy(**case)
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=50)
+@ANY_OF_THESE
+def test_greedy_ids_and_logits_of_many(**case: Any) -> None:
+    check_greedy(**case)
+
+
+def check_greedy(spec: CheckpointSpec, dtype: str, slots: int | None, own_products: bool, small_reads: bool) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         if own_products:  # else only weights larger than these get them
             patched.setattr(product, "_LARGE_WEIGHT", 0)
             patched.setattr(product, "_knows_bfloat16", lambda: False)
+        if small_reads:  # then `wi` is there before `wo`
+            patched.setattr(engine, "WAYS", (Way(2, 512, False),))
         oracle = oracle_for(saved(spec, Path(folder)), dtype)
         with open_with_slots(Path(folder), slots, dtype=dtype, batch_size=3) as session:
             check_logits(oracle, session, dtype)
@@ -58,7 +78,7 @@ def test_greedy_ids_and_logits(spec: CheckpointSpec, dtype: str, slots: int | No
                 check_ids(oracle, session, [text], dtype)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(SETTINGS, max_examples=15)
 @given(spec=checkpoint_specs(), beams=st.integers(2, 4), slots=st.sampled_from([1, 3, None]))
 def test_beam_search_ids(spec: CheckpointSpec, beams: int, slots: int | None) -> None:
     with TemporaryDirectory() as folder:
