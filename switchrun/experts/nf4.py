@@ -195,6 +195,7 @@ def _pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
     torch.add(codes[1::2], codes[::2], alpha=16, out=packed)
 
 
+@cache
 def _pair_table() -> torch.Tensor:
     """The two float32 values that each byte stands for, as one float64: half as many copies as value by value."""
     values = torch.tensor(NF4_VALUES)

@@ -203,9 +203,13 @@ class FileReader:
         """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
         self._files.forget(path)
 
-    def close(self) -> None:
-        """Wait for reads in flight, end the threads and close the files."""
-        self._pool.shutdown(wait=True, cancel_futures=False)
+    def close(self, drop: bool = False) -> None:
+        """Wait for reads in flight, end the threads and close the files.
+
+        Args:
+            drop: What has not begun is not read and never told; else it is waited for too.
+        """
+        self._pool.shutdown(wait=True, cancel_futures=drop)
         self._files.close()
 
 

@@ -133,10 +133,10 @@ class DensePreload:
         return slots
 
     def close(self) -> None:
-        """Wait for reads under way, end the threads and close the files."""
+        """Wait for reads under way, drop the others, end the threads and close the files."""
         self._closing.set()
         self._toucher.join()
-        self._reader.close()
+        self._reader.close(drop=True)
 
 
 def _settle(end: Future[None], error: BaseException | None) -> None:

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from switchrun.experts import row_blocks as module
-from switchrun.experts.row_blocks import MOST_WORKERS, Unpack, linear_by_blocks
+from switchrun.experts.row_blocks import _PRODUCT_ELEMENTS, MOST_WORKERS, Unpack, largest_block, linear_by_blocks
+from switchrun.planning.memory import PRODUCT_SCRATCH_BYTES
 
 SHAPE = (1003, 64)
+#: The matrices of an expert, and after how many of their rows a block of 64 ends with a row.
+SWITCH_C = (((6144, 2080), 2), ((2080, 6144), 1))
 
 
 @pytest.fixture(params=[1, 2, 3, 16])
@@ -66,3 +69,9 @@ def test_an_error_of_any_thread_is_told_when_all_have_ended(workers: int) -> Non
             linear_by_blocks(torch.ones(1, SHAPE[1]), SHAPE, unpacker)
         assert wrong in begun
         assert sorted(begun) == sorted(ended)
+
+
+def test_the_scratch_of_an_nf4_product_is_what_the_plan_reserves() -> None:
+    """A thread has a block in float32 and its codes, two to an int32; switch-c's matrices make the largest blocks."""
+    elements = max(largest_block(shape, multiple, _PRODUCT_ELEMENTS) for shape, multiple in SWITCH_C)
+    assert MOST_WORKERS * (elements * 4 + (elements // 2 + 1) * 4) <= PRODUCT_SCRATCH_BYTES

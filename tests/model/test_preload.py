@@ -1,0 +1,38 @@
+"""Dense weights read ahead of the libraries."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from switchrun._plan import prepare
+from switchrun.experts.reader import FileReader, Segment
+from switchrun.model.preload import DensePreload
+from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
+
+
+def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when an opening fails, or Ctrl-C comes: gigabytes may still wait to be read."""
+    model = save_checkpoint(random_model(tiny_config()), tmp_path / "model")
+    begun: list[Segment] = []
+    proceed = threading.Event()
+
+    def read_piece(_reader: FileReader, piece: Segment, _target: memoryview) -> None:
+        begun.append(piece)
+        assert proceed.wait(10)
+
+    monkeypatch.setattr(FileReader, "_read_piece", read_piece)
+    preload = DensePreload(prepare(str(model)))
+    threads = preload._reader._way.threads
+    assert len(preload.names) > threads + 1
+    closing = threading.Thread(target=preload.close)
+    closing.start()
+    while preload._reader._pool._work_queue.qsize() > 1:  # what wakes the threads stays
+        time.sleep(0.001)
+    proceed.set()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert len(begun) <= threads
