@@ -165,11 +165,11 @@ def open_session(model: str | None, **settings: Any) -> Session:
     from switchrun.model.imports import import_libraries
     from switchrun.model.preload import DensePreload
 
-    preload = DensePreload(prepared)
-    import_libraries(prepared.plan)
-    from switchrun.model.session import Session
+    with DensePreload(prepared) as preload:
+        import_libraries(prepared.plan)
+        from switchrun.model.session import Session
 
-    return Session(prepared, started=started, preload=preload, **own)
+        return Session(prepared, started=started, preload=preload, **own)
 
 
 def _arguments(texts: list[str]) -> list[str]:

@@ -120,6 +120,8 @@ class ExpertCache:
     def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
         """Give experts one after another, each as soon as it is in memory: first those that are, then arrivals.
 
+        If nothing else is to be done, one whose `wi` has arrived: multiplying with its `wo` then waits for the rest.
+
         An expert's weights are valid until the next one is asked for. Reads of missing experts are all submitted at
         once, as far as there are slots; when there are fewer slots than experts, each slot is used again as soon as
         its expert has been computed. Blocks while nothing has arrived yet.

@@ -94,10 +94,10 @@ class FileReader:
         Args:
             segments: What to read.
             buffer: Writable bytes; must stay untouched until `done` is called.
-            done: Called once, on a reader thread, with None or the first error.
+            done: Called once, on a reader thread, with None or the first error; unless `close` drops it.
             new: The buffer may have no pages yet; they are touched before it is read to.
-            first: So many bytes of the buffer, and what is called on a reader thread once they are there and others
-                are not; before `done`, and not at all if a read fails.
+            first: So many bytes of the buffer, and what is called on a reader thread once they are there: before
+                `done`, and not if a read has failed by then, nor if the piece that brings them brings all.
 
         Returns:
             The bytes that will be read.
@@ -167,7 +167,7 @@ class FileReader:
                 if new:
                     touch(target)
                 self._read_piece(piece, target)
-                if begin is not None:
+                if begin is not None and not pending.failed:
                     begin.finish(None)
         except BaseException as error:  # handed to the thread that waits for the expert
             pending.finish(error)
@@ -207,7 +207,8 @@ class FileReader:
         """Wait for reads in flight, end the threads and close the files.
 
         Args:
-            drop: What has not begun is not read and never told; else it is waited for too.
+            drop: What has not begun is not read and never told, so `wait` must not be called any more; else it is
+                waited for too.
         """
         self._pool.shutdown(wait=True, cancel_futures=drop)
         self._files.close()

@@ -21,7 +21,7 @@ class CrossAttentionAhead:
     kept anyway once the step ends.
 
     Args:
-        model: A Switch model whose decoder has all of its weights in CPU memory.
+        model: A Switch model that runs without GPUs, and whose decoder has all of its weights in CPU memory.
     """
 
     def __init__(self, model: Any) -> None:

@@ -93,12 +93,12 @@ class Engine:
                 on_dense_bytes(done, total)
 
         with ExitStack() as stack, told_as_budget(prepared.plan):
+            preload = preload or DensePreload(prepared)
+            stack.callback(preload.close)
             check_gpus(prepared.plan.gpus)
             self.device = input_device(prepared.plan.device_map)
             if prepared.plan.gpus:
                 stack.callback(accelerator.release_unused)  # once all below is let go of
-            preload = preload or DensePreload(prepared)
-            stack.callback(preload.close)
             for name in preload.names:
                 preload.find(name)
                 note(name)
@@ -121,7 +121,7 @@ class Engine:
             self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
             stack.callback(drop_weights, self.model)
             place_dense_weights(self.model, weights, plan.device_map, note)
-            if all(weight.device.type == "cpu" for weight in self.model.decoder.parameters()):
+            if not plan.gpus and all(weight.device.type == "cpu" for weight in self.model.decoder.parameters()):
                 self.cache.meanwhile = CrossAttentionAhead(self.model).step
             for number in plan.gpus:
                 self._add_level(number)

@@ -75,7 +75,7 @@ class DensePreload:
         kept: Those that stay; the memory lives as long as a view of it.
         staged: Those that do not.
 
-    Owns its threads and files until `close`, which waits for reads under way.
+    Owns its threads and files until `close`, which waits for reads under way. A context manager, which closes it.
     """
 
     def __init__(self, prepared: Prepared) -> None:
@@ -133,10 +133,19 @@ class DensePreload:
         return slots
 
     def close(self) -> None:
-        """Wait for reads under way, drop the others, end the threads and close the files."""
+        """Wait for reads under way, drop the others, end the threads and close the files; may be called again.
+
+        What was dropped is never there: only what was found before can still be found.
+        """
         self._closing.set()
         self._toucher.join()
         self._reader.close(drop=True)
+
+    def __enter__(self) -> DensePreload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _settle(end: Future[None], error: BaseException | None) -> None:

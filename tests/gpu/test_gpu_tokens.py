@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from switchrun import GenerationOptions
+from switchrun.experts.reader import Way
+from switchrun.model import engine
 from tests.model.test_same_tokens import MAX_NEW_TOKENS, TEXTS, check_ids, check_logits, saved
 from tests.support.fake_accelerator import fake_gpus
 from tests.support.gpu_sessions import open_on_gpus
@@ -68,14 +70,17 @@ def test_every_mix_of_tiers(
     spec=checkpoint_specs(),
     dtype=st.sampled_from(["fp32", "bf16"]),
     slots=st.sampled_from(SLOTS),
+    small_reads=st.booleans(),
     tiers=st.fixed_dictionaries(
         {module: st.sampled_from([0, 1, "cpu", "disk"]) for module in ("", "encoder", "decoder", "shared")}
     ),
 )
 def test_every_kind_of_model(
-    spec: CheckpointSpec, dtype: str, slots: tuple[int, int | None], tiers: dict[str, Any]
+    spec: CheckpointSpec, dtype: str, slots: tuple[int, int | None], small_reads: bool, tiers: dict[str, Any]
 ) -> None:
-    with TemporaryDirectory() as folder, fake_gpus(None, None):
+    with TemporaryDirectory() as folder, fake_gpus(None, None), pytest.MonkeyPatch.context() as patched:
+        if small_reads:  # then `wi` is there before `wo`
+            patched.setattr(engine, "WAYS", (Way(2, 512, False),))
         oracle = oracle_for(saved(spec, Path(folder)), dtype)
         with open_on_gpus(Path(folder), tiers, *slots, dtype=dtype, batch_size=3) as session:
             check_logits(oracle, session, dtype)

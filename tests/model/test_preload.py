@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from switchrun._plan import prepare
+from switchrun.cli.fill import open_session
 from switchrun.experts.reader import FileReader, Segment
 from switchrun.model.preload import DensePreload
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
@@ -36,3 +37,19 @@ def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatc
     closing.join(10)
     assert not closing.is_alive()
     assert len(begun) <= threads
+
+
+def test_an_interrupted_opening_closes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_checkpoint(random_model(tiny_config()), tmp_path / "model")
+    closed: list[DensePreload] = []
+
+    def interrupt(_plan: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("switchrun.model.imports.import_libraries", interrupt)
+    monkeypatch.setattr(DensePreload, "close", lambda preload: closed.append(preload))
+    with pytest.raises(KeyboardInterrupt):
+        open_session(str(model), tokenizer=None, progress=None, warn=None)
+    assert len(closed) == 1
+    monkeypatch.undo()
+    closed[0].close()
