@@ -20,7 +20,7 @@ from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.experts.formats import Format, Load, PlainFormat
 from switchrun.experts.packed import ArrivingMatrix
 from switchrun.experts.pages import Pages
-from switchrun.experts.reader import WAYS, FileReader, Segment, Way
+from switchrun.experts.reader import WAYS, FileReader, Segment, Way, settle
 from switchrun.experts.slot_table import CacheCounters, SlotTable
 from switchrun.experts.slots import Buffers, ExpertWeights
 
@@ -161,15 +161,13 @@ class ExpertCache:
                     missing.appendleft(arrival.key)
                 elif arrival.weights is None:
                     raise arrival.error or AssertionError("a read ended with neither weights nor an error")
-                elif not arrival.whole:
-                    if self._arrived.empty():  # else there is something better to do than to wait for `wo` soon
-                        yield arrival.key, arrival.weights
-                        given.add(arrival.key)
-                    continue
-                else:
+                elif arrival.whole:
                     if arrival.key not in given:
                         yield arrival.key, arrival.weights
                     self._table.policy.release(arrival.key)
+                elif self._arrived.empty():  # else there is something better to do than to wait for `wo` soon
+                    given.add(arrival.key)
+                    yield arrival.key, arrival.weights
                 self._submit(missing)
             finished = True
         finally:
@@ -229,7 +227,7 @@ class ExpertCache:
             self._free_staging.append(staging)
         self._note_busy(-1)
         self._arrived.put(_Arrival(load.key, weights, error, again))
-        end.set_result(None) if error is None else end.set_exception(error)
+        settle(end, error)
 
     def _next_arrival(self) -> _Arrival:
         """Wait for a read to end, or for its first matrix, whichever is first."""

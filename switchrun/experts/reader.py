@@ -7,7 +7,7 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -134,18 +134,9 @@ class FileReader:
         Raises:
             CorruptCheckpointError: They cannot be read.
         """
-        ended = threading.Event()
-        errors: list[BaseException] = []
-
-        def done(error: BaseException | None) -> None:
-            if error is not None:
-                errors.append(error)
-            ended.set()
-
-        self.submit(segments, buffer, done)
-        ended.wait()
-        if errors:
-            raise errors[0]
+        end: Future[None] = Future()
+        self.submit(segments, buffer, partial(settle, end))
+        end.result()
 
     def wait(self) -> None:
         """Block until everything that was submitted has ended and has been told."""
@@ -212,6 +203,14 @@ class FileReader:
         """
         self._pool.shutdown(wait=True, cancel_futures=drop)
         self._files.close()
+
+
+def settle(end: Future[None], error: BaseException | None) -> None:
+    """End a future as `FileReader.submit` tells it."""
+    if error is None:
+        end.set_result(None)
+    else:
+        end.set_exception(error)
 
 
 class _Pending:

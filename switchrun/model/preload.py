@@ -14,7 +14,7 @@ from functools import partial
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.experts.pages import Pages
-from switchrun.experts.reader import WAYS, FileReader, known_way
+from switchrun.experts.reader import WAYS, FileReader, known_way, settle
 from switchrun.planning import memory
 from switchrun.planning.device_map import tier_of
 
@@ -48,7 +48,7 @@ class Landing:
         self._mapping = pages.memory
         view = memoryview(self._mapping)
         for read, start, end in reads:
-            reader.submit([read], view[start : start + read.length], partial(_settle, end), new=True)
+            reader.submit([read], view[start : start + read.length], partial(settle, end), new=True)
 
     def find(self, name: str) -> tuple[mmap.mmap, int] | None:
         """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
@@ -146,10 +146,3 @@ class DensePreload:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _settle(end: Future[None], error: BaseException | None) -> None:
-    if error is None:
-        end.set_result(None)
-    else:
-        end.set_exception(error)

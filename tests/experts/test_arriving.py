@@ -11,16 +11,16 @@ import torch
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
-from switchrun.dtypes import Dtype, Precision
+from switchrun.dtypes import Dtype
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.cache import ExpertCache
 from switchrun.experts.packed import ArrivingMatrix, multiply
 from switchrun.experts.reader import FileReader, Segment, Way
-from switchrun.planning import memory
+from tests.support.caches import keys, make_cache
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 #: Two reads in turn bring `wi`, which is 16 KiB, and two or more `wo`.
 CHUNK = 8192
+WAY = Way(1, CHUNK, False)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one file", "shards"])
@@ -29,20 +29,6 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     model = random_model(tiny_config(d_model=64, d_ff=64))
     save_checkpoint(model, folder, sharded=request.param)
     return open_checkpoint(str(folder), cache_dir=folder / "index")
-
-
-def make_cache(checkpoint: SwitchCheckpoint, slots: int, dtype: Dtype = Dtype.FP32, threads: int = 1) -> ExpertCache:
-    precision = Precision(dtype)
-    staging = memory.staging_bytes(checkpoint, precision) // memory.STAGING_BUFFERS
-    return ExpertCache(
-        checkpoint.experts,
-        getattr(torch, dtype.torch_name),
-        slots,
-        memory.slot_bytes(checkpoint, precision),
-        (memory.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=False,
-        way=Way(threads, CHUNK, False),
-    )
 
 
 class Gate:
@@ -67,13 +53,9 @@ class Gate:
         monkeypatch.setattr(FileReader, "_read_piece", read_piece)
 
 
-def keys(*experts: int) -> list[ExpertKey]:
-    return [ExpertKey("encoder", 1, expert) for expert in experts]
-
-
 @pytest.fixture
 def expected(checkpoint: SwitchCheckpoint) -> Iterator[dict[ExpertKey, Any]]:
-    with make_cache(checkpoint, 4) as cache:
+    with make_cache(checkpoint, 4, way=WAY) as cache:
         streamed = cache.stream(keys(0, 1, 2, 3))
         yield {key: (multiply(torch.eye(64), each.wi), multiply(torch.eye(64), each.wo)) for key, each in streamed}
 
@@ -82,7 +64,7 @@ def test_wi_is_multiplied_before_wo_has_been_read(
     checkpoint: SwitchCheckpoint, expected: dict[ExpertKey, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (key,) = keys(0)
-    with make_cache(checkpoint, 2) as cache:
+    with make_cache(checkpoint, 2, way=WAY) as cache:
         gate = Gate(monkeypatch, before=checkpoint.experts[key].wi.nbytes // CHUNK + 1)
         stream = cache.stream([key])
         given, weights = next(stream)
@@ -105,7 +87,7 @@ def test_wi_is_multiplied_before_wo_has_been_read(
 def test_each_expert_is_given_once_whatever_has_arrived(
     checkpoint: SwitchCheckpoint, expected: dict[ExpertKey, Any], slots: int
 ) -> None:
-    with make_cache(checkpoint, slots) as cache:
+    with make_cache(checkpoint, slots, way=WAY) as cache:
         for _ in range(20):
             cache.clear()
             seen = []
@@ -120,7 +102,7 @@ def test_each_expert_is_given_once_whatever_has_arrived(
 def test_what_keeps_wo_from_coming_is_told_and_the_cache_goes_on(
     checkpoint: SwitchCheckpoint, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
-    with make_cache(checkpoint, slots) as cache:
+    with make_cache(checkpoint, slots, way=WAY) as cache:
         with monkeypatch.context() as patched:
             gate = Gate(patched, before=3)
             stream = cache.stream(keys(0, 1))
@@ -153,7 +135,7 @@ def test_two_may_be_begun_with_before_either_is_whole(
         read_piece(reader, piece, target)
 
     seen: list[int] = []
-    with make_cache(checkpoint, 2, threads=8) as cache:
+    with make_cache(checkpoint, 2, way=Way(8, CHUNK, False)) as cache:
         monkeypatch.setattr(FileReader, "_read_piece", late)
         halves = []
         for key, weights in cache.stream([first, second]):
@@ -171,7 +153,7 @@ def test_two_may_be_begun_with_before_either_is_whole(
 
 
 def test_a_stream_may_be_left_before_wo_has_come(checkpoint: SwitchCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    with make_cache(checkpoint, 1) as cache:
+    with make_cache(checkpoint, 1, way=WAY) as cache:
         gate = Gate(monkeypatch, before=3)
         stream = cache.stream(keys(0, 1))
         next(stream)
@@ -182,7 +164,7 @@ def test_a_stream_may_be_left_before_wo_has_come(checkpoint: SwitchCheckpoint, m
 
 
 def test_a_converted_expert_is_given_whole(checkpoint: SwitchCheckpoint) -> None:
-    with make_cache(checkpoint, 2, Dtype.BF16) as cache:
+    with make_cache(checkpoint, 2, Dtype.BF16, way=WAY) as cache:
         for _ in range(5):
             cache.clear()
             assert all(isinstance(weights.wo, torch.Tensor) for _, weights in cache.stream(keys(0, 1, 2, 3)))

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import Dtype, Precision
+from switchrun.dtypes import Dtype
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.reader import PAGE, WAYS
 from switchrun.experts.slots import plan_reads
 from switchrun.planning import memory
+from tests.support.caches import keys, make_cache
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 NUM_EXPERTS = 8
@@ -31,25 +32,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> SwitchCheckpoint:
     folder = tmp_path_factory.mktemp("cache") / "model"
     model = random_model(tiny_config(num_experts=NUM_EXPERTS))
     return open_checkpoint(str(save_checkpoint(model, folder)), cache_dir=folder / "index")
-
-
-def make_cache(
-    checkpoint: SwitchCheckpoint, slots: int, dtype: Dtype = Dtype.FP32, direct: bool = False
-) -> ExpertCache:
-    precision = Precision(dtype)
-    staging = memory.staging_bytes(checkpoint, precision) // memory.STAGING_BUFFERS
-    return ExpertCache(
-        checkpoint.experts,
-        getattr(torch, dtype.torch_name),
-        slots,
-        memory.slot_bytes(checkpoint, precision),
-        (memory.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=direct,
-    )
-
-
-def keys(*experts: int) -> list[ExpertKey]:
-    return [ExpertKey("encoder", 1, expert) for expert in experts]
 
 
 def idle(cache: ExpertCache) -> set[ExpertKey]:

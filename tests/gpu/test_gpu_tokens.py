@@ -11,12 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from switchrun import GenerationOptions
-from switchrun.experts.reader import Way
-from switchrun.model import engine
 from tests.model.test_same_tokens import MAX_NEW_TOKENS, TEXTS, check_ids, check_logits, saved
 from tests.support.fake_accelerator import fake_gpus
 from tests.support.gpu_sessions import open_on_gpus
-from tests.support.sessions import generate, oracle_for, small_process
+from tests.support.sessions import generate, oracle_for, read_in_small_pieces, small_process
 from tests.support.strategies import CheckpointSpec, checkpoint_specs
 
 __all__ = ["small_process"]
@@ -41,13 +39,12 @@ MIXES = [
     *((device_map, SLOTS[at % len(SLOTS)], "fp32") for at, device_map in enumerate(MAPS)),
     *((device_map, SLOTS[at % len(SLOTS)], "bf16") for at, device_map in enumerate(MAPS[:8:2], 1)),
 ]
-#: Each takes two seconds: CI runs all.
-SLOW_MIXES = [*MIXES[1 : len(MAPS) : 2], *MIXES[len(MAPS) + 1 :]]
 
 
 @pytest.mark.parametrize(
     ("device_map", "slots", "dtype"),
-    [pytest.param(*mix, marks=pytest.mark.slow if mix in SLOW_MIXES else ()) for mix in MIXES],
+    # Each takes two seconds: CI runs all.
+    [pytest.param(*mix, marks=pytest.mark.slow if at % 2 else ()) for at, mix in enumerate(MIXES)],
     ids=str,
 )
 def test_every_mix_of_tiers(
@@ -79,8 +76,8 @@ def test_every_kind_of_model(
     spec: CheckpointSpec, dtype: str, slots: tuple[int, int | None], small_reads: bool, tiers: dict[str, Any]
 ) -> None:
     with TemporaryDirectory() as folder, fake_gpus(None, None), pytest.MonkeyPatch.context() as patched:
-        if small_reads:  # then `wi` is there before `wo`
-            patched.setattr(engine, "WAYS", (Way(2, 512, False),))
+        if small_reads:
+            read_in_small_pieces(patched)
         oracle = oracle_for(saved(spec, Path(folder)), dtype)
         with open_on_gpus(Path(folder), tiers, *slots, dtype=dtype, batch_size=3) as session:
             check_logits(oracle, session, dtype)

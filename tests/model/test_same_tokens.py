@@ -14,10 +14,15 @@ from hypothesis import strategies as st
 
 from switchrun import GenerationOptions, Session
 from switchrun.experts import product
-from switchrun.experts.reader import Way
-from switchrun.model import engine
 from tests.support.checkpoints import save_tiny_tokenizer
-from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
+from tests.support.sessions import (
+    encode,
+    generate,
+    open_with_slots,
+    oracle_for,
+    read_in_small_pieces,
+    small_process,
+)
 from tests.support.strategies import CheckpointSpec, checkpoint_specs
 
 __all__ = ["small_process"]
@@ -68,8 +73,8 @@ def check_greedy(spec: CheckpointSpec, dtype: str, slots: int | None, own_produc
         if own_products:  # else only weights larger than these get them
             patched.setattr(product, "_LARGE_WEIGHT", 0)
             patched.setattr(product, "_knows_bfloat16", lambda: False)
-        if small_reads:  # then `wi` is there before `wo`
-            patched.setattr(engine, "WAYS", (Way(2, 512, False),))
+        if small_reads:
+            read_in_small_pieces(patched)
         oracle = oracle_for(saved(spec, Path(folder)), dtype)
         with open_with_slots(Path(folder), slots, dtype=dtype, batch_size=3) as session:
             check_logits(oracle, session, dtype)

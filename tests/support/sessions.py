@@ -13,6 +13,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from switchrun import Session, hardware
 from switchrun.checkpoint import open_checkpoint
+from switchrun.experts.reader import Way
+from switchrun.model import engine
 from switchrun.model.generate import CACHE_ARGUMENT
 from switchrun.planning import Budgets, make_plan
 
@@ -24,6 +26,11 @@ _EVERYTHING = 1 << 40
 def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sessions believe that the process is as small as the command's: pytest and an oracle live in it too."""
     monkeypatch.setattr(hardware, "rss_bytes", lambda: 0)
+
+
+def read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sessions opened from now on read 512 bytes at a time: then `wi` of a tiny expert is there before `wo`."""
+    monkeypatch.setattr(engine, "WAYS", (Way(2, 512, False),))
 
 
 def open_with_slots(folder: Path, slots: int | None, **options: Any) -> Session:
