@@ -18,6 +18,8 @@ import torch
 
 from switchrun.experts.int8 import linear_int8, quantise_int8
 from switchrun.experts.nf4 import linear_nf4, packed_size, quantise_nf4
+from switchrun.experts.nf4_tiles import linear_tiled, quantise_tiled
+from switchrun.store import nf4_layout
 
 Linear = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -46,6 +48,9 @@ class Expert:
         sizes = [packed_size(shape) for shape in self.shapes]
         self.packed = [torch.empty(size, dtype=torch.uint8) for size, _ in sizes]
         self.absmax = [torch.empty(size) for _, size in sizes]
+        layout = nf4_layout(d_model, d_ff, tiled=True)
+        self.tiles = [torch.empty(layout[f"{name}.weight"].shape, dtype=torch.uint8) for name in ("wi", "wo")]
+        self.scales = [torch.empty(layout[f"{name}.absmax"].shape).bfloat16() for name in ("wi", "wo")]
 
     def quantise_int8(self) -> None:
         """Ours."""
@@ -56,6 +61,11 @@ class Expert:
         """Ours."""
         for source, packed, absmax in zip(self.bf16, self.packed, self.absmax, strict=True):
             quantise_nf4(source, packed, absmax)
+
+    def quantise_nf4_in_tiles(self) -> None:
+        """Ours, in the order of bitsandbytes' product; for sizes that are whole tiles."""
+        for source, tiles, scales in zip(self.bf16, self.tiles, self.scales, strict=True):
+            quantise_tiled(source, tiles, scales)
 
     def quantise_int8_bitsandbytes(self) -> None:
         """Theirs."""
@@ -84,6 +94,7 @@ class Expert:
                 x.float(), self.packed[i], self.absmax[i], self.shapes[i]
             ).to(x.dtype),
             "nf4: unpacked by bitsandbytes": self._nf4_bitsandbytes,
+            "nf4: in tiles": lambda x, i: linear_tiled(x, self.tiles[i], self.scales[i], self.shapes[i]),
         }
 
     def _llm_int8(self, x: torch.Tensor, i: int) -> torch.Tensor:
@@ -110,7 +121,8 @@ def main() -> None:
     expert = Expert(options.d_model, options.d_ff)
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     print(f"expert {options.d_model} x {options.d_ff}, bfloat16 source\n\n{'quantiser':34}{'ms':>8}")
-    for name in ("quantise_int8", "quantise_int8_bitsandbytes", "quantise_nf4", "quantise_nf4_bitsandbytes"):
+    quantisers = ["int8", "int8_bitsandbytes", "nf4", "nf4_in_tiles", "nf4_bitsandbytes"]
+    for name in (f"quantise_{which}" for which in quantisers):
         print(f"{name:34}{least_ms(getattr(expert, name), options.seconds):8.1f}")
     ways = expert.ways()
 

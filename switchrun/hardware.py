@@ -1,4 +1,4 @@
-"""What this machine has: memory (container limits too) and disk bandwidth. No torch."""
+"""What this machine has: memory (container limits too), disk bandwidth, instructions. No torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,15 @@ def memory_limits() -> list[tuple[int, int]]:
                 # The page cache counts as used, but the kernel gives it up before it kills anybody.
                 found.append((int(limit), used - int(statistics.get(cache_name, 0))))
     return found
+
+
+@cache
+def has_avx512_bf16() -> bool:
+    """Tell whether this processor has AVX-512's products of bfloat16; no where the system does not tell."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
 
 
 def process_age_seconds() -> float:

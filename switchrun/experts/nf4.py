@@ -9,15 +9,14 @@ begins a block. So they are given several rows as one, whose length is a multipl
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 
 from switchrun.experts.bnb import operations
 from switchrun.experts.row_blocks import Unpack, largest_block, linear_by_blocks, row_blocks
-
-#: Elements that share an absmax.
-BLOCK_SIZE = 64
+from switchrun.store.layout import NF4_BLOCK, nf4_rows_to_a_block
 
 #: Elements that bitsandbytes unpacks at a time, 4 MiB in bfloat16: smaller pieces cost more calls, larger ones memory.
 _BITSANDBYTES_ELEMENTS = 2 * 1024**2
@@ -41,7 +40,7 @@ _HALF = (_CELLS - 1) / 2
 def packed_size(shape: tuple[int, int]) -> tuple[int, int]:
     """Tell how many bytes of codes, and how many absmax, a matrix of this shape takes."""
     elements = shape[0] * shape[1]
-    return -(-elements // 2), -(-elements // BLOCK_SIZE)
+    return -(-elements // 2), -(-elements // NF4_BLOCK)
 
 
 def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
@@ -59,15 +58,33 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
     """
     shape = (weight.shape[0], weight.shape[1])
     _check_storage(packed, absmax, shape)
-    multiple = _rows_to_a_block(shape[1])
-    search = _Search(largest_block(shape, multiple))
-    buffer = torch.empty(largest_block(shape, multiple))
+    for rows, codes, scales in quantised_blocks(weight):
+        here, there = _storage_of(rows, shape[1])
+        pack(codes, packed[here])
+        absmax[there] = scales
+
+
+def quantised_blocks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Quantise a matrix a few rows at a time.
+
+    Args:
+        weight: As for `quantise_nf4`.
+        multiple: Every block but the last has a multiple of so many rows, and of as many as end a block of 64.
+
+    Yields:
+        The rows, the code of each of their elements (uint8, flat) and their absmax (float32, flat); both tensors are
+        valid until the next are asked for.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    multiple = math.lcm(multiple, nf4_rows_to_a_block(shape[1]))
+    largest = largest_block(shape, multiple)
+    search, buffer, scales = _Search(largest), torch.empty(largest), torch.empty(-(-largest // NF4_BLOCK))
     for rows in row_blocks(shape, multiple):
         values = buffer[: (rows.stop - rows.start) * shape[1]]
         values.view(-1, shape[1]).copy_(weight[rows])
-        here, there = _storage_of(rows, shape[1])
-        _scale_to_one(values, absmax[there])
-        _pack(search.nearest_codes(values), packed[here])
+        absmax = scales[: -(-len(values) // NF4_BLOCK)]
+        _scale_to_one(values, absmax)
+        yield rows, search.nearest_codes(values), absmax
 
 
 def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -90,7 +107,7 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
         ValueError: Shapes or dtypes do not fit together.
     """
     _check_storage(packed, absmax, shape)
-    multiple = _rows_to_a_block(shape[1])
+    multiple = nf4_rows_to_a_block(shape[1])
     if x.is_cuda or (bitsandbytes_unpacks(x.dtype) and x.device.type == "cpu" and shape[0] % multiple == 0):
         return _linear_bitsandbytes(x, packed, absmax, shape)
     pairs = _pair_table().to(x.device)
@@ -125,26 +142,21 @@ def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int,
         raise ValueError(f"codes must be uint8 and absmax float32, not {packed.dtype} and {absmax.dtype}")
 
 
-def _rows_to_a_block(length: int) -> int:
-    """The fewest rows after which a block of 64 ends where a row ends."""
-    return BLOCK_SIZE // math.gcd(length, BLOCK_SIZE)
-
-
 def _storage_of(rows: slice, length: int) -> tuple[slice, slice]:
     """Which bytes, and which absmax, hold some rows; the first of them begins a block."""
     begin, end = rows.start * length, rows.stop * length
-    return slice(begin // 2, -(-end // 2)), slice(begin // BLOCK_SIZE, -(-end // BLOCK_SIZE))
+    return slice(begin // 2, -(-end // 2)), slice(begin // NF4_BLOCK, -(-end // NF4_BLOCK))
 
 
 def _scale_to_one(values: torch.Tensor, absmax: torch.Tensor) -> None:
     """Divide by the largest magnitude of each block, which is noted; rounded as bitsandbytes rounds."""
-    whole = len(values) // BLOCK_SIZE
-    blocks = values[: whole * BLOCK_SIZE].view(whole, BLOCK_SIZE)
+    whole = len(values) // NF4_BLOCK
+    blocks = values[: whole * NF4_BLOCK].view(whole, NF4_BLOCK)
     if whole:
         largest = torch.maximum(blocks.amax(1), -blocks.amin(1)).abs_()
         absmax[:whole] = largest
         blocks.mul_((1.0 / largest.clamp_(min=1e-38)).unsqueeze(1))
-    rest = values[whole * BLOCK_SIZE :]
+    rest = values[whole * NF4_BLOCK :]
     if len(rest):
         # A block cut short is divided, not multiplied by an inverse, and its absmax never 0.
         absmax[whole] = rest.abs().max().clamp_(min=1e-38)
@@ -189,7 +201,8 @@ class _Search:
         return self._codes[:count].copy_(torch.sub(numbers, beyond, out=cells))
 
 
-def _pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
+def pack(codes: torch.Tensor, packed: torch.Tensor) -> None:
+    """Put two codes in a byte, the first in the high bits; both are uint8 and flat."""
     if len(codes) % 2:
         codes = torch.nn.functional.pad(codes, (0, 1), value=_ZERO_CODE)
     torch.add(codes[1::2], codes[::2], alpha=16, out=packed)
@@ -212,10 +225,10 @@ def _look_up_pairs(codes: torch.Tensor, pairs: torch.Tensor, buffer: torch.Tenso
 
 
 def _scale_back(values: torch.Tensor, absmax: torch.Tensor) -> None:
-    whole = len(values) // BLOCK_SIZE
-    values[: whole * BLOCK_SIZE].view(whole, BLOCK_SIZE).mul_(absmax[:whole].unsqueeze(1))
-    if len(values) % BLOCK_SIZE:
-        values[whole * BLOCK_SIZE :].mul_(absmax[whole])
+    whole = len(values) // NF4_BLOCK
+    values[: whole * NF4_BLOCK].view(whole, NF4_BLOCK).mul_(absmax[:whole].unsqueeze(1))
+    if len(values) % NF4_BLOCK:
+        values[whole * NF4_BLOCK :].mul_(absmax[whole])
 
 
 def _linear_bitsandbytes(
@@ -223,12 +236,12 @@ def _linear_bitsandbytes(
 ) -> torch.Tensor:
     if x.shape[-1] != shape[1]:
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {shape[1]}")
-    multiple = _rows_to_a_block(shape[1])
+    multiple = nf4_rows_to_a_block(shape[1])
     result = x.new_empty(*x.shape[:-1], shape[0])
     for rows in row_blocks(shape, multiple, _BITSANDBYTES_ELEMENTS):
         here, there = _storage_of(rows, shape[1])
         count = rows.stop - rows.start
         long_rows = (count // multiple, shape[1] * multiple) if count % multiple == 0 else (count, shape[1])
-        block = operations().dequantize_4bit(packed[here], absmax[there], BLOCK_SIZE, "nf4", long_rows, x.dtype)
+        block = operations().dequantize_4bit(packed[here], absmax[there], NF4_BLOCK, "nf4", long_rows, x.dtype)
         result[..., rows] = torch.nn.functional.linear(x, block.view(count, shape[1]))
     return result

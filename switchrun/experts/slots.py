@@ -14,7 +14,7 @@ from switchrun.experts.pages import Pages
 from switchrun.experts.reader import PAGE, Segment
 
 if TYPE_CHECKING:
-    from switchrun.experts.packed import ArrivingMatrix, Int8Matrix, Nf4Matrix
+    from switchrun.experts.packed import ArrivingMatrix, PackedMatrix
 
 #: torch's dtypes by safetensors' names.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -43,8 +43,8 @@ class ExpertWeights:
     They are valid while the cache keeps the expert in use, and no longer. `wo` may still be on its way.
     """
 
-    wi: torch.Tensor | Int8Matrix | Nf4Matrix
-    wo: torch.Tensor | Int8Matrix | Nf4Matrix | ArrivingMatrix
+    wi: torch.Tensor | PackedMatrix
+    wo: torch.Tensor | PackedMatrix | ArrivingMatrix
 
 
 @dataclass(frozen=True, slots=True)

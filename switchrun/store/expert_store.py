@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
@@ -74,6 +74,7 @@ class ExpertStore:
         dtype: str,
         layout: Layout,
         *,
+        other_layouts: Collection[Layout] = (),
         limit_bytes: int | None = None,
         read_only: bool = False,
         must_write: bool = False,
@@ -87,7 +88,8 @@ class ExpertStore:
                 elsewhere), or `demo`.
             fingerprint: Changes when the checkpoint does: the Hub's commit, or a hash of its files' stamps.
             dtype: The compute dtype that the experts are for.
-            layout: What an expert's data is.
+            layout: What an expert's data is, in a store that is begun now.
+            other_layouts: What it may be in one that is there.
             limit_bytes: What the experts may take on disk; None is no limit.
             read_only: Write, delete and touch nothing.
             must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
@@ -99,12 +101,11 @@ class ExpertStore:
                 else; its hint is the command that empties it.
             StorageError: With `must_write`: nothing can be written there.
         """
-        folder = store_folder(offload, model, dtype)
-        manifest = Manifest(model, fingerprint, dtype, layout)
-        there = check_manifest(folder, manifest, mending_command(offload, model, dtype))
-        store = cls(folder, manifest, limit_bytes, read_only, warn or _log.warning, must_write)
+        folder, manifest = store_folder(offload, model, dtype), Manifest(model, fingerprint, dtype, layout)
+        found = check_manifest(folder, manifest, [layout, *other_layouts], mending_command(offload, model, dtype))
+        store = cls(folder, found or manifest, limit_bytes, read_only, warn or _log.warning, must_write)
         if not read_only:
-            store._begin(there)
+            store._begin(found is not None)
         return store
 
     def _begin(self, there: bool) -> None:

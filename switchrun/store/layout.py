@@ -120,28 +120,42 @@ def int8_layout(d_model: int, d_ff: int) -> Layout:
 
 
 #: Elements of a matrix that share a scale in NF4.
-_NF4_BLOCK = 64
+NF4_BLOCK = 64
+#: Rows of a tile, where codes lie in tiles (`switchrun.experts.nf4_tiles`).
+NF4_TILE_ROWS = 32
 
 
-def nf4_layout(d_model: int, d_ff: int) -> Layout:
-    """Lay out an expert in NF4: two codes a byte, row after row, and a scale for each 64 elements (`absmax`).
+def nf4_rows_to_a_block(length: int) -> int:
+    """Tell the fewest rows of a length after which a block of NF4 ends where a row ends."""
+    return NF4_BLOCK // math.gcd(length, NF4_BLOCK)
+
+
+def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
+    """Lay out an expert in NF4: two codes a byte, and a scale for each 64 elements (`absmax`).
 
     The scales are BF16 where bitsandbytes has F32: with those an expert would take more than 0.28 of its bytes in bf16.
+
+    Args:
+        d_model: Width of the model.
+        d_ff: Width between the two matrices.
+        tiled: Let codes lie in tiles, in a matrix that has as many rows and columns as that takes; else, they lie row
+            after row. The bytes are as many.
     """
-    elements = d_model * d_ff
-    codes, scales = (-(-elements // 2),), (-(-elements // _NF4_BLOCK),)
-    return Layout.of(
-        [
-            ("wi.weight", "U8", codes),
-            ("wi.absmax", "BF16", scales),
-            ("wo.weight", "U8", codes),
-            ("wo.absmax", "BF16", scales),
-        ]
-    )
+    parts: list[tuple[str, str, tuple[int, ...]]] = []
+    for name, rows, length in (("wi", d_ff, d_model), ("wo", d_model, d_ff)):
+        together = nf4_rows_to_a_block(length)
+        if tiled and together <= 2 and rows % (together * NF4_TILE_ROWS) == 0:
+            tiles, columns = rows // together // NF4_TILE_ROWS, together * length
+            parts.append((f"{name}.weight", "U8", (tiles, columns // 2, NF4_TILE_ROWS)))
+            parts.append((f"{name}.absmax", "BF16", (columns // NF4_BLOCK, rows // together)))
+        else:
+            parts.append((f"{name}.weight", "U8", (-(-rows * length // 2),)))
+            parts.append((f"{name}.absmax", "BF16", (-(-rows * length // NF4_BLOCK),)))
+    return Layout.of(parts)
 
 
 def layout_of(dtype: str, d_model: int, d_ff: int) -> Layout:
-    """Lay out an expert in a packed dtype.
+    """Lay out an expert in a packed dtype, as bitsandbytes does.
 
     Raises:
         ValueError: It is neither `int8` nor `nf4`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +94,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def check_manifest(folder: Path, wanted: Manifest, mend: str) -> bool:
-    """Tell whether a store is there already, and refuse one that belongs to something else.
+def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], mend: str) -> Manifest | None:
+    """Give the manifest of a store that is there already, and refuse one that belongs to something else.
 
     Args:
         folder: The store's folder.
-        wanted: What it must be.
+        wanted: What it must be, but for its layout.
+        layouts: Those that it may have.
         mend: What to tell the user to do.
 
     Raises:
@@ -110,7 +112,7 @@ def check_manifest(folder: Path, wanted: Manifest, mend: str) -> bool:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CorruptCheckpointError(f"{folder}: its {MANIFEST} cannot be used: {reason}", mend) from error
     if found is None:
-        return False
+        return None
     if found.version != wanted.version:
         raise CorruptCheckpointError(
             f"{folder}: it was written in format {found.version}, this switchrun has format {wanted.version}", mend
@@ -119,9 +121,9 @@ def check_manifest(folder: Path, wanted: Manifest, mend: str) -> bool:
         raise CorruptCheckpointError(f"{folder}: it belongs to another model, {found.model}", mend)
     if found.fingerprint != wanted.fingerprint:
         raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", mend)
-    if (found.dtype, found.layout) != (wanted.dtype, wanted.layout):
+    if found.dtype != wanted.dtype or found.layout not in layouts:
         raise CorruptCheckpointError(f"{folder}: its experts have another dtype or another layout", mend)
-    return True
+    return found
 
 
 def store_folder(offload: str | Path, model: str, dtype: str) -> Path:

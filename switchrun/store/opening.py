@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.hardware import has_avx512_bf16
 from switchrun.store.expert_store import ExpertStore, Warn
-from switchrun.store.layout import layout_of
+from switchrun.store.layout import Layout, int8_layout, nf4_layout
 from switchrun.store.names import model_name
 
 
@@ -24,14 +25,25 @@ def open_checkpoint_store(
 
     Everybody who reads or writes stored experts opens them here, so that they find one another's.
     """
+    layout, *others = _layouts(checkpoint, dtype)
     return ExpertStore.open(
         offload,
         model_name(checkpoint),
         checkpoint.fingerprint,
         dtype,
-        layout_of(dtype, checkpoint.config["d_model"], checkpoint.config["d_ff"]),
+        layout,
+        other_layouts=others,
         limit_bytes=limit_bytes,
         read_only=read_only,
         must_write=must_write,
         warn=warn,
     )
+
+
+def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
+    """Give the layouts that stored experts may have, the best for this machine first: a store may come from another."""
+    d_model, d_ff = checkpoint.config["d_model"], checkpoint.config["d_ff"]
+    if dtype == "int8":
+        return [int8_layout(d_model, d_ff)]
+    tiled = checkpoint.stored_dtype == "BF16" and has_avx512_bf16()
+    return [nf4_layout(d_model, d_ff, tiled), nf4_layout(d_model, d_ff, not tiled)]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchrun.experts import nf4
-from switchrun.experts.nf4 import BLOCK_SIZE, NF4_VALUES, linear_nf4, packed_size, quantise_nf4
+from switchrun.experts.nf4 import NF4_VALUES, linear_nf4, packed_size, quantise_nf4
+from switchrun.store.layout import NF4_BLOCK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROW_LENGTHS = [1, 2, 31, 63, 64, 65, 96, 100, 128, 130, 2048, 2080, 2112, 6144]
@@ -35,7 +36,7 @@ def by_hand(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) 
     elements = shape[0] * shape[1]
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:elements]
     values = torch.tensor(NF4_VALUES)[codes.long()]
-    return (values * absmax.repeat_interleave(BLOCK_SIZE)[:elements]).view(shape)
+    return (values * absmax.repeat_interleave(NF4_BLOCK)[:elements]).view(shape)
 
 
 @settings(max_examples=80, deadline=None)
