@@ -12,13 +12,17 @@ from __future__ import annotations
 import torch
 
 from switchrun.experts.bnb import operations
+from switchrun.experts.product import knows_bfloat16
 from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
 
-#: From so many tokens on, unpacking to float32 once beats torch's int8 kernel, which unpacks again for every few.
+#: From so many tokens on, unpacking once beats torch's int8 kernel, which unpacks again for every few.
 _UNPACK_TOKENS = 32
+
+#: Elements that are unpacked to bfloat16 at a time, 4 MiB: the product works on each with all threads.
+_BFLOAT16_ELEMENTS = 2 * 1024**2
 
 #: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
 #: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
@@ -59,9 +63,9 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
     """Multiply with a matrix in 8 bit: `x @ weight.T`.
 
     Weights are unpacked and activations are left as they are. On a CPU, bfloat16 with few tokens goes through torch's
-    own kernel where the row length allows, which rounds SCB to bfloat16; everything else is computed in float32. The
-    same call gives the same bits. On CUDA this is bitsandbytes' LLM.int8, outliers included; that path has not been
-    run yet.
+    own kernel where the row length allows, which rounds SCB to bfloat16; else it is multiplied in bfloat16 where the
+    processor can, and everything else in float32. The same call gives the same bits. On CUDA this is bitsandbytes'
+    LLM.int8, outliers included; that path has not been run yet.
 
     Args:
         x: `[..., in]`, float32, bfloat16 or float16.
@@ -81,10 +85,16 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
         return _linear_bitsandbytes(x, codes, scb)
     scale = scb / 127.0
     tokens = x.reshape(-1, in_features)
-    small = x.device.type == "cpu" and x.dtype == torch.bfloat16 and 0 < len(tokens) < _UNPACK_TOKENS
-    if small and in_features % _KERNEL_MULTIPLE == 0:
-        result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
-        return result.view(*x.shape[:-1], out_features)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(tokens):
+        if len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
+            result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
+            return result.view(*x.shape[:-1], out_features)
+        if knows_bfloat16():
+            result = x.new_empty(len(tokens), out_features)
+            for rows in row_blocks((out_features, in_features), elements=_BFLOAT16_ELEMENTS):
+                # Codes are whole numbers up to 127: bfloat16 has them all.
+                result[:, rows] = torch.nn.functional.linear(tokens, codes[rows].to(x.dtype))
+            return result.mul_(scale).view(*x.shape[:-1], out_features)
 
     def unpack(rows: slice, buffer: torch.Tensor) -> None:
         buffer.view(-1, in_features).copy_(codes[rows])

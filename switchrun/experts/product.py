@@ -40,7 +40,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and rows > 1 and weight.numel() >= _LARGE_WEIGHT:
         if x.dtype is torch.float32:
             return (weight @ _columns(x))[:, :rows].t()
-        if x.dtype is torch.bfloat16 and rows >= _WIDEN_FROM and not _knows_bfloat16():
+        if x.dtype is torch.bfloat16 and rows >= _WIDEN_FROM and not knows_bfloat16():
             return _widened(x, weight)
     return nn.functional.linear(x, weight)
 
@@ -82,6 +82,6 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _knows_bfloat16() -> bool:
+def knows_bfloat16() -> bool:
     """Tell whether torch has a matrix product in bfloat16 for this processor (oneDNN's)."""
     return cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())
