@@ -63,30 +63,30 @@ def measure(task: Task) -> Answer:
         longest = max_input_tokens(prepared.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
-        preload = DensePreload(prepared)
-        # Only now, as `switchrun fill` does it.
-        import_libraries(prepared.plan)
-        from switchrun.bench.measure import Probe
-        from switchrun.bench.workload import make_inputs
-        from switchrun.model.engine import Engine
+        with DensePreload(prepared) as preload:  # left early, it drops the reads that wait
+            # Only now, as `switchrun fill` does it.
+            import_libraries(prepared.plan)
+            from switchrun.bench.measure import Probe
+            from switchrun.bench.workload import make_inputs
+            from switchrun.model.engine import Engine
 
-        warnings: list[str] = []
-        with Engine(prepared, warn=warnings.append, preload=preload) as engine, Probe(engine) as probe:
-            answer: Answer = {
-                "open_seconds": hardware.process_age_seconds(),
-                "open_io_read_bytes": io_read_bytes(),
-                "plan": _plan_record(engine),
-                "fills": [],
-            }
-            for turn in range(task["fills"]):
-                # A cold fill always has the same input; a warm one meets new words, as in a user's second sentence.
-                seed = task["seed"] if task["cold"] else task["seed"] + turn
-                rows = make_inputs(prepared.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
-                first = probe.fill(rows, task["output_tokens"])
-                timeline.stop()
-                peak = {"peak_group_bytes": group_peak_bytes(task)}
-                answer["fills"].append(_examine(task, engine, probe, rows, first) | peak)
-                reset_peak_rss()
+            warnings: list[str] = []
+            with Engine(prepared, warn=warnings.append, preload=preload) as engine, Probe(engine) as probe:
+                answer: Answer = {
+                    "open_seconds": hardware.process_age_seconds(),
+                    "open_io_read_bytes": io_read_bytes(),
+                    "plan": _plan_record(engine),
+                    "fills": [],
+                }
+                for turn in range(task["fills"]):
+                    # A cold fill always has the same input; a warm one meets new words, as in a user's second sentence.
+                    seed = task["seed"] if task["cold"] else task["seed"] + turn
+                    rows = make_inputs(prepared.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
+                    first = probe.fill(rows, task["output_tokens"])
+                    timeline.stop()
+                    peak = {"peak_group_bytes": group_peak_bytes(task)}
+                    answer["fills"].append(_examine(task, engine, probe, rows, first) | peak)
+                    reset_peak_rss()
     answer["timeline"] = timeline.points
     answer["warnings"] = warnings
     return answer
