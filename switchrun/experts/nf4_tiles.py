@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from switchrun.experts.bnb import operations
-from switchrun.experts.nf4 import NF4_VALUES, linear_nf4, pack, quantised_blocks
+from switchrun.experts.nf4 import NF4_VALUES, bitsandbytes_unpacks, linear_nf4, pack, quantised_blocks
 from switchrun.experts.row_blocks import row_blocks
 from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_rows_to_a_block
 
@@ -89,7 +89,7 @@ def linear_tiled(x: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor, sha
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {shape[1]}")
     rows_of_x = x.reshape(-1, shape[1])
     few = 0 < len(rows_of_x) <= _MOST_ROWS
-    if few and x.dtype is torch.bfloat16 and x.device.type == "cpu" and product_works():
+    if few and x.device.type == "cpu" and bitsandbytes_unpacks(x.dtype) and product_works():
         return _product(rows_of_x, tiles, absmax, shape).view(*x.shape[:-1], shape[0])
     result = x.new_empty(*x.shape[:-1], shape[0])
     # On a GPU each call takes a while to begin, so all is one block there.
