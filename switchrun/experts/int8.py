@@ -13,16 +13,13 @@ import torch
 
 from switchrun.experts.bnb import operations
 from switchrun.experts.product import knows_bfloat16
-from switchrun.experts.row_blocks import largest_block, linear_by_blocks, row_blocks
+from switchrun.experts.row_blocks import largest_block, linear_by_blocks, linear_by_parts, row_blocks
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
 
 #: From so many tokens on, unpacking once beats torch's int8 kernel, which unpacks again for every few.
 _UNPACK_TOKENS = 32
-
-#: Elements that are unpacked to bfloat16 at a time, 4 MiB: the product works on each with all threads.
-_BFLOAT16_ELEMENTS = 2 * 1024**2
 
 #: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
 #: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
@@ -90,10 +87,12 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
             result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
             return result.view(*x.shape[:-1], out_features)
         if knows_bfloat16():
-            result = x.new_empty(len(tokens), out_features)
-            for rows in row_blocks((out_features, in_features), elements=_BFLOAT16_ELEMENTS):
+
+            def product(rows: slice) -> torch.Tensor:
                 # Codes are whole numbers up to 127: bfloat16 has them all.
-                result[:, rows] = torch.nn.functional.linear(tokens, codes[rows].to(x.dtype))
+                return torch.nn.functional.linear(tokens, codes[rows].to(x.dtype))
+
+            result = linear_by_parts(tokens, (out_features, in_features), product)
             return result.mul_(scale).view(*x.shape[:-1], out_features)
 
     def unpack(rows: slice, buffer: torch.Tensor) -> None:

@@ -15,11 +15,9 @@ from functools import cache
 import torch
 
 from switchrun.experts.bnb import operations
-from switchrun.experts.row_blocks import Unpack, largest_block, linear_by_blocks, row_blocks
+from switchrun.experts.row_blocks import Unpack, largest_block, linear_by_blocks, linear_by_parts, row_blocks
+from switchrun.hardware import has_avx512_bf16
 from switchrun.store.layout import NF4_BLOCK, nf4_rows_to_a_block
-
-#: Elements that bitsandbytes unpacks at a time, 4 MiB in bfloat16: smaller pieces cost more calls, larger ones memory.
-_BITSANDBYTES_ELEMENTS = 2 * 1024**2
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
 NF4_VALUES = (
@@ -126,13 +124,12 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     return linear_by_blocks(x, shape, unpacker, multiple).to(x.dtype)
 
 
-@cache
 def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
     """Tell whether this CPU unpacks faster with bitsandbytes: in bfloat16 with AVX-512, 1.5 ms against 7 a matrix.
 
     In float32, and on processors without these instructions, it is no faster (`benchmarks/quantised.py`).
     """
-    return dtype is torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return dtype is torch.bfloat16 and has_avx512_bf16()
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
@@ -237,11 +234,12 @@ def _linear_bitsandbytes(
     if x.shape[-1] != shape[1]:
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {shape[1]}")
     multiple = nf4_rows_to_a_block(shape[1])
-    result = x.new_empty(*x.shape[:-1], shape[0])
-    for rows in row_blocks(shape, multiple, _BITSANDBYTES_ELEMENTS):
+
+    def product(rows: slice) -> torch.Tensor:
         here, there = _storage_of(rows, shape[1])
         count = rows.stop - rows.start
         long_rows = (count // multiple, shape[1] * multiple) if count % multiple == 0 else (count, shape[1])
         block = operations().dequantize_4bit(packed[here], absmax[there], NF4_BLOCK, "nf4", long_rows, x.dtype)
-        result[..., rows] = torch.nn.functional.linear(x, block.view(count, shape[1]))
-    return result
+        return torch.nn.functional.linear(x, block.view(count, shape[1]))
+
+    return linear_by_parts(x, shape, product, multiple)

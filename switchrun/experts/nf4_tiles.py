@@ -15,7 +15,7 @@ import torch
 
 from switchrun.experts.bnb import operations
 from switchrun.experts.nf4 import NF4_VALUES, bitsandbytes_unpacks, linear_nf4, pack, quantised_blocks
-from switchrun.experts.row_blocks import row_blocks
+from switchrun.experts.row_blocks import linear_by_parts
 from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_rows_to_a_block
 
 #: The product rounds NF4's values to bfloat16; with the codes of normal weights, they are larger by so much on average
@@ -24,8 +24,6 @@ from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_rows_to_a_block
 _LARGER_ON_AVERAGE = 1.81e-4
 #: The product unpacks codes anew for every few rows of `x`; above so many it is faster to do so once.
 _MOST_ROWS = 128
-#: Elements that are taken out of tiles at a time; each takes up to 3 bytes of scratch memory.
-_UNTILED_ELEMENTS = 2 * 1024**2
 
 
 def quantise_tiled(weight: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor) -> None:
@@ -91,14 +89,13 @@ def linear_tiled(x: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor, sha
     few = 0 < len(rows_of_x) <= _MOST_ROWS
     if few and x.device.type == "cpu" and bitsandbytes_unpacks(x.dtype) and product_works():
         return _product(rows_of_x, tiles, absmax, shape).view(*x.shape[:-1], shape[0])
-    result = x.new_empty(*x.shape[:-1], shape[0])
-    # On a GPU each call takes a while to begin, so all is one block there.
-    elements = _UNTILED_ELEMENTS if x.device.type == "cpu" else shape[0] * shape[1]
-    for rows in row_blocks(shape, _rows_of_a_tile(shape), elements):
+
+    def product(rows: slice) -> torch.Tensor:
         there, columns = _places(rows, shape)
         scales = absmax[:, columns].T.float().reshape(-1)
-        result[..., rows] = linear_nf4(x, untile(tiles[there]), scales, (rows.stop - rows.start, shape[1]))
-    return result
+        return linear_nf4(x, untile(tiles[there]), scales, (rows.stop - rows.start, shape[1]))
+
+    return linear_by_parts(x, shape, product, _rows_of_a_tile(shape))
 
 
 @cache

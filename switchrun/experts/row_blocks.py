@@ -14,6 +14,10 @@ BLOCK_ELEMENTS = 512 * 1024
 #: The same where blocks are multiplied: several threads work on some, and each wait for one another costs more.
 _PRODUCT_ELEMENTS = 1024 * 1024
 
+#: The same where parts take turns, each with all threads; 4 MiB in bfloat16. Smaller ones cost more calls, larger ones
+#: memory.
+_PART_ELEMENTS = 2 * 1024**2
+
 #: Threads that multiply a matrix; each has scratch memory of its own.
 MOST_WORKERS = 4
 
@@ -94,6 +98,26 @@ def linear_by_blocks(
     for other in others:
         other.result()
     return result.view(*x.shape[:-1], out_features)
+
+
+def linear_by_parts(
+    x: torch.Tensor, shape: tuple[int, int], product: Callable[[slice], torch.Tensor], multiple: int = 1
+) -> torch.Tensor:
+    """Multiply with a packed matrix part by part, one after another, in the dtype of `x`.
+
+    Args:
+        x: `[..., in]`.
+        shape: `(out, in)` of the matrix.
+        product: Gives `x @ weight[rows].T` for some rows.
+        multiple: As for `row_blocks`.
+
+    Returns:
+        `[..., out]`.
+    """
+    result = x.new_empty(*x.shape[:-1], shape[0])
+    for rows in row_blocks(shape, multiple, _PART_ELEMENTS):
+        result[..., rows] = product(rows)
+    return result
 
 
 @cache

@@ -7,7 +7,7 @@ from pathlib import Path
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.hardware import has_avx512_bf16
 from switchrun.store.expert_store import ExpertStore, Warn
-from switchrun.store.layout import Layout, int8_layout, nf4_layout
+from switchrun.store.layout import Layout, layout_of, nf4_layout
 from switchrun.store.names import model_name
 
 
@@ -43,7 +43,8 @@ def open_checkpoint_store(
 def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
     """Give the layouts that stored experts may have, the best for this machine first: a store may come from another."""
     d_model, d_ff = checkpoint.config["d_model"], checkpoint.config["d_ff"]
-    if dtype == "int8":
-        return [int8_layout(d_model, d_ff)]
-    tiled = checkpoint.stored_dtype == "BF16" and has_avx512_bf16()
-    return [nf4_layout(d_model, d_ff, tiled), nf4_layout(d_model, d_ff, not tiled)]
+    plain = layout_of(dtype, d_model, d_ff)
+    if dtype != "nf4":
+        return [plain]
+    tiled = nf4_layout(d_model, d_ff, tiled=True)
+    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_avx512_bf16() else [plain, tiled]
