@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Precision
@@ -96,7 +97,8 @@ def build_model(
     config = _config(checkpoint)
     if config.dense_act_fn not in ACT2FN:
         raise ModelError(f"transformers knows no activation function '{config.dense_act_fn}' (dense_act_fn)")
-    with torch.device("meta"):
+    # On the meta device there is nothing to initialise; torch would import its compiler to find that out.
+    with torch.device("meta"), no_init_weights():
         model: Any = SwitchTransformersForConditionalGeneration(config)
     model.to(getattr(torch, precision.compute.torch_name))
     use_fast_products(model)

@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchrun.model.stand_ins import stand_ins
+
 if TYPE_CHECKING:
     from switchrun.planning import Plan
 
@@ -26,14 +28,22 @@ def import_libraries(plan: Plan) -> None:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        _import_transformers()
-        import_module("switchrun.model.session")
+        try:
+            with stand_ins():
+                _import_model()
+        except Exception:  # another version of torch or transformers cannot do without what they stand for
+            _import_model()
         if _uses_bitsandbytes(plan):
             import_module("switchrun.experts.bnb").operations()
     finally:
         if enabled:
             gc.enable()
     gc.freeze()
+
+
+def _import_model() -> None:
+    _import_transformers()
+    import_module("switchrun.model.session")
 
 
 def _import_transformers() -> None:

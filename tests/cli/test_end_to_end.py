@@ -56,6 +56,13 @@ def test_raw_with_the_plan_as_device_map(run_switchrun: RunSwitchrun, tmp_path: 
     assert done.stdout.count("\n") == 1
 
 
+def test_a_fill_does_without_torchs_compiler(run_switchrun: RunSwitchrun) -> None:
+    done = run_switchrun(["fill", "The <extra_id_0> sat.", *SHORT], env={"PYTHONPROFILEIMPORTTIME": "1"})
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "transformers.masking_utils" in imported
+    assert not imported & {"torch._dynamo", "torch.distributed.tensor", "torch._inductor", "sympy"}
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
