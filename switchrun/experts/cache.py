@@ -18,6 +18,7 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.experts.formats import Format, Load, PlainFormat
+from switchrun.experts.fresh_slots import FreshSlots
 from switchrun.experts.packed import ArrivingMatrix
 from switchrun.experts.pages import Pages
 from switchrun.experts.reader import WAYS, FileReader, Segment, Way, settle
@@ -55,8 +56,7 @@ class ExpertCache:
         staging: Number and size of the buffers for experts that must be converted; (0, 0) if none must.
         direct: Read past the page cache.
         way: How the disk is read.
-        touch: Slots whose pages are taken from the system ahead, on a thread of their own: a first fill would
-            otherwise wait for them (new pages are slower than many disks).
+        touch: So many slots will be needed soon: their pages are taken from the system ahead, see `FreshSlots`.
         slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
         memory: Memory for the slots, if there is some already.
 
@@ -82,11 +82,8 @@ class ExpertCache:
         self._slots = Buffers(num_slots, slot_bytes, memory)
         self._staging = Buffers(*staging)
         self._reader = FileReader(direct, way)
-        self._table = SlotTable(num_slots)
-        self._closing = threading.Event()
-        self._toucher = threading.Thread(
-            target=self._slots.touch_first, args=(touch, self._closing), name="switchrun-touch"
-        )
+        self._table = SlotTable(0)
+        self._fresh = FreshSlots(self._slots, touch)
         self._free_staging = list(range(staging[0]))
         self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._in_flight = 0
@@ -95,7 +92,6 @@ class ExpertCache:
         self._counters = CacheCounters()
         self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
         self.meanwhile: Callable[[], bool] = lambda: False
-        self._toucher.start()
 
     @property
     def num_slots(self) -> int:
@@ -180,7 +176,7 @@ class ExpertCache:
             load = self._format.load(missing[0])
             if load.staged and not self._free_staging:
                 return
-            slot = self._table.take()
+            slot = self._fresh.take(self._table, self._in_flight)
             if slot is None:
                 return
             key = missing.popleft()
@@ -188,14 +184,16 @@ class ExpertCache:
             self._table.put(key, slot, None)
             self._in_flight += 1
             self._note_busy(+1)
-            buffers, index = (self._slots, slot) if staging is None else (self._staging, staging)
+            if staging is None:
+                buffers, index, new = self._slots, slot, self._fresh.fill(slot)
+            else:
+                buffers, index, new = self._staging, staging, self._staging.claim((staging + 1) * self._staging.size)
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
             self._counters.loads += 1
             end: Future[None] = Future()
             done = partial(self._finish, load, slot, staging, end)
             first = (load.wi_end, partial(self._begin_with, load, slot, end)) if load.wi_end else None
-            new = buffers.claim((index + 1) * buffers.size)
             self._counters.load_bytes += self._reader.submit(load.plan.segments, buffers.view(index), done, new, first)
 
     def _begin_with(self, load: Load, slot: int, end: Future[None]) -> None:
@@ -281,8 +279,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Wait for reads in flight and close the files; the slots go when the last view of them does."""
-        self._closing.set()
-        self._toucher.join()
+        self._fresh.close()
         self._reader.close()
 
     @property

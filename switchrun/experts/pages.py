@@ -8,7 +8,7 @@ import mmap
 import threading
 
 #: Buffers of this size on ask for huge pages.
-_HUGE_PAGE_BUFFERS = 4 * 1024**2
+HUGE_PAGE_BUFFERS = 4 * 1024**2
 
 #: Pages are taken so many bytes at a time; whoever wants a buffer meanwhile waits for one step at most.
 _TOUCH_BYTES = 2 * 1024**2
@@ -38,7 +38,7 @@ class Pages:
         self.count = count
         self.size = size
         self.memory: mmap.mmap = (
-            memory.memory if memory else _anonymous(count * size, huge=huge and size >= _HUGE_PAGE_BUFFERS)
+            memory.memory if memory else _anonymous(count * size, huge=huge and size >= HUGE_PAGE_BUFFERS)
         )
         self.claimed: int = memory.claimed if memory else 0
         self._view = memoryview(self.memory)

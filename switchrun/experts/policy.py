@@ -68,15 +68,21 @@ class NextUsePolicy:
         for key in keys:
             self.release(key)
 
-    def victim(self) -> ExpertKey | None:
-        """Forget one idle expert, so that its slot can be taken; None if none is idle."""
+    def victim(self, once: bool = False) -> ExpertKey | None:
+        """Forget one idle expert, so that its slot can be taken; None if none is idle.
+
+        Args:
+            once: Only an expert of a layer that was visited once, so that its turn may not come again; else None too.
+        """
         farthest, chosen = (False, -inf), None
         for layer in self._layers.values():
             count = layer.lowest_count(self._counts)
             if count is None:
                 continue
-            once = layer.last_visit == layer.first_visit
-            next_use = (once, -layer.last_visit if once else layer.last_visit + self._elapsed / count)
+            visited_once = layer.last_visit == layer.first_visit
+            if once and not visited_once:
+                continue
+            next_use = (visited_once, -layer.last_visit if visited_once else layer.last_visit + self._elapsed / count)
             if next_use > farthest:
                 farthest, chosen = next_use, layer
         return None if chosen is None else chosen.pop()

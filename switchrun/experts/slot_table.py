@@ -51,18 +51,19 @@ class SlotTable:
     """The books of a cache of equal slots; not thread-safe.
 
     Args:
-        num_slots: How many slots there are.
+        num_slots: How many slots there are; `add` brings more.
 
     Attributes:
+        slots: Those that there are.
         entries: What lies in a slot, or is on its way there.
         free: Slots that hold nothing.
         policy: Tells which expert leaves.
     """
 
     def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+        self.slots = set(range(num_slots))
         self.entries: dict[ExpertKey, Entry] = {}
-        self.free = list(range(num_slots - 1, -1, -1))
+        self.free = sorted(self.slots, reverse=True)
         self.policy = NextUsePolicy()
 
     def ask(self, keys: Sequence[ExpertKey], counters: CacheCounters) -> tuple[list[ExpertKey], list[ExpertKey]]:
@@ -79,11 +80,20 @@ class SlotTable:
             self.policy.use(key)
         return hits, [key for key in keys if key not in self.entries]
 
-    def take(self) -> int | None:
-        """Give a free slot, or that of the expert that is needed last and is not in use; None if all are."""
+    def add(self, slot: int) -> None:
+        """Use one more slot."""
+        self.slots.add(slot)
+        self.free.append(slot)
+
+    def take(self, once: bool = False) -> int | None:
+        """Give a free slot, or that of the expert that is needed last and is not in use; None if there is none.
+
+        Args:
+            once: Evict only where a layer was visited once and may not be again.
+        """
         if self.free:
             return self.free.pop()
-        victim = self.policy.victim()
+        victim = self.policy.victim(once)
         return None if victim is None else self.entries.pop(victim).slot
 
     def put(self, key: ExpertKey, slot: int, weights: ExpertWeights | None) -> None:
@@ -97,11 +107,11 @@ class SlotTable:
             del self.entries[key]
         self.policy.keep(self.entries)
         taken = {entry.slot for entry in self.entries.values()}
-        self.free = [slot for slot in range(self.num_slots - 1, -1, -1) if slot not in taken]
+        self.free = sorted(self.slots - taken, reverse=True)
 
     def keep_only(self, num_slots: int) -> None:
         """Give up the slots from a number on, and what lies in them."""
-        self.num_slots = num_slots
+        self.slots = {slot for slot in self.slots if slot < num_slots}
         self.drop(key for key, entry in self.entries.items() if entry.slot >= num_slots)
 
     def drop(self, keys: Iterable[ExpertKey]) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import TensorSlice
+from switchrun.experts.fresh_slots import FEW
 from switchrun.experts.pages import Pages
 from switchrun.experts.reader import WAYS, FileReader, known_way, settle
 from switchrun.planning import memory
@@ -100,7 +101,7 @@ class DensePreload:
         self.staged = Landing(self._reader, staged, self._slots)
         self._closing = threading.Event()
         self._toucher = threading.Thread(
-            target=self._slots.touch_first, args=(plan.estimate.expert_loads, self._closing), daemon=True
+            target=self._slots.touch_first, args=(min(FEW, plan.estimate.expert_loads), self._closing), daemon=True
         )
         self._toucher.start()
 

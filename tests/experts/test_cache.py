@@ -137,10 +137,10 @@ def test_counters_agree_with_what_is_resident(
 def test_touched_slots_are_resident_and_untouched_ones_are_not(checkpoint: SwitchCheckpoint) -> None:
     size = 8 * 2**20
     with ExpertCache(checkpoint.experts, torch.float32, 6, size, touch=3) as cache:
-        cache._toucher.join()
+        cache._fresh._thread.join()
         start = cache._slots.tensor(0, 0, torch.uint8, (1,)).data_ptr()
         resident = [cached_pages_at(start + slot * size, size) for slot in range(6)]
-        assert resident[:3] == [size // mmap.PAGESIZE] * 3
+        assert resident[1:3] == [size // mmap.PAGESIZE] * 2  # the first is left to who needs one at once
         assert resident[4:] == [0, 0]  # the fourth may share a huge page with the third
 
 

@@ -119,6 +119,16 @@ def test_what_is_kept_is_idle_and_counts_stay() -> None:
     assert policy.victim() is None
 
 
+def test_only_experts_of_layers_that_were_visited_once_leave_if_that_is_asked_for() -> None:
+    policy = NextUsePolicy()
+    visit(policy, 1, 0)
+    visit(policy, 2, 1)
+    visit(policy, 2, 2)
+    assert policy.victim(once=True) == key(1, 0)
+    assert policy.victim(once=True) is None
+    assert set(drain(policy)) == {key(2, 1), key(2, 2)}
+
+
 def test_a_cycle_that_does_not_fit_still_hits() -> None:
     """LRU hits nothing here: with 8 slots, 16 experts come round again and again."""
     assert cyclic_hits(slots=8, layers=4, experts=4, rounds=20) > 0.3 * 20 * 16
