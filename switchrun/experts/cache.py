@@ -56,9 +56,8 @@ class ExpertCache:
         staging: Number and size of the buffers for experts that must be converted; (0, 0) if none must.
         direct: Read past the page cache.
         way: How the disk is read.
-        touch: So many slots will be needed soon: their pages are taken from the system ahead, see `FreshSlots`.
         slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
-        memory: Memory for the slots, if there is some already.
+        slots: The slots, if they are there already; the cache closes them.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
@@ -74,16 +73,15 @@ class ExpertCache:
         staging: tuple[int, int] = (0, 0),
         direct: bool = True,
         way: Way = WAYS[0],
-        touch: int = 0,
         slot_format: Format | None = None,
-        memory: Pages | None = None,
+        slots: FreshSlots | None = None,
     ) -> None:
         self._format = slot_format or PlainFormat(slices, dtype, direct)
-        self._slots = Buffers(num_slots, slot_bytes, memory)
+        self._fresh = slots or FreshSlots(Pages(num_slots, slot_bytes), 0)
+        self._slots = Buffers(num_slots, slot_bytes, self._fresh.pages)
         self._staging = Buffers(*staging)
         self._reader = FileReader(direct, way)
         self._table = SlotTable(0)
-        self._fresh = FreshSlots(self._slots, touch)
         self._free_staging = list(range(staging[0]))
         self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._in_flight = 0

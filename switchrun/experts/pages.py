@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import threading
 
 #: Buffers of this size on ask for huge pages.
 HUGE_PAGE_BUFFERS = 4 * 1024**2
-
-#: Pages are taken so many bytes at a time; whoever wants a buffer meanwhile waits for one step at most.
-_TOUCH_BYTES = 2 * 1024**2
 
 
 class Pages:
     """One mapping of anonymous memory, cut into equal page-aligned buffers.
 
-    Pages are taken from the system when they are first written: by `touch_first`, or by whoever uses a buffer, who
-    claims it before. The buffers live as long as this object or any tensor made of them.
+    Pages are taken from the system when they are first written. The buffers live as long as this object or any tensor
+    made of them.
 
     Args:
         count: How many buffers.
@@ -31,7 +27,7 @@ class Pages:
 
     Attributes:
         memory: The mapping.
-        claimed: So many bytes, from the first on, have their pages or a user.
+        claimed: So many bytes, from the first on, have a user.
     """
 
     def __init__(self, count: int, size: int, memory: Pages | None = None, huge: bool = True) -> None:
@@ -42,29 +38,16 @@ class Pages:
         )
         self.claimed: int = memory.claimed if memory else 0
         self._view = memoryview(self.memory)
-        self._lock = threading.Lock()
 
     def claim(self, end: int) -> bool:
-        """Have `touch_first` leave all up to byte `end` alone, since it is used from now on; any thread may.
+        """Note that all up to byte `end` is used from now on.
 
         Returns:
             Whether some of it had not been claimed: it may have no pages yet.
         """
-        with self._lock:
-            new = self.claimed < end
-            self.claimed = max(self.claimed, end)
+        new = self.claimed < end
+        self.claimed = max(self.claimed, end)
         return new
-
-    def touch_first(self, count: int, stop: threading.Event) -> None:
-        """Touch so many buffers, those that nobody has claimed, in order, until told to stop."""
-        end = min(count, self.count) * self.size
-        while not stop.is_set():
-            with self._lock:
-                start = self.claimed
-                if start >= end:
-                    return
-                self.claimed = min(start + _TOUCH_BYTES, end)
-                touch(self._view[start : self.claimed])
 
     def view(self, index: int) -> memoryview:
         """Give the bytes of one buffer."""

@@ -18,9 +18,9 @@ from switchrun.dtypes import Precision
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import Format, Int8Format, PackedFormat
+from switchrun.experts.fresh_slots import FreshSlots
 from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import OffloadedExperts, RoutingContext
-from switchrun.experts.pages import Pages
 from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
 from switchrun.model.int8_linear import use_int8
@@ -34,7 +34,7 @@ def build_cache(
     checkpoint: SwitchCheckpoint,
     plan: Plan,
     way: Way,
-    slots: Pages,
+    slots: FreshSlots,
     store: ExpertStore | None,
     writer: BackgroundWriter | None,
 ) -> ExpertCache:
@@ -44,7 +44,7 @@ def build_cache(
         checkpoint: Where experts lie.
         plan: How many slots, and in which dtype.
         way: How the disk is read.
-        slots: Memory for as many.
+        slots: As many; the cache closes them.
         store: Where packed experts may lie; None if experts are not packed, or are so in the checkpoint.
         writer: Writes there; it stays the caller's.
     """
@@ -59,9 +59,8 @@ def build_cache(
         staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
         direct=direct,
         way=way,
-        touch=plan.estimate.expert_loads,
         slot_format=_slot_format(checkpoint, plan, store, writer, direct),
-        memory=slots,
+        slots=slots,
     )
 
 

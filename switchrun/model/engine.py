@@ -102,7 +102,7 @@ class Engine:
             for name in preload.names:
                 preload.find(name)
                 note(name)
-            preload.close()
+            preload.end_reads()
             self.plan = plan = fit_to_runtime(prepared.plan, checkpoint, hardware.rss_bytes() - preload.nbytes)
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
@@ -110,6 +110,7 @@ class Engine:
             weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
             weights.convert_staged()
             slots = preload.hand_over_slots(plan.tier("cpu").expert_slots)
+            stack.callback(slots.close)
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
             writer = None

@@ -6,14 +6,13 @@ Importing them takes seconds of the processor in which the disk would have nothi
 from __future__ import annotations
 
 import mmap
-import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import partial
 
 from switchrun._plan import Prepared
 from switchrun.checkpoint.types import TensorSlice
-from switchrun.experts.fresh_slots import FEW
+from switchrun.experts.fresh_slots import FreshSlots
 from switchrun.experts.pages import Pages
 from switchrun.experts.reader import WAYS, FileReader, known_way, settle
 from switchrun.planning import memory
@@ -96,14 +95,10 @@ class DensePreload:
         way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
         self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
-        self._slots = Pages(use.expert_slots, use.slot_bytes)
         self.kept = Landing(self._reader, kept)
-        self.staged = Landing(self._reader, staged, self._slots)
-        self._closing = threading.Event()
-        self._toucher = threading.Thread(
-            target=self._slots.touch_first, args=(min(FEW, plan.estimate.expert_loads), self._closing), daemon=True
-        )
-        self._toucher.start()
+        pages = Pages(use.expert_slots, use.slot_bytes)
+        self.staged = Landing(self._reader, staged, pages)
+        self._slots: FreshSlots | None = FreshSlots(pages, plan.estimate.expert_loads)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -112,8 +107,8 @@ class DensePreload:
 
     @property
     def nbytes(self) -> int:
-        """What is resident once `find` has been called for each of `names`, and this is closed."""
-        return self.kept.nbytes + self._slots.claimed
+        """What is resident once `find` has been called for each of `names`."""
+        return self.kept.nbytes + (self._slots.nbytes if self._slots else 0)
 
     def find(self, name: str) -> tuple[mmap.mmap, int] | None:
         """Give the memory and the byte of it at which a tensor begins, once it is there; None if it is not read.
@@ -123,24 +118,29 @@ class DensePreload:
         """
         return self.kept.find(name) or self.staged.find(name)
 
-    def hand_over_slots(self, count: int) -> Pages:
-        """Let go of what does not stay, and give the memory of the first slots; that of the others is given back.
+    def hand_over_slots(self, count: int) -> FreshSlots:
+        """Let go of what does not stay, and give the first slots; the memory of the others is given back.
 
-        To be called once, after `close`.
+        To be called once, after `end_reads`; whoever gets them closes them.
         """
-        slots, self._slots = self._slots, Pages(0, 1)
-        self.staged = Landing(self._reader, {}, self._slots)
+        assert self._slots is not None
+        slots, self._slots = self._slots, None
+        self.staged = Landing(self._reader, {}, slots.pages)
         slots.shrink(count)
         return slots
 
-    def close(self) -> None:
+    def end_reads(self) -> None:
         """Wait for reads under way, drop the others, end the threads and close the files; may be called again.
 
         What was dropped is never there: only what was found before can still be found.
         """
-        self._closing.set()
-        self._toucher.join()
         self._reader.close(drop=True)
+
+    def close(self) -> None:
+        """End the reads, and give back the slots that were not handed over; may be called again."""
+        if self._slots is not None:
+            self._slots.close()
+        self.end_reads()
 
     def __enter__(self) -> DensePreload:
         return self

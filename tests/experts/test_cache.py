@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import mmap
 import os
 from pathlib import Path
 
@@ -132,24 +131,6 @@ def test_counters_agree_with_what_is_resident(
             resident = set(cache._table.entries)
             assert len(resident) <= slots
             assert idle(cache) == resident
-
-
-def test_touched_slots_are_resident_and_untouched_ones_are_not(checkpoint: SwitchCheckpoint) -> None:
-    size = 8 * 2**20
-    with ExpertCache(checkpoint.experts, torch.float32, 6, size, touch=3) as cache:
-        cache._fresh._thread.join()
-        start = cache._slots.tensor(0, 0, torch.uint8, (1,)).data_ptr()
-        resident = [cached_pages_at(start + slot * size, size) for slot in range(6)]
-        assert resident[1:3] == [size // mmap.PAGESIZE] * 2  # the first is left to who needs one at once
-        assert resident[4:] == [0, 0]  # the fourth may share a huge page with the third
-
-
-def cached_pages_at(address: int, length: int) -> int:
-    """Count the pages of a range that are in memory: those that the kernel has a frame for."""
-    count = length // mmap.PAGESIZE
-    with open("/proc/self/pagemap", "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), 8 * count, address // mmap.PAGESIZE * 8)
-    return sum(data[at + 7] >> 7 for at in range(0, len(data), 8))
 
 
 class Stop(BaseException):

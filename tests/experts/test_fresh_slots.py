@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,8 +52,9 @@ def layer(checkpoint: SwitchCheckpoint, number: int) -> list[ExpertKey]:
     return sorted(key for key in checkpoint.experts if (key.stack, key.block) == blocks[number])
 
 
-def open_cache(checkpoint: SwitchCheckpoint, touch: int = 1000) -> ExpertCache:
-    return ExpertCache(checkpoint.experts, torch.float32, COUNT, SIZE, direct=False, touch=touch)
+def open_cache(checkpoint: SwitchCheckpoint) -> ExpertCache:
+    slots = FreshSlots(Pages(COUNT, SIZE), 1000)
+    return ExpertCache(checkpoint.experts, torch.float32, COUNT, SIZE, direct=False, slots=slots)
 
 
 def test_a_cache_makes_do_with_few_slots_while_the_others_have_no_memory(
@@ -111,16 +116,55 @@ def key_bytes(checkpoint: SwitchCheckpoint, key: ExpertKey) -> torch.Tensor:
 
 def test_no_more_is_touched_than_is_wanted() -> None:
     pages = Pages(COUNT, SIZE)
-    pages.claim(2 * SIZE)
+    pages.claim(SIZE + 1)  # the second slot is in use, though it may have no pages
     fresh = FreshSlots(pages, 5)
     fresh._thread.join()
+    assert fresh.nbytes == SIZE + 1 + 3 * SIZE
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages.memory))
+    whole = SIZE // mmap.PAGESIZE
+    # Neighbours may share a huge page.
+    assert [resident_pages(start + slot * SIZE, SIZE) for slot in (2, 3, 4, 6, 7)] == [whole] * 3 + [0] * 2
     table = SlotTable(0)
-    slots = [fresh.take(table, 0) for _ in range(COUNT + 1)]
-    assert slots[-1] is None
+    slots = [slot for _ in range(COUNT) if (slot := fresh.take(table, 0)) is not None]
+    assert fresh.take(table, 0) is None
     assert sorted(slots[:5]) == list(range(5))
-    assert sorted(slots[5:-1]) == list(range(5, COUNT))
-    assert [fresh.fill(slot) for slot in slots[:-1]] == [False] * 5 + [True] * (COUNT - 5)
+    assert sorted(slots[5:]) == list(range(5, COUNT))
+    assert [fresh.fill(slot) for slot in sorted(slots)] == [False, True] + [False] * 3 + [True] * (COUNT - 5)
     assert not fresh.fill(COUNT - 1)
+
+
+def resident_pages(address: int, length: int) -> int:
+    """Count the pages of a range that are in memory: those that the kernel has a frame for."""
+    count = length // mmap.PAGESIZE
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        data = os.pread(file.fileno(), 8 * count, address // mmap.PAGESIZE * 8)
+    return sum(data[at + 7] >> 7 for at in range(0, len(data), 8))
+
+
+def test_what_was_given_back_is_never_taken(stuck: threading.Event) -> None:
+    """The thread has one of those slots in hand meanwhile, and gives it back itself."""
+    pages = Pages(COUNT, SIZE)
+    pages.claim(5 * SIZE)
+    fresh = FreshSlots(pages, COUNT)
+    while len(fresh._fresh) == COUNT - 5:
+        time.sleep(0.001)
+    fresh.shrink(3)
+    stuck.set()
+    fresh._thread.join()
+    start = ctypes.addressof(ctypes.c_char.from_buffer(pages.memory))
+    assert resident_pages(start + 4 * SIZE, (COUNT - 4) * SIZE) == 0
+    table = SlotTable(0)
+    assert [fresh.take(table, 0) for _ in range(4)] == [0, 1, 2, None]
+
+
+def test_closing_waits_for_nothing(stuck: threading.Event) -> None:
+    fresh = FreshSlots(Pages(COUNT, SIZE), COUNT)
+    fresh.close()
+    assert fresh._thread.is_alive()
+    stuck.set()
+    fresh._thread.join(60)
+    assert not fresh._thread.is_alive()
+    assert len(fresh._fresh) == COUNT - 2
 
 
 def test_small_slots_are_used_at_once() -> None:
