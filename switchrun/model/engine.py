@@ -109,14 +109,13 @@ class Engine:
             stack.callback(reader.close)
             weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
             weights.convert_staged()
-            slots = preload.hand_over_slots(plan.tier("cpu").expert_slots)
-            stack.callback(slots.close)
             store = _open_store(prepared, warn)
             # Closed after the cache, whose threads offer it experts; then it writes what still waits.
             writer = None
             if store is not None:
                 buffers = memory.writer_buffers(checkpoint, plan.precision)
                 writer = stack.enter_context(BackgroundWriter(store, buffers))
+            slots = preload.hand_over_slots(plan.tier("cpu").expert_slots)  # until here the preload closes them
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, slots, store, writer))
             self.levels = stack.enter_context(ExpertLevels(self.cache))
             self.model = build_model(checkpoint, plan.precision, self.levels, self.context)

@@ -117,8 +117,10 @@ def key_bytes(checkpoint: SwitchCheckpoint, key: ExpertKey) -> torch.Tensor:
 def test_no_more_is_touched_than_is_wanted() -> None:
     pages = Pages(COUNT, SIZE)
     pages.claim(SIZE + 1)  # the second slot is in use, though it may have no pages
+    pages.view(0)[:4] = pages.view(0)[-4:] = pages.view(1)[:4] = pages.view(1)[-4:] = b"mine"
     fresh = FreshSlots(pages, 5)
     fresh._thread.join()
+    assert [bytes(pages.view(slot)[part]) for slot in (0, 1) for part in (slice(4), slice(-4, None))] == [b"mine"] * 4
     assert fresh.nbytes == SIZE + 1 + 3 * SIZE
     start = ctypes.addressof(ctypes.c_char.from_buffer(pages.memory))
     whole = SIZE // mmap.PAGESIZE
