@@ -16,9 +16,9 @@ def measure(task: Task) -> Answer:
     import torch
     from transformers import SwitchTransformersForConditionalGeneration
 
-    from switchrun import hardware
     from switchrun.bench.process import group_peak_bytes, io_read_bytes
     from switchrun.bench.workload import make_inputs
+    from switchrun.machine import processor, ram
     from switchrun.planning.budgets import resolve_budgets
 
     budgets = resolve_budgets(task["cpu_budget_bytes"], task["gpu_memory"])
@@ -30,7 +30,7 @@ def measure(task: Task) -> Answer:
         offload_folder=task["scratch"],
     )
     answer: Answer = {
-        "open_seconds": hardware.process_age_seconds(),
+        "open_seconds": processor.process_age_seconds(),
         "open_io_read_bytes": io_read_bytes(),
         "fills": [],
     }
@@ -54,7 +54,7 @@ def measure(task: Task) -> Answer:
             {
                 "seconds": time.perf_counter() - start,
                 "io_read_bytes": None if before is None or after is None else after - before,
-                "peak_rss_bytes": hardware.peak_rss_bytes(),
+                "peak_rss_bytes": ram.peak_rss_bytes(),
                 "peak_group_bytes": group_peak_bytes(task),
                 "output_ids": output.tolist(),
             }

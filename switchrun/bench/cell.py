@@ -44,36 +44,34 @@ def measure(task: Task) -> Answer:
     from switchrun.bench.process import MemoryTimeline, group_peak_bytes, io_read_bytes, reset_peak_rss
 
     with MemoryTimeline() as timeline:
-        from switchrun import hardware
-        from switchrun._plan import prepare
-        from switchrun.model.imports import import_libraries
-        from switchrun.model.preload import DensePreload
+        from switchrun.machine import processor
+        from switchrun.model.preload import import_model, read_while_importing
         from switchrun.planning.memory import max_input_tokens
+        from switchrun.planning.opening import plan_model
+        from switchrun.planning.options import OpenOptions
 
-        prepared = prepare(
-            task["model"],
+        options = OpenOptions(
+            model=task["model"],
             dtype=task["dtype"],
             cpu_memory=task["cpu_memory_bytes"],
             gpu_memory=task["gpu_memory"],
             offload_folder=task["offload_folder"],
             batch_size=task["batch_size"],
-            input_tokens=task["input_tokens"],
-            output_tokens=task["output_tokens"],
+            max_new_tokens=task["output_tokens"],
         )
-        longest = max_input_tokens(prepared.checkpoint)
+        planned = plan_model(options, input_tokens=task["input_tokens"])
+        longest = max_input_tokens(planned.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
-        with DensePreload(prepared) as preload:  # left early, it drops the reads that wait
-            # Only now, as `switchrun fill` does it.
-            import_libraries(prepared.plan)
+        with read_while_importing(planned, import_model) as preload:
             from switchrun.bench.measure import Probe
             from switchrun.bench.workload import make_inputs
             from switchrun.model.engine import Engine
 
             warnings: list[str] = []
-            with Engine(prepared, warn=warnings.append, preload=preload) as engine, Probe(engine) as probe:
+            with Engine(planned, warn=warnings.append, preload=preload) as engine, Probe(engine) as probe:
                 answer: Answer = {
-                    "open_seconds": hardware.process_age_seconds(),
+                    "open_seconds": processor.process_age_seconds(),
                     "open_io_read_bytes": io_read_bytes(),
                     "plan": _plan_record(engine),
                     "fills": [],
@@ -81,7 +79,7 @@ def measure(task: Task) -> Answer:
                 for turn in range(task["fills"]):
                     # A cold fill always has the same input; a warm one meets new words, as in a user's second sentence.
                     seed = task["seed"] if task["cold"] else task["seed"] + turn
-                    rows = make_inputs(prepared.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
+                    rows = make_inputs(planned.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
                     first = probe.fill(rows, task["output_tokens"])
                     timeline.stop()
                     peak = {"peak_group_bytes": group_peak_bytes(task)}

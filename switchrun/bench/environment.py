@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from switchrun import __version__, hardware
+from switchrun import __version__
+from switchrun.machine import disks, ram
 
 _PACKAGES = ("torch", "transformers", "accelerate")
 
@@ -32,7 +33,7 @@ def describe_environment(checkpoint: Path) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": int(psutil.virtual_memory().total),
-        "available_memory_bytes": hardware.available_memory_bytes(),
+        "available_memory_bytes": ram.available_memory_bytes(),
         "disk": _disk(checkpoint),
         "kernel": platform.release(),
     }
@@ -56,11 +57,11 @@ def _cpu_model() -> str | None:
 
 
 def _disk(path: Path) -> dict[str, str | None]:
-    device = hardware.device_of(path)
+    device = disks.device_of(path)
     block = Path("/sys/dev/block") / device
     name = block.resolve().name if block.exists() else None
     model = next((text for place in (block, block.parent) if (text := _read(place / "device" / "model"))), None)
-    return {"number": device, "name": name, "model": model, "filesystem": hardware.filesystem_of(path)}
+    return {"number": device, "name": name, "model": model, "filesystem": disks.filesystem_of(path)}
 
 
 def _read(file: Path) -> str:

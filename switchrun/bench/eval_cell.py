@@ -8,8 +8,8 @@ from switchrun.bench.cell import Answer, Task, main
 from switchrun.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
-    from switchrun._plan import Prepared
-    from switchrun.experts.slot_table import CacheCounters
+    from switchrun.experts.counters import CacheCounters
+    from switchrun.planning.opening import PlannedModel as Prepared
 
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
@@ -20,15 +20,15 @@ def measure(task: Task) -> Answer:
     """Score the task's lines in its dtype, then generate for each; see `switchrun.bench.eval_run` for its keys."""
     import time
 
-    from switchrun import hardware
+    from switchrun.machine import processor, ram
     from switchrun.model import evaluate as passes
     from switchrun.model.engine import Engine
-    from switchrun.model.tokenizer import load_tokenizer
+    from switchrun.model.tokenizer import Tokenizer
     from switchrun.planning import memory
 
     prepared = _prepare(task, task["cpu_memory"])
     checkpoint, precision = prepared.checkpoint, prepared.plan.precision
-    tokenizer = load_tokenizer(checkpoint, task["tokenizer"])
+    tokenizer = Tokenizer.load(checkpoint, task["tokenizer"])
     text = _passages(task, tokenizer, checkpoint)
     batches = passes.make_batches(text.usable, task["batch_size"], int(checkpoint.config.get("pad_token_id") or 0))
     sizes = (int(checkpoint.config["d_model"]), precision.compute.itemsize)
@@ -40,7 +40,7 @@ def measure(task: Task) -> Answer:
     prepared = _prepare(task, (use.budget_bytes or 0) - reserved)
     warnings: list[str] = []
     with Engine(prepared, warn=warnings.append) as engine:
-        opened = hardware.process_age_seconds()
+        opened = processor.process_age_seconds()
         start = time.perf_counter()
         most_rows = task["batch_size"] * memory.max_input_tokens(checkpoint)
         result = passes.evaluate(engine.model, groups, most_rows)
@@ -51,7 +51,7 @@ def measure(task: Task) -> Answer:
         return {
             "model": {"id": checkpoint.id, "revision": checkpoint.revision, "stored_dtype": checkpoint.stored_dtype},
             "dtype": prepared.plan.dtype,
-            "compute_dtype": prepared.plan.compute_dtype,
+            "compute_dtype": prepared.plan.precision.compute.value,
             "skipped": text.skipped,
             "cut": text.cut,
             "input_tokens": sum(len(passage.inputs) for passage in text.usable),
@@ -65,7 +65,7 @@ def measure(task: Task) -> Answer:
             "open_seconds": opened,
             "loss_pass": _work(scored - start, counters),
             "generation": _work(generated - scored, engine.cache.counters().since(counters)) if outputs else None,
-            "peak_rss_bytes": hardware.peak_rss_bytes(),
+            "peak_rss_bytes": ram.peak_rss_bytes(),
             "expert_slots": engine.cache.num_slots,
             "slot_bytes": use.slot_bytes,
             "warnings": warnings,
@@ -95,34 +95,36 @@ def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
 
 
 def _plan(task: Task, cpu_bytes: int) -> Prepared:
-    from switchrun._plan import prepare
+    from switchrun.planning.opening import plan_model
+    from switchrun.planning.options import OpenOptions
 
-    return prepare(
-        task["model"],
-        dtype=task["dtype"],
-        cpu_memory=cpu_bytes,
-        gpu_memory=0,
-        offload_folder=task["offload_folder"],
-        offload_limit=task["offload_limit"],
-        # Blocks are run one by one, past the hooks that would bring weights in from disk.
-        device_map={"": "cpu"},
-        batch_size=task["batch_size"],
-        output_tokens=max(1, task["max_new_tokens"]),
+    return plan_model(
+        OpenOptions(
+            model=task["model"],
+            dtype=task["dtype"],
+            cpu_memory=cpu_bytes,
+            gpu_memory=0,
+            offload_folder=task["offload_folder"],
+            offload_limit=task["offload_limit"],
+            # Blocks are run one by one, past the hooks that would bring weights in from disk.
+            device_map={"": "cpu"},
+            tokenizer=task["tokenizer"],
+            batch_size=task["batch_size"],
+            max_new_tokens=max(1, task["max_new_tokens"]),
+        )
     )
 
 
 def _passages(task: Task, tokenizer: Any, checkpoint: Any) -> Any:
-    from switchrun.model.sentinels import NUM_SENTINELS, sentinel
+    from switchrun.model.sentinels import NUM_SENTINELS
     from switchrun.model.spans import LEAST_TOKENS, make_passages
     from switchrun.planning.memory import max_input_tokens
 
-    ids = [tokenizer.convert_tokens_to_ids(sentinel(number)) for number in range(NUM_SENTINELS)]
-    known = [each for each in ids if each is not None and each != tokenizer.unk_token_id]
-    eos = tokenizer.eos_token_id
+    eos = tokenizer.eos_id
     text = make_passages(
         task["lines"],
-        lambda line: tokenizer(line, add_special_tokens=False).input_ids,
-        known,
+        tokenizer.plain_ids,
+        [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None],
         int(checkpoint.config.get("eos_token_id") or 1) if eos is None else eos,
         max_input_tokens(checkpoint),
         task["seed"],

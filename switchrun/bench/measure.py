@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +17,14 @@ from switchrun.bench.replay import Range
 from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.gpu_cache import GpuCache
-from switchrun.experts.levels import ExpertLevels, since, total
+from switchrun.experts.counters import CacheCounters, since, total
 from switchrun.experts.module import OffloadedExperts
 from switchrun.experts.reader import Segment
-from switchrun.experts.slot_table import CacheCounters
-from switchrun.experts.slots import ExpertWeights
-from switchrun.model.engine import Engine
+from switchrun.experts.tiers import ExpertTiers, GpuCache
+from switchrun.kernels.matrices import ExpertWeights
+from switchrun.model.engine import Engine, told_as_budget
 from switchrun.model.generate import generate_batch
-from switchrun.model.gpu_memory import told_as_budget
 from switchrun.model.records import GenerationOptions
-from switchrun.model.totals import memory_peak
 
 
 @dataclass(slots=True)
@@ -110,9 +106,6 @@ class Probe:
                 self._hooks.callback(handle.remove)
         self._hooks.callback(self._engine.model.encoder.register_forward_hook(self._end_of_encoder).remove)
         self._engine.cache.on_load = self._note_load
-        meanwhile = self._engine.cache.meanwhile
-        self._hooks.callback(setattr, self._engine.cache, "meanwhile", meanwhile)
-        self._engine.cache.meanwhile = partial(self._meanwhile, meanwhile)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,7 +142,7 @@ class Probe:
             },
             output_ids=[list(output.ids) for output in outputs],
             io_read_bytes=None if io is None or io_after is None else io_after - io,
-            **asdict(memory_peak(self._engine.plan.gpus)),
+            **asdict(self._engine.memory_peak()),
         )
 
     def compute_only(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
@@ -188,13 +181,6 @@ class Probe:
     def _leave(self, module: Any, *_: Any) -> None:
         self._inside[_stack(self._layers[module][0])] += time.perf_counter() - self._entered
 
-    def _meanwhile(self, compute: Callable[[], bool]) -> bool:
-        """Let dense work that is done during a read not count as the sparse layer's: as if that had begun later."""
-        start = time.perf_counter()
-        computed = compute()
-        self._entered += time.perf_counter() - start
-        return computed
-
     def _end_of_encoder(self, *_: Any) -> None:
         self._encoder_end = time.perf_counter()
         self._encoder_counters = self._engine.levels.counters()
@@ -206,7 +192,7 @@ class Probe:
 class _StandIns:
     """In the place of the caches: gives the same few experts again and again, whatever is asked for."""
 
-    def __init__(self, levels: ExpertLevels, keys: Sequence[ExpertKey]) -> None:
+    def __init__(self, levels: ExpertTiers, keys: Sequence[ExpertKey]) -> None:
         self._gpus = {number: _StandIn(cache, keys) for number, cache in levels.gpus.items()}
         self._cpu = _StandIn(levels.cpu, keys)
 

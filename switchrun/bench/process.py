@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from switchrun import hardware
+from switchrun.machine import processor, ram
 
 _INTERVAL_SECONDS = 0.1
 
@@ -52,7 +52,7 @@ class MemoryTimeline:
 
     def _run(self) -> None:
         while True:
-            self.points.append((round(hardware.process_age_seconds(), 2), hardware.rss_bytes()))
+            self.points.append((round(processor.process_age_seconds(), 2), ram.rss_bytes()))
             if self._end.wait(_INTERVAL_SECONDS):
                 return
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchrun.bench.page_cache import drop_page_cache
-from switchrun.experts.pages import touch
+from switchrun.experts.buffers import touch
 from switchrun.experts.reader import Way
 from switchrun.units import MIB
 

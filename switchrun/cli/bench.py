@@ -115,6 +115,7 @@ def bench(
 ) -> None:
     """Measure how fast a model runs here: every combination of the lists is a cell, in processes of its own."""
     from switchrun.bench.cells import Cell, product
+    from switchrun.planning.budgets import parse_gpu_memory
 
     _check_model(model, synthetic, materialize)
     dtypes = options.dtype_list(dtype)
@@ -124,7 +125,8 @@ def bench(
         else [_size("--cpu-memory", word) for word in options.words("--cpu-memory", cpu_memory)]
     )
     batches = [_batch(word) for word in options.words("--batch-size", batch_size)]
-    options.check_memory(None, gpu_memory)
+    if gpu_memory is not None:
+        parse_gpu_memory(gpu_memory)
     first = Cell(
         model,
         gpu_memory=gpu_memory,
@@ -140,7 +142,17 @@ def bench(
     output = BenchOutput(style, Exports(export, plot, page), compare, resume)
     tell: Any = (lambda _: None) if quiet else report
     cells = product(first, dtypes, memories, batches)
-    raise typer.Exit(bench_cells(cells, output, offload_folder, synthetic, materialize, baseline_timeout, tell))
+    raise typer.Exit(
+        bench_cells(
+            cells,
+            output,
+            Path(offload_folder) if offload_folder else None,
+            synthetic,
+            materialize,
+            baseline_timeout,
+            tell,
+        )
+    )
 
 
 def _check_model(model: str | None, synthetic: str | None, materialize: str | None) -> None:

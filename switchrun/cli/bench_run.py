@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.bench.cells import Cell
-from switchrun.cli.fill_run import EXIT_SOME_FAILED
+from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.output.bench_tables import BenchFormat, format_records
@@ -106,10 +106,10 @@ def bench_cells(
         SwitchrunError: Nothing could be measured at all.
         Interrupted: A signal came; what was finished is written.
     """
-    from switchrun import folders
     from switchrun.bench.records import compare, read_records
     from switchrun.bench.runner import Bench
     from switchrun.checkpoint import open_checkpoint
+    from switchrun.machine import folders
 
     output.exports.check()
     old = read_records(output.compare) if output.compare else []

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 
-from switchrun._plan import prepare
 from switchrun.bench import baseline
 from switchrun.bench import cell as cell_process
 from switchrun.bench.cells import Cell
@@ -19,8 +14,10 @@ from switchrun.bench.measure import Probe, used_experts
 from switchrun.bench.replay import Range, Ring, replay
 from switchrun.bench.workload import make_inputs
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.experts.reader import WAYS, FileReader
+from switchrun.experts.reader import WAYS
 from switchrun.model.engine import Engine
+from switchrun.planning.opening import plan_model
+from switchrun.planning.options import OpenOptions
 from tests.bench.conftest import task_of
 
 
@@ -68,7 +65,7 @@ def test_plain_transformers_generates_the_same(cell: Cell, tmp_path: Path) -> No
 
 
 def test_forced_routing_is_that_of_the_fill_before(cell: Cell) -> None:
-    prepared = prepare(cell.model, cpu_memory=cell.cpu_memory_bytes)
+    prepared = plan_model(OpenOptions(model=cell.model, cpu_memory=cell.cpu_memory_bytes))
     rows = make_inputs(prepared.checkpoint.config, 2, 6, seed=3)
     with Engine(prepared) as engine, Probe(engine) as probe:
         probe.fill(rows, 4)
@@ -108,32 +105,3 @@ def test_replays_read_what_they_are_told(tmp_path: Path) -> None:
     assert replay([], WAYS[0], ring) is None
     assert replay([Range(file, 0, 300_000)], WAYS[-1], ring)
     ring.close()
-
-
-def test_dense_work_done_during_a_read_is_not_the_experts(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = prepare(cell.model, cpu_memory=cell.cpu_memory_bytes)
-    rows = make_inputs(prepared.checkpoint.config, 2, 6, seed=3)
-    pieces, done, read_piece = iter([0.5, 0.5]), threading.Event(), FileReader._read_piece
-
-    def work() -> bool:
-        seconds = next(pieces, None)
-        if seconds is None:
-            done.set()
-            return False
-        time.sleep(seconds)
-        return True
-
-    def late(*arguments: Any) -> None:
-        assert done.wait(10)
-        read_piece(*arguments)
-
-    with Engine(prepared) as engine:
-        monkeypatch.setattr(FileReader, "_read_piece", late)
-        engine.cache.meanwhile = work
-        with Probe(engine) as probe:
-            fill = probe.fill(rows, 2)
-        assert engine.cache.meanwhile is work
-    waited = sum(times.counters.wait_seconds for times in fill.stages.values())
-    inside = sum(times.expert_layer_seconds for times in fill.stages.values())
-    assert done.is_set()
-    assert waited <= inside <= fill.seconds - 1.0
