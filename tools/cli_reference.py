@@ -6,6 +6,7 @@ python tools/cli_reference.py --check    exits with 1 if one of them is stale
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +20,15 @@ from switchrun.cli.app import app
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
+_SHARED = "Options of several commands"
+
 _CLI_HEAD = """# Command line
 
 Written by `tools/cli_reference.py` from the program itself; do not edit.
 
-Answers go to stdout, everything else to stderr. See also the [exit codes](exit-codes.md) and the
-[environment variables](environment.md) that stand for options. `SWITCHRUN_DEBUG=1` shows the traceback of an error and
-the messages of the libraries.
+Answers go to stdout, everything else to stderr. Defaults are in brackets. Options that are only named are
+explained [at the end](#options-of-several-commands). See also the [exit codes](exit-codes.md), and the
+[environment variables](environment.md) that stand for options.
 """
 
 _ENVIRONMENT_HEAD = """# Environment variables
@@ -40,25 +43,25 @@ An option on the command line wins over its variable. The [Python API](python-ap
 # What is read without an option: by switchrun itself, or by a library that it uses.
 _OTHER_VARIABLES = {
     "Without an option": {
-        "SWITCHRUN_CACHE": "The folder for what switchrun remembers, instead of `switchrun` in the user's cache.",
-        "SWITCHRUN_DEBUG": "`1`: show the traceback of an error, and the messages of the libraries.",
+        "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache.",
+        "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",
     },
     "The Hub": {
-        "HF_HOME": "Where downloads are kept (in `hub/`); by default `~/.cache/huggingface`. Name a large disk.",
-        "HF_HUB_CACHE": "The same, for downloaded models alone.",
-        "HF_TOKEN": "Your token, for gated and private models.",
-        "HF_HUB_OFFLINE": "`1`: never ask the Hub; use only what is in the local cache.",
-        "HTTPS_PROXY": "A proxy for downloads.",
+        "HF_HOME": "where downloads are kept, by default `~/.cache/huggingface`. Name a large disk.",
+        "HF_HUB_CACHE": "the same, for downloaded models alone.",
+        "HF_TOKEN": "your token, for gated and private models.",
+        "HF_HUB_OFFLINE": "`1` uses only what is in the local cache.",
+        "HTTPS_PROXY": "a proxy for downloads.",
     },
     "The terminal": {
-        "NO_COLOR": "No colours in tables.",
-        "COLUMNS": "The width of tables; by default the terminal's, or 80 without one.",
-        "TERM": "`dumb`: no progress line.",
-        "FORCE_COLOR": "Ignored: it would put cursor codes into files.",
+        "NO_COLOR": "no colours in tables.",
+        "COLUMNS": "the width of tables; by default the terminal's, or 80.",
+        "TERM": "`dumb` means no progress line.",
+        "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
     "Processors": {
-        "OMP_NUM_THREADS": "How many threads torch computes with; by default one a core.",
-        "CUDA_VISIBLE_DEVICES": "The GPUs to use, as for any program.",
+        "OMP_NUM_THREADS": "how many threads torch computes with; by default one a core.",
+        "CUDA_VISIBLE_DEVICES": "the GPUs to use, as for any program.",
     },
 }
 
@@ -112,7 +115,8 @@ def _option(parameter: Any, context: Any) -> Option:
     if parameter.param_type_name == "argument":
         return Option(parameter.metavar, "", variable, "", text)
     value = "" if parameter.is_flag else f" {parameter.metavar or parameter.display_type(context)}"
-    return Option(", ".join(parameter.opts), value, variable, _default(parameter), text)
+    name = "/".join(filter(None, (", ".join(parameter.opts), *parameter.secondary_opts)))
+    return Option(name, value, variable, _default(parameter), text)
 
 
 def _default(parameter: Any) -> str:
@@ -132,11 +136,11 @@ def reference() -> str:
         parts.append(f"## switchrun {name}\n\n    switchrun {name} {command.usage}\n\n{command.help}\n")
         own = [option for option in command.options if option not in shared]
         if own:
-            parts += [*_option_table(own), ""]
+            parts += [*_option_list(own), ""]
         if len(own) < len(command.options):
             names = ", ".join(f"`{_long(option)}`" for option in command.options if option in shared)
-            parts.append(f"{'Also' if own else 'Takes'} {names}: see [shared options](#shared-options).\n")
-    return "\n".join([*parts, "## Shared options\n", *_option_table(shared), ""])
+            parts.append(f"{'Also' if own else 'Takes'} {names}.\n")
+    return "\n".join([*parts, f"## {_SHARED}\n", *_option_list(shared), ""])
 
 
 def _shared(found: dict[str, Command]) -> list[Option]:
@@ -161,8 +165,7 @@ def environment() -> str:
         names = dict.fromkeys(f"`{_long(option)}`" for option in by_command.values())
         parts.append(_row(f"`{variable}`", ", ".join(names), ", ".join(by_command), _defaults(by_command)))
     for title, variables in _OTHER_VARIABLES.items():
-        parts += [f"\n## {title}\n", *_table("variable", "what it does")]
-        parts += [_row(f"`{name}`", text) for name, text in variables.items()]
+        parts += [f"\n## {title}\n", *(f"- `{name}`: {text}" for name, text in variables.items())]
     return "\n".join([*parts, "", _ENVIRONMENT_TAIL])
 
 
@@ -174,17 +177,17 @@ def _defaults(by_command: dict[str, Option]) -> str:
 
 
 def _long(option: Option) -> str:
-    return option.name.partition(",")[0]
+    return re.split("[,/]", option.name)[0]
 
 
 def _escape(text: str) -> str:
     return text.replace("<", "&lt;")
 
 
-def _option_table(options: list[Option]) -> Iterator[str]:
-    yield from _table("option", "default", "what it does")
+def _option_list(options: list[Option]) -> Iterator[str]:
     for option in options:
-        yield _row(f"`{option.name}{option.value}`", option.default, option.help)
+        default = f" ({option.default})" if option.default else ""
+        yield f"- `{option.name}{option.value}`{default}: {option.help}"
 
 
 def _table(*titles: str) -> Iterator[str]:
