@@ -57,10 +57,6 @@ def _derived(
         f"{s['licence']} |"
         for s in corpus["sources"]
     ]
-    load = [
-        f"| {layer} | {figures['experts_alive'][layer]} of {len(shares)} | {max(shares):.1%}, {min(shares):.1%} |"
-        for layer, shares in figures["expert_shares"].items()
-    ]
     less = "reached" if figures["loss_reduction"] >= 1 / 3 else "missed"
     match = "reached" if figures["match_ratio"] >= 3 else "missed"
     words = sum(count for name, count in counts.items() if name.endswith(" words"))
@@ -72,7 +68,7 @@ def _derived(
         "pieces": config["vocab_size"] - 100,
         "words": words,
         "source_rows": "\n".join(rows),
-        "load_rows": "\n".join(load),
+        "alive": min(figures["experts_alive"].values()),
         "rough": counts["excluded as rough"],
         "repeated": counts["excluded as repeated"],
         "leaks": figures["quoted_sentences_in_training_text"],

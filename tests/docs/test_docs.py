@@ -208,7 +208,7 @@ def local_makers() -> set[str]:
 
 
 def test_the_messages_that_are_explained_are_those_of_the_code():
-    explained = re.findall(r"^\| `(.*?)` \| (.*) \|$", read(DOCS / "troubleshooting.md"), flags=re.M)
+    explained = re.findall(r"^- `(.*?)`: (.*)$", read(DOCS / "troubleshooting.md"), flags=re.M)
     hints = messages()
     assert len(hints) > 80
     assert len(explained) > 10
