@@ -52,4 +52,4 @@ def test_every_field(kind):
 def test_every_member_of_a_session():
     session = switchrun.Session
     members = {name for name, value in vars(session).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert not [name for name in members if f"| `session.{name}" not in section("Session.open(")]
+    assert not [name for name in members if f"- `session.{name}" not in section("Session.open(")]
