@@ -1,6 +1,6 @@
 """Write training.json and the curve of docs/demo-model.md from what the other stages measured.
 
-The card, switchrun/demo/MODEL_CARD.md, is written by hand: tests/test_demo_model.py holds its figures against the record.
+The card, switchrun/demo/MODEL_CARD.md, is written by hand; tests/test_demo_model.py holds its figures against it.
 """
 
 from __future__ import annotations
