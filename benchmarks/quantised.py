@@ -17,9 +17,9 @@ import bitsandbytes.functional as bnb
 import torch
 
 from switchrun.kernels.int8 import linear_int8, quantise_int8
-from switchrun.kernels.nf4 import linear_nf4, packed_size, quantise_nf4
-from switchrun.kernels.nf4_tiles import linear_tiled, quantise_tiled
+from switchrun.kernels.nf4 import linear_nf4, linear_tiled, quantise_nf4, quantise_tiled
 from switchrun.store import nf4_layout
+from switchrun.store.layout import nf4_sizes
 
 Linear = Callable[[torch.Tensor, int], torch.Tensor]
 
@@ -45,7 +45,7 @@ class Expert:
         self.shapes = [(d_ff, d_model), (d_model, d_ff)]
         self.codes = [torch.empty(shape, dtype=torch.int8) for shape in self.shapes]
         self.scb = [torch.empty(shape[0]) for shape in self.shapes]
-        sizes = [packed_size(shape) for shape in self.shapes]
+        sizes = [nf4_sizes(*shape) for shape in self.shapes]
         self.packed = [torch.empty(size, dtype=torch.uint8) for size, _ in sizes]
         self.absmax = [torch.empty(size) for _, size in sizes]
         layout = nf4_layout(d_model, d_ff, tiled=True)

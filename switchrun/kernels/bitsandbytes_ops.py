@@ -12,11 +12,10 @@ import torch
 
 @cache
 def operations() -> Any:
-    """Give `torch.ops.bitsandbytes`.
+    """Return `torch.ops.bitsandbytes`.
 
     While it is imported, bitsandbytes 0.50 looks for the package `kernels` and has it download native code from the
-    Hub, or else logs that it is missing. Nothing here calls that code, so the package is hidden from it and the log is
-    off.
+    Hub, or else logs that it is missing. Nothing here calls that code, so the package is hidden and the log is off.
 
     Raises:
         ImportError: bitsandbytes is not installed, or not whole; `switchrun doctor` says more.

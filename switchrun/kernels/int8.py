@@ -16,7 +16,7 @@ from torch import nn
 
 from switchrun.kernels.bitsandbytes_ops import operations
 from switchrun.kernels.plain import knows_bfloat16
-from switchrun.kernels.row_blocks import largest_block, linear_by_blocks, linear_by_parts, row_blocks
+from switchrun.kernels.row_blocks import largest_block, linear_by_blocks, linear_by_parts, row_blocks, rows_of
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
@@ -35,10 +35,8 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
     bitsandbytes computes in float32 whatever the dtype, and so does this. It takes about 2 MiB of scratch memory.
     A row whose magnitudes are all zero, or too small for 127 / SCB to be finite, gets zero codes, as there.
 
-    Args:
-        weight: `[out, in]`, floating, finite, on the CPU; any strides.
-        codes: int8 `[out, in]`; written.
-        scb: float32 `[out]`, the largest magnitude of each row; written.
+    `weight` is `[out, in]`, floating, finite, on the CPU. Written are `codes`, int8 `[out, in]`, and `scb`, float32
+    `[out]`.
 
     Raises:
         ValueError: Shapes or dtypes do not fit together.
@@ -74,17 +72,12 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
 
     Returns:
         `[..., out]`, in the dtype of `x`.
-
-    Raises:
-        ValueError: The last extent of `x` is not `in`.
     """
     out_features, in_features = codes.shape
-    if x.shape[-1] != in_features:
-        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
+    tokens = rows_of(x, in_features)
     if x.is_cuda:
         return _linear_bitsandbytes(x, codes, scb)
     scale = scb / 127.0
-    tokens = x.reshape(-1, in_features)
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(tokens):
         if len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
             result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
@@ -118,16 +111,8 @@ def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor
 class Int8Linear(nn.Module):
     """A linear layer without a bias whose weight is in LLM.int8's row-wise form; its tensors begin on the meta device.
 
-    Its parameters have the names that bitsandbytes gives them. transformers looks at the dtype of `weight` and leaves
-    hidden states as they are if that is int8.
-
-    Args:
-        in_features: The length of a row.
-        out_features: The number of rows.
-
-    Attributes:
-        weight: int8 `[out, in]`.
-        SCB: float32 `[out]`, the largest magnitude of each row.
+    Its parameters have the names that bitsandbytes gives them: `weight`, int8 `[out, in]`, and `SCB`, float32 `[out]`.
+    transformers looks at the dtype of `weight` and leaves hidden states as they are if that is int8.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -137,12 +122,12 @@ class Int8Linear(nn.Module):
         self.SCB = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Give `[…, out]` for `[…, in]`, in the dtype of `x`."""
+        """Return `[..., out]` for `[..., in]`, in the dtype of `x`."""
         return linear_int8(x, self.weight, self.SCB)
 
 
 def use_int8(model: nn.Module, weights: Iterable[str]) -> None:
-    """Put an `Int8Linear` in the place of each linear layer that is named by its weight."""
+    """Replace the linear layers with these weights' names by `Int8Linear`."""
     for name in weights:
         path = name.removesuffix(".weight")
         linear = model.get_submodule(path)

@@ -4,6 +4,13 @@ The matrix is taken as one long row. Every 64 elements share a float32, `absmax`
 the nearest of 16 values in [-1, 1] times that. Two codes make a byte, the first in the high bits. A block may run from
 one row into the next, which bitsandbytes 0.50.2's CPU kernels get wrong on some processors: they take it that each row
 begins a block. So they are given several rows as one, whose length is a multiple of 64.
+
+Codes may also lie in tiles, in the order that bitsandbytes' product on CPUs with AVX-512 for bfloat16 wants. That
+product (`gemv_4bit`, bitsandbytes 0.50) unpacks codes in registers and never writes a weight to memory: 0.5 ms for
+an expert of switch-c and one token, where unpacking it first takes 3.6. It wants 32 rows beside one another: a tile
+has the codes of 32 rows, 64 of two columns after one another, and the scales lie block by block, one for each row. It
+also wants every row to begin a block of 64. Where rows end within one (2,080 is 32.5 blocks), `f` rows are taken as
+one long row, and `x` is multiplied as `f` rows, each of them zero but for its own part.
 """
 
 from __future__ import annotations
@@ -15,9 +22,9 @@ from functools import cache
 import torch
 
 from switchrun.kernels.bitsandbytes_ops import operations
-from switchrun.kernels.row_blocks import Unpack, largest_block, linear_by_blocks, linear_by_parts, row_blocks
+from switchrun.kernels.row_blocks import Unpack, largest_block, linear_by_blocks, linear_by_parts, row_blocks, rows_of
 from switchrun.machine.processor import has_avx512_bf16
-from switchrun.store.layout import NF4_BLOCK, nf4_rows_to_a_block
+from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_rows_to_a_block, nf4_sizes
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
 NF4_VALUES = (
@@ -34,22 +41,19 @@ _ZERO_CODE = 7
 _CELLS = 256
 _HALF = (_CELLS - 1) / 2
 
-
-def packed_size(shape: tuple[int, int]) -> tuple[int, int]:
-    """Tell how many bytes of codes, and how many absmax, a matrix of this shape takes."""
-    elements = shape[0] * shape[1]
-    return -(-elements // 2), -(-elements // NF4_BLOCK)
+#: bitsandbytes' product of tiles rounds NF4's values to bfloat16; with the codes of normal weights, they are larger by
+#: so much on average (of absmax). Where `x` has no zero mean, as after ReLU, that adds up: to 2 % of the result in `wo`
+#: of switch-c, where NF4's own error is 10 %. So it is taken off again, which leaves 0.2 %.
+_LARGER_ON_AVERAGE = 1.81e-4
+#: The same product unpacks codes again for every few rows of `x`; above so many it is faster to do so once.
+_MOST_ROWS = 128
 
 
 def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
     """Quantise a matrix to the bytes of `bitsandbytes.functional.quantize_4bit(..., blocksize=64, quant_type="nf4")`.
 
-    Takes about 10 MiB of scratch memory.
-
-    Args:
-        weight: `[out, in]`, floating, finite, on the CPU; any strides.
-        packed: uint8 `[ceil(out × in / 2)]`; written.
-        absmax: float32 `[ceil(out × in / 64)]`; written.
+    Takes about 10 MiB of scratch memory. `weight` is `[out, in]`, floating, finite, on the CPU. Written are `packed`,
+    uint8 `[ceil(out × in / 2)]`, and `absmax`, float32 `[ceil(out × in / 64)]`.
 
     Raises:
         ValueError: Shapes or dtypes do not fit together.
@@ -63,11 +67,7 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
 
 
 def quantised_blocks(weight: torch.Tensor, multiple: int = 1) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Quantise a matrix a few rows at a time.
-
-    Args:
-        weight: As for `quantise_nf4`.
-        multiple: Every block but the last has a multiple of so many rows, and of as many as end a block of 64.
+    """Quantise a matrix a few rows at a time: each time but the last, a multiple of `multiple` that ends a block.
 
     Yields:
         The rows, the code of each of their elements (uint8, flat) and their absmax (float32, flat); both tensors are
@@ -100,9 +100,6 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
 
     Returns:
         `[..., out]`, in the dtype of `x`.
-
-    Raises:
-        ValueError: Shapes or dtypes do not fit together.
     """
     _check_storage(packed, absmax, shape)
     multiple = nf4_rows_to_a_block(shape[1])
@@ -125,7 +122,7 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
 
 
 def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU unpacks faster with bitsandbytes: in bfloat16 with AVX-512, 1.5 ms against 7 a matrix.
+    """Whether this CPU unpacks faster with bitsandbytes: in bfloat16 with AVX-512, 1.5 ms against 7 a matrix.
 
     In float32, and on processors without these instructions, it is no faster (`benchmarks/quantised.py`).
     """
@@ -133,7 +130,7 @@ def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:
-    if (len(packed), len(absmax)) != packed_size(shape) or packed.ndim != 1 or absmax.ndim != 1:
+    if (len(packed), len(absmax)) != nf4_sizes(*shape) or packed.ndim != 1 or absmax.ndim != 1:
         raise ValueError(f"codes {list(packed.shape)} and absmax {list(absmax.shape)} do not fit {list(shape)}")
     if packed.dtype != torch.uint8 or absmax.dtype != torch.float32:
         raise ValueError(f"codes must be uint8 and absmax float32, not {packed.dtype} and {absmax.dtype}")
@@ -164,10 +161,8 @@ class _Search:
     """Finds the code nearest to each value in [-1, 1]: what `torch.bucketize` finds, several times faster.
 
     A grid stands in for the search. Each of its cells has one midpoint nearest to it, and no other is near any value in
-    the cell; so a value's code is that midpoint's number, plus 1 if the value is beyond it.
-
-    Args:
-        size: The most values searched for at once.
+    the cell; so a value's code is that midpoint's number, plus 1 if the value is beyond it. At most `size` values are
+    searched for at once.
     """
 
     def __init__(self, size: int) -> None:
@@ -231,15 +226,117 @@ def _scale_back(values: torch.Tensor, absmax: torch.Tensor) -> None:
 def _linear_bitsandbytes(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]
 ) -> torch.Tensor:
-    if x.shape[-1] != shape[1]:
-        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {shape[1]}")
     multiple = nf4_rows_to_a_block(shape[1])
+    tokens = rows_of(x, shape[1])
 
     def product(rows: slice) -> torch.Tensor:
         here, there = _storage_of(rows, shape[1])
         count = rows.stop - rows.start
         long_rows = (count // multiple, shape[1] * multiple) if count % multiple == 0 else (count, shape[1])
         block = operations().dequantize_4bit(packed[here], absmax[there], NF4_BLOCK, "nf4", long_rows, x.dtype)
-        return torch.nn.functional.linear(x, block.view(count, shape[1]))
+        return torch.nn.functional.linear(tokens, block.view(count, shape[1]))
 
-    return linear_by_parts(x, shape, product, multiple)
+    return linear_by_parts(tokens, shape, product, multiple).view(*x.shape[:-1], shape[0])
+
+
+def quantise_tiled(weight: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Quantise a matrix as `quantise_nf4` does, and put the codes in tiles; takes about 12 MiB of scratch memory.
+
+    Written are `tiles`, uint8 `[out / f / 32, f × in / 2, 32]`, and `absmax`, bfloat16 `[f × in / 64, out / f]`.
+    """
+    shape = (weight.shape[0], weight.shape[1])
+    for rows, codes, scales in quantised_blocks(weight, _rows_of_a_tile(shape)):
+        there, columns = _places(rows, shape)
+        tile(codes, tiles[there])
+        absmax[:, columns] = scales.view(-1, absmax.shape[0]).T
+
+
+def tile(codes: torch.Tensor, tiles: torch.Tensor) -> None:
+    """Put codes, uint8 `[count]`, one a byte, row after row, in as many tiles, uint8 `[tiles, pairs, 32]`."""
+    count, pairs, _ = tiles.shape
+    low, high = codes.view(count, 2, NF4_TILE_ROWS // 2, 2 * pairs).unbind(1)
+    # The two bytes of a pair of columns move as one.
+    both = (high << 4).bitwise_or_(low).view(torch.int16)
+    tiles.view(torch.int16).copy_(both.transpose(1, 2))
+
+
+def untile(tiles: torch.Tensor) -> torch.Tensor:
+    """Return the codes of tiles `[tiles, pairs, 32]` row after row, two a byte, flat."""
+    count, pairs, _ = tiles.shape
+    both = tiles.view(torch.int16).transpose(1, 2).contiguous().view(torch.uint8)
+    first, second = both.view(count, NF4_TILE_ROWS // 2, pairs, 2).unbind(-1)
+    upper = (first << 4).bitwise_or_(second & 0x0F)
+    lower = (first & 0xF0).bitwise_or_(second >> 4)
+    return torch.stack([upper, lower], dim=1).view(-1)
+
+
+def linear_tiled(x: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Multiply with a matrix in tiles, as `quantise_tiled` writes it: `x @ weight.T`.
+
+    A few rows in bfloat16 are multiplied by bitsandbytes where it can; else the codes are brought in the order of
+    `linear_nf4`, which multiplies. CUDA has not been run yet. `x` and the result are as for `linear_nf4`.
+    """
+    tokens = rows_of(x, shape[1])
+    few = 0 < len(tokens) <= _MOST_ROWS
+    if few and x.device.type == "cpu" and bitsandbytes_unpacks(x.dtype) and tiled_product_works():
+        return _tiled_product(tokens, tiles, absmax, shape).view(*x.shape[:-1], shape[0])
+
+    def product(rows: slice) -> torch.Tensor:
+        there, columns = _places(rows, shape)
+        scales = absmax[:, columns].T.float().reshape(-1)
+        return linear_nf4(tokens, untile(tiles[there]), scales, (rows.stop - rows.start, shape[1]))
+
+    return linear_by_parts(tokens, shape, product, _rows_of_a_tile(shape)).view(*x.shape[:-1], shape[0])
+
+
+@cache
+def tiled_product_works() -> bool:
+    """Try bitsandbytes' product on a small matrix: it is there on some processors only, and nothing promises its order.
+
+    Imports bitsandbytes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (2 * NF4_TILE_ROWS, 3 * NF4_BLOCK // 2)
+    codes = torch.randint(16, (shape[0] * shape[1],), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(len(codes) // NF4_BLOCK, generator=generator).bfloat16()
+    packed = torch.empty(len(codes) // 2, dtype=torch.uint8)
+    tiles = torch.empty(1, shape[1], NF4_TILE_ROWS, dtype=torch.uint8)
+    pack(codes, packed)
+    tile(codes, tiles)
+    x = torch.randn(5, shape[1], generator=generator).bfloat16()
+    wanted = linear_nf4(x.float(), packed, scales.float(), shape)
+    try:
+        found = _tiled_product(x, tiles, scales.view(NF4_TILE_ROWS, -1).T.contiguous(), shape)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return bool((found - wanted).norm() < 0.02 * wanted.norm())
+
+
+def _tiled_product(x: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Return `[rows, out]` for `[rows, in]`."""
+    out, length = shape
+    f = nf4_rows_to_a_block(length)
+    if f > 1:
+        parts = x.new_zeros(len(x), f, f, length)
+        parts.diagonal(dim1=1, dim2=2).copy_(x.unsqueeze(-1))
+        x = parts.view(len(x) * f, f * length)
+    x = x.contiguous()
+    result: torch.Tensor = operations().gemv_4bit(x, tiles, (out // f, f * length), absmax, _values(), NF4_BLOCK)
+    result.addmm_(x.view(len(x), -1, NF4_BLOCK).sum(-1), absmax, alpha=-_LARGER_ON_AVERAGE)
+    return result.view(-1, f, out // f).transpose(1, 2).reshape(-1, out)
+
+
+@cache
+def _values() -> torch.Tensor:
+    return torch.tensor(NF4_VALUES)
+
+
+def _rows_of_a_tile(shape: tuple[int, int]) -> int:
+    return NF4_TILE_ROWS * nf4_rows_to_a_block(shape[1])
+
+
+def _places(rows: slice, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """Which tiles, and which columns of absmax, hold some rows; they begin and end a tile."""
+    f = nf4_rows_to_a_block(shape[1])
+    columns = slice(rows.start // f, rows.stop // f)
+    return slice(columns.start // NF4_TILE_ROWS, columns.stop // NF4_TILE_ROWS), columns

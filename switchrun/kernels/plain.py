@@ -27,14 +27,9 @@ _WIDEN_ROWS = 256
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Give what `nn.functional.linear` gives, rounded once from a float32 sum.
+    """Return what `nn.functional.linear` returns, rounded once from a float32 sum.
 
-    Args:
-        x: `[rows, in]`.
-        weight: `[out, in]`, of the same dtype, on the same device.
-
-    Returns:
-        `[rows, out]`.
+    `x` `[rows, in]` and `weight` `[out, in]` are of one dtype and on one device; the result is `[rows, out]`.
     """
     rows = x.shape[0]
     if x.device.type == "cpu" and rows > 1 and weight.numel() >= _LARGE_WEIGHT:
@@ -46,17 +41,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Linear(nn.Linear):
-    """A layer that multiplies by `linear`; takes inputs of any shape `[…, in]`."""
+    """A layer that multiplies by `linear`; takes inputs of any shape `[..., in]`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - the base class calls it so
-        """Give `[…, out]`."""
+        """Return `[..., out]`."""
         if self.bias is not None:
             return super().forward(input)
         return linear(input.reshape(-1, input.shape[-1]), self.weight).view(*input.shape[:-1], -1)
 
 
 def use_fast_products(model: nn.Module) -> None:
-    """Let the layers of a model multiply by `linear`, except those of subclasses, which have ways of their own."""
+    """Have a model's linear layers multiply by `linear`, except those of subclasses, which have ways of their own."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
@@ -75,7 +70,7 @@ def _widened(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _columns(x: torch.Tensor) -> torch.Tensor:
-    """Give `x.T`, zeros added to its right; column by column in memory, which MKL takes fastest."""
+    """Return `x.T`, zeros added to its right; column by column in memory, which MKL takes fastest."""
     padded = x.new_zeros(-(-x.shape[0] // _COLUMNS) * _COLUMNS, x.shape[1])
     padded[: x.shape[0]] = x
     return padded.t()
@@ -83,5 +78,5 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
 
 @cache
 def knows_bfloat16() -> bool:
-    """Tell whether torch has a matrix product in bfloat16 for this processor (oneDNN's)."""
+    """Whether torch has a matrix product in bfloat16 for this processor (oneDNN's)."""
     return cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -25,16 +25,21 @@ MOST_WORKERS = 4
 Unpack = Callable[[slice, torch.Tensor], None]
 
 
+def rows_of(x: torch.Tensor, length: int) -> torch.Tensor:
+    """Return `x` `[..., in]` as `[rows, in]`.
+
+    Raises:
+        ValueError: `in` is not the length of the matrix's rows.
+    """
+    if x.shape[-1] != length:
+        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {length}")
+    return x.reshape(-1, length)
+
+
 def row_blocks(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Cut the rows of a matrix into blocks of about `elements` elements.
+    """Cut the rows of a matrix into blocks of about `elements` elements, in order.
 
-    Args:
-        shape: `(rows, row length)`.
-        multiple: Every block but the last has a multiple of so many rows.
-        elements: How large a block should be.
-
-    Yields:
-        The rows of each block, in order.
+    Every block but the last has a multiple of `multiple` rows.
     """
     step = _rows_in_a_block(shape[1], multiple, elements)
     for start in range(0, shape[0], step):
@@ -42,7 +47,7 @@ def row_blocks(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_
 
 
 def largest_block(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_ELEMENTS) -> int:
-    """Tell how many elements a block of `row_blocks` has at most: scratch memory is taken once, not for each block.
+    """Return the most elements of a block of `row_blocks`: scratch memory is taken once, not for each block.
 
     Memory that was just taken from the system costs more to touch than the arithmetic done in it.
     """
@@ -64,20 +69,15 @@ def linear_by_blocks(
     Args:
         x: `[..., in]`, of any floating dtype.
         shape: `(out, in)` of the matrix.
-        unpacker: Gives for the most elements of a block a function that writes the given rows of the matrix into a flat
-            float32 buffer of as many elements; called once for each thread.
+        unpacker: Called once on each thread, with the most elements of a block; what it returns writes rows of the
+            matrix into a buffer.
         multiple: As for `row_blocks`.
 
     Returns:
         `[..., out]`, float32.
-
-    Raises:
-        ValueError: The last extent of `x` is not `in`.
     """
     out_features, in_features = shape
-    if x.shape[-1] != in_features:
-        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
-    tokens = x.reshape(-1, in_features).float()
+    tokens = rows_of(x, in_features).float()
     result = torch.empty(tokens.shape[0], out_features, device=x.device)
     blocks = list(row_blocks(shape, multiple, _PRODUCT_ELEMENTS))
     largest = largest_block(shape, multiple, _PRODUCT_ELEMENTS)
@@ -103,16 +103,9 @@ def linear_by_blocks(
 def linear_by_parts(
     x: torch.Tensor, shape: tuple[int, int], product: Callable[[slice], torch.Tensor], multiple: int = 1
 ) -> torch.Tensor:
-    """Multiply with a packed matrix part by part, one after another, in the dtype of `x`.
+    """Multiply `[..., in]` with a packed matrix `(out, in)` part by part, one after another, in the dtype of `x`.
 
-    Args:
-        x: `[..., in]`.
-        shape: `(out, in)` of the matrix.
-        product: Gives `x @ weight[rows].T` for some rows.
-        multiple: As for `row_blocks`.
-
-    Returns:
-        `[..., out]`.
+    `product` returns `x @ weight[rows].T` for some rows; `multiple` is as for `row_blocks`.
     """
     result = x.new_empty(*x.shape[:-1], shape[0])
     for rows in row_blocks(shape, multiple, _PART_ELEMENTS):

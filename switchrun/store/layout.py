@@ -121,13 +121,18 @@ def int8_layout(d_model: int, d_ff: int) -> Layout:
 
 #: Elements of a matrix that share a scale in NF4.
 NF4_BLOCK = 64
-#: Rows of a tile, where codes lie in tiles (`switchrun.kernels.nf4_tiles`).
+#: Rows of a tile, where codes lie in tiles (`switchrun.kernels.nf4`).
 NF4_TILE_ROWS = 32
 
 
 def nf4_rows_to_a_block(length: int) -> int:
     """Tell the fewest rows of a length after which a block of NF4 ends where a row ends."""
     return NF4_BLOCK // math.gcd(length, NF4_BLOCK)
+
+
+def nf4_sizes(rows: int, length: int) -> tuple[int, int]:
+    """Return the bytes of codes of a matrix in NF4, and the number of its scales."""
+    return -(-rows * length // 2), -(-rows * length // NF4_BLOCK)
 
 
 def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
@@ -149,8 +154,8 @@ def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
             parts.append((f"{name}.weight", "U8", (tiles, columns // 2, NF4_TILE_ROWS)))
             parts.append((f"{name}.absmax", "BF16", (columns // NF4_BLOCK, rows // together)))
         else:
-            parts.append((f"{name}.weight", "U8", (-(-rows * length // 2),)))
-            parts.append((f"{name}.absmax", "BF16", (-(-rows * length // NF4_BLOCK),)))
+            codes, scales = nf4_sizes(rows, length)
+            parts += [(f"{name}.weight", "U8", (codes,)), (f"{name}.absmax", "BF16", (scales,))]
     return Layout.of(parts)
 
 

@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from switchrun.kernels import nf4
-from switchrun.kernels.nf4 import NF4_VALUES, linear_nf4, packed_size, quantise_nf4
-from switchrun.store.layout import NF4_BLOCK
+from switchrun.kernels.nf4 import NF4_VALUES, linear_nf4, quantise_nf4
+from switchrun.store.layout import NF4_BLOCK, nf4_sizes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROW_LENGTHS = [1, 2, 31, 63, 64, 65, 96, 100, 128, 130, 2048, 2080, 2112, 6144]
 
 
 def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scales = packed_size((weight.shape[0], weight.shape[1]))
+    codes, scales = nf4_sizes(*weight.shape)
     packed, absmax = torch.full((codes,), 0xAA, dtype=torch.uint8), torch.full((scales,), -1.0)
     quantise_nf4(weight, packed, absmax)
     return packed, absmax

@@ -11,11 +11,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchrun.kernels import nf4_tiles
-from switchrun.kernels.nf4 import NF4_VALUES, packed_size, quantise_nf4
-from switchrun.kernels.nf4_tiles import linear_tiled, product_works, quantise_tiled, tile, untile
+from switchrun.kernels import nf4
+from switchrun.kernels.nf4 import (
+    NF4_VALUES,
+    linear_tiled,
+    quantise_nf4,
+    quantise_tiled,
+    tile,
+    tiled_product_works,
+    untile,
+)
 from switchrun.machine import processor
-from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_layout, nf4_rows_to_a_block
+from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_layout, nf4_rows_to_a_block, nf4_sizes
 from tests.experts.test_nf4 import by_hand
 
 #: Rows that are whole blocks, and rows of which two are; one and several blocks of rows.
@@ -34,7 +41,7 @@ def tiled(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def in_order(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scales = packed_size((weight.shape[0], weight.shape[1]))
+    codes, scales = nf4_sizes(*weight.shape)
     packed, absmax = torch.empty(codes, dtype=torch.uint8), torch.empty(scales)
     quantise_nf4(weight, packed, absmax)
     return packed, absmax.bfloat16()
@@ -82,8 +89,8 @@ def test_the_product_is_that_of_a_dequantisation_by_hand(
     shape: tuple[int, int], dtype: torch.dtype, works: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not works:
-        monkeypatch.setattr(nf4_tiles, "product_works", lambda: False)
-    elif dtype is torch.bfloat16 and not product_works():
+        monkeypatch.setattr(nf4, "tiled_product_works", lambda: False)
+    elif dtype is torch.bfloat16 and not tiled_product_works():
         pytest.skip("bitsandbytes has no such product for this processor")
     torch.manual_seed(shape[1])
     weight = torch.randn(shape)
@@ -125,7 +132,7 @@ def test_more_dimensions() -> None:
 
 
 def test_the_product_is_there_where_the_processor_has_the_instructions() -> None:
-    assert product_works() == processor.has_avx512_bf16()
+    assert tiled_product_works() == processor.has_avx512_bf16()
 
 
 def gives_zeros(x: torch.Tensor, _codes: object, shape: tuple[int, int], *_: object) -> torch.Tensor:
@@ -138,11 +145,11 @@ def raises(*_: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("product", [gives_zeros, raises])
 def test_a_product_that_is_wrong_or_not_there_is_not_used(product: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = nf4_tiles.operations()
+    real = nf4.operations()
     fake = SimpleNamespace(gemv_4bit=product, dequantize_4bit=real.dequantize_4bit)
-    monkeypatch.setattr(nf4_tiles, "operations", lambda: fake)
-    monkeypatch.setattr(nf4_tiles, "product_works", product_works.__wrapped__)
-    assert not nf4_tiles.product_works()
+    monkeypatch.setattr(nf4, "operations", lambda: fake)
+    monkeypatch.setattr(nf4, "tiled_product_works", tiled_product_works.__wrapped__)
+    assert not nf4.tiled_product_works()
     torch.manual_seed(3)
     weight = torch.randn(64, 96)
     tiles, absmax = tiled(weight)
