@@ -25,7 +25,8 @@ import torch
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.reader import PAGE, WAYS, FileReader, Segment, known_way
+from switchrun.experts.reader import PAGE, FileReader, Segment, Way
+from switchrun.experts.ways import known_way
 
 RUNS = 7
 TOKENS = 6
@@ -81,7 +82,7 @@ class Decoder:
     def __init__(self, folder: Path) -> None:
         self.checkpoint = open_checkpoint(str(folder))
         some = next(iter(self.checkpoint.experts.values()))
-        self.way = known_way(some.wi.file) or WAYS[0]
+        self.way = known_way(some.wi.file) or Way()
         self.reader = FileReader(True, self.way)
         config = self.checkpoint.config
         self.d_model, self.d_ff = config["d_model"], config["d_ff"]
@@ -92,7 +93,7 @@ class Decoder:
         self.buffers = Buffers(3, -(-size // PAGE) * PAGE)
         self._free = itertools.cycle(range(3))
         for number in range(3):
-            self.buffers.view(number)[:] = bytes(len(self.buffers.view(number)))
+            self.buffers[number].data[:] = bytes(self.buffers.size)
         self.x = torch.randn(1, self.d_model).bfloat16()
 
     @staticmethod
@@ -110,11 +111,11 @@ class Decoder:
                 needed = min(size, each.offset + each.nbytes - start - begin)
                 pieces.append(Segment(each.file, start + begin, size, position + begin, needed))
             position += length
-        return Read(self.reader, pieces, self.buffers.view(number), self.way.threads), number
+        return Read(self.reader, pieces, self.buffers[number].data, self.way.threads), number
 
     def compute(self, number: int) -> None:
         """Multiply with what a buffer holds, then as attention does."""
-        wi = self.buffers.tensor(number, 0, torch.bfloat16, (self.d_ff, self.d_model))
+        wi = self.buffers[number].tensor(0, torch.bfloat16, (self.d_ff, self.d_model))
         torch.nn.functional.linear(torch.relu(torch.nn.functional.linear(self.x, wi)), wi.view(self.d_model, self.d_ff))
         for matrix in self._attention:
             torch.nn.functional.linear(self.x, matrix)

@@ -95,7 +95,7 @@ def _examine(task: Task, engine: Any, probe: Any, rows: list[list[int]], first: 
     from switchrun.bench.measure import used_experts
     from switchrun.bench.page_cache import drop_page_cache
     from switchrun.bench.replay import Ring, replay
-    from switchrun.experts.reader import WAYS
+    from switchrun.experts.ways import WAYS
 
     reads, use = probe.reads, used_experts(probe.use)
     raw, ring = [], Ring()
@@ -106,7 +106,7 @@ def _examine(task: Task, engine: Any, probe: Any, rows: list[list[int]], first: 
     ring.close()
     record: Answer = first.as_record() | {"raw": raw, "expert_use": use, "second_pass": None}
     if task["cold"]:
-        engine.levels.clear()
+        engine.tiers.clear()
         drop_page_cache({each.file for stack in reads.values() for each in stack})
         record["second_pass"] = probe.fill(rows, task["output_tokens"]).as_record()
     record["compute"] = probe.compute_only(rows, task["output_tokens"]).as_record()

@@ -8,7 +8,7 @@ from switchrun.bench.cell import Answer, Task, main
 from switchrun.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
-    from switchrun.experts.counters import CacheCounters
+    from switchrun.experts.bookkeeping import CacheCounters
     from switchrun.planning.opening import PlannedModel as Prepared
 
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.

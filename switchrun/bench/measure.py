@@ -16,13 +16,13 @@ from switchrun.bench.process import io_read_bytes
 from switchrun.bench.replay import Range
 from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.counters import CacheCounters, since, total
 from switchrun.experts.module import OffloadedExperts
 from switchrun.experts.reader import Segment
 from switchrun.experts.tiers import ExpertTiers, GpuCache
 from switchrun.kernels.matrices import ExpertWeights
-from switchrun.model.engine import Engine, told_as_budget
+from switchrun.model.engine import Engine, gpu_memory_as_budget
 from switchrun.model.generate import generate_batch
 from switchrun.model.records import GenerationOptions
 
@@ -117,9 +117,9 @@ class Probe:
         self.start()
         options = GenerationOptions(max_new_tokens=output_tokens)
         times: list[float] = []
-        io, before = io_read_bytes(), self._engine.levels.counters()
+        io, before = io_read_bytes(), self._engine.tiers.counters()
         start = time.perf_counter()
-        with told_as_budget(self._engine.plan):
+        with gpu_memory_as_budget(self._engine.plan):
             ids = torch.tensor(rows, device=self._engine.device)
             outputs = generate_batch(
                 self._engine.model,
@@ -131,7 +131,7 @@ class Probe:
                 min_new_tokens=output_tokens,
             )
         end = time.perf_counter()
-        after, io_after = self._engine.levels.counters(), io_read_bytes()
+        after, io_after = self._engine.tiers.counters(), io_read_bytes()
         middle = self._encoder_counters
         return Measured(
             seconds=end - start,
@@ -151,18 +151,18 @@ class Probe:
         The experts that are in memory stand in for all others, and the routing is that of the last fill. What is
         generated means nothing.
         """
-        levels = self._engine.levels
+        levels = self._engine.tiers
         latest = dict.fromkeys(key for keys, _ in reversed(self._routes) for key in keys)
         stand_ins = _StandIns(levels, list(latest))
         self._forced = iter([route for _, route in self._routes])
         try:
             for module in self._layers:
-                module.levels = stand_ins
+                module.tiers = stand_ins
             return self.fill(rows, output_tokens)
         finally:
             self._forced = None
             for module in self._layers:
-                module.levels = levels
+                module.tiers = levels
 
     def _enter(self, module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden, selected, weights = args
@@ -183,7 +183,7 @@ class Probe:
 
     def _end_of_encoder(self, *_: Any) -> None:
         self._encoder_end = time.perf_counter()
-        self._encoder_counters = self._engine.levels.counters()
+        self._encoder_counters = self._engine.tiers.counters()
 
     def _note_load(self, key: ExpertKey, segments: tuple[Segment, ...]) -> None:
         self.reads[key.stack] += [Range(each.file, each.offset, each.length) for each in segments]

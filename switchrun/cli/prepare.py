@@ -115,9 +115,9 @@ def _calibrate(
         return disk_of(checkpoint), 0.0
     measure_disk(checkpoint)
     quieten_libraries()
-    from switchrun.experts.prepare import ExpertPreparer
+    from switchrun.experts.packing import ExpertPacker
 
-    return disk_of(checkpoint), ExpertPreparer(checkpoint, store, jobs).packing_seconds(keys[0])
+    return disk_of(checkpoint), ExpertPacker(checkpoint, store, jobs).packing_seconds(keys[0])
 
 
 def _run(
@@ -133,10 +133,10 @@ def _run(
 
     quieten_libraries()
     # Only here is torch imported: what is wrong with options, model or budget has been said by now.
-    from switchrun.experts.prepare import ExpertPreparer
+    from switchrun.experts.packing import ExpertPacker
 
     try:
-        return ExpertPreparer(checkpoint, store, jobs, verify).run(keys, on_bytes)
+        return ExpertPacker(checkpoint, store, jobs, verify).run(keys, on_bytes)
     except Interrupted:
         progress.clear()
         report("stopped; what is stored stays, and the same command goes on from there")

@@ -9,13 +9,14 @@ import contextlib
 import ctypes
 import logging
 import warnings
-from collections.abc import Iterator
-from mmap import mmap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from switchrun.errors import UsageError
+from switchrun.experts.buffers import Buffers
+from switchrun.units import format_count
 
 _log = logging.getLogger(__name__)
 
@@ -24,17 +25,32 @@ _PORTABLE = 1
 
 
 def device_type() -> str | None:
-    """Give what torch calls this machine's GPUs, such as `cuda`; None if it finds none."""
+    """Return what torch calls this machine's GPUs, such as `cuda`; None if it finds none."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return None if found is None else found.type
 
 
-def check_driver() -> None:
-    """Refuse a driver that CUDA does not come up with, in one line; torch itself warns in three, and has no GPU then.
+def check_gpus(numbers: Sequence[int]) -> None:
+    """Refuse GPUs that this machine does not have, and wake those that it has.
 
     Raises:
-        UsageError: The driver is too old for this torch, or not there, or broken.
+        UsageError: A GPU is not there, or the driver is too old for this torch, or broken.
     """
+    if not numbers:
+        return
+    _check_driver()
+    there = device_count()
+    for number in numbers:
+        if number >= there:
+            raise UsageError(
+                f"gpu:{number} is asked for, and torch finds {format_count(there, 'GPU')} here",
+                "give --gpu-memory 0, or change the map",
+            )
+        wake(number)
+
+
+def _check_driver() -> None:
+    """Refuse in one line a driver that CUDA does not come up with; torch warns in three, and has no GPU then."""
     if torch.version.cuda is None:
         return
     with warnings.catch_warnings():
@@ -51,12 +67,12 @@ def check_driver() -> None:
 
 
 def device_count() -> int:
-    """Give how many GPUs torch finds."""
+    """Return how many GPUs torch finds."""
     return 0 if device_type() is None else int(module().device_count())
 
 
 def device(number: int) -> torch.device:
-    """Give the device of the tier `gpu:number`."""
+    """Return the device of the tier `gpu:number`."""
     return torch.device(device_type() or "cuda", number)
 
 
@@ -66,13 +82,13 @@ def wake(number: int) -> None:
 
 
 def memory_in_use(number: int) -> tuple[int, int]:
-    """Give the bytes that torch has allocated on a GPU, and those that are free there for anybody."""
+    """Return the bytes that torch has allocated on a GPU, and those that are free there for anybody."""
     free, _ = module().mem_get_info(device(number))
     return int(module().memory_allocated(device(number))), int(free)
 
 
 def peak_bytes(number: int) -> int:
-    """Give the most bytes that torch had allocated on a GPU."""
+    """Return the most bytes that torch had allocated on a GPU."""
     return int(module().max_memory_allocated(device(number)))
 
 
@@ -82,7 +98,7 @@ def release_unused() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether a GPU's memory ran out: torch says so itself, libraries behind it in words of their own."""
+    """Whether a GPU's memory ran out: torch says so itself, libraries behind it in words of their own."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "ALLOC_FAILED" in text)
@@ -90,31 +106,27 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class CopyStream:
-    """A stream beside the one that computes, for copies to a GPU; the names of its events are torch's own.
-
-    Args:
-        place: The GPU.
-    """
+    """A stream beside the one that computes, for copies to a GPU; its events are torch's own."""
 
     def __init__(self, place: torch.device) -> None:
         self._place = place
         self._stream = module().Stream(device=place)
 
     def computed(self) -> Any:
-        """Give an event for all that has been given to the GPU to compute so far."""
+        """Return an event for all that the GPU was given to compute so far."""
         event = module().Event()
         event.record(module().current_stream(self._place))
         return event
 
     @contextlib.contextmanager
     def copying(self, after: Any) -> Iterator[None]:
-        """Let the copies in the block be made beside computing, but after an event."""
+        """Make the copies in the block beside computing, but after an event."""
         self._stream.wait_event(after)
         with module().stream(self._stream):
             yield
 
     def copied(self) -> Any:
-        """Give an event for all copies so far, and let what is computed from now on wait for it."""
+        """Return an event for all copies so far; what is computed from now on waits for it."""
         event = module().Event()
         event.record(self._stream)
         module().current_stream(self._place).wait_event(event)
@@ -126,21 +138,18 @@ class CopyStream:
 
 
 class PageLocks:
-    """Page-locks buffers, so that CUDA copies from them at full speed and beside computing; closing lets them go.
+    """Page-locks buffers, so that CUDA copies from them at full speed and beside computing; closing unlocks them.
 
     Each is locked when it is first copied from: locking takes all of its pages from the system, and for a large memory
     that would take longer than opening may. Other makers' GPUs copy from memory as it is.
 
-    Args:
-        memory: A mapping of equal buffers, the first at its start.
-        size: Size of a buffer, a multiple of the page size.
-        place: A GPU that is used: CUDA locks memory for all, but wakes the one that it is told of, the first if none.
+    `place` is a GPU that is used: CUDA locks memory for all, but wakes the one that it is told of, the first if none.
     """
 
-    def __init__(self, memory: mmap, size: int, place: torch.device) -> None:
+    def __init__(self, buffers: Buffers, place: torch.device) -> None:
         self._place = place
-        self._base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._size = size
+        self._base = ctypes.addressof(ctypes.c_char.from_buffer(buffers.memory))
+        self._size = buffers.size
         self._locked: set[int] = set()
         self._refused = False
         self._runtime: Any = torch.cuda.cudart() if place.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -157,7 +166,7 @@ class PageLocks:
             return
         _log.warning("memory cannot be page-locked (CUDA error %d): copies to the GPU take longer", code)
         self._refused = True
-        # CUDA would tell the next one who asks of this error.
+        # CUDA would report this error to whoever asks next.
         with contextlib.suppress(RuntimeError):
             wake(self._place.index)
 
@@ -172,5 +181,5 @@ class PageLocks:
 
 
 def module() -> Any:
-    """Torch's own module for these GPUs: `torch.cuda`, `torch.xpu`; they have the same names in it."""
+    """Return torch's own module for these GPUs: `torch.cuda`, `torch.xpu`; they have the same names in it."""
     return torch.get_device_module(device_type() or "cuda")

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import mmap
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,20 +16,33 @@ if TYPE_CHECKING:
 HUGE_PAGE_BYTES = 4 * 1024**2
 
 
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """`size` bytes of a mapping, which lives as long as this or any tensor made of it."""
+
+    memory: mmap.mmap
+    start: int
+    size: int
+
+    @property
+    def data(self) -> memoryview:
+        """Its bytes."""
+        return memoryview(self.memory)[self.start : self.start + self.size]
+
+    def tensor(self, position: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a tensor that is a view of the bytes from `position` on."""
+        import torch  # the preload uses buffers before torch is imported
+
+        flat = torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=self.start + position)
+        return flat.view(shape)
+
+
 class Buffers:
-    """Equal page-aligned buffers in one mapping of anonymous memory.
+    """`count` equal page-aligned buffers in one mapping of anonymous memory; the system gives pages at first writes.
 
-    The system gives a page when it is first written. The mapping lives as long as this object or any tensor made of it.
-
-    Args:
-        count: How many buffers.
-        size: Size of each in bytes.
-        huge: Ask for huge pages. They suit memory that is read into again and again: a disk gave 1.9 GB/s into them and
-            0.9 into pages of 4 KiB. For memory that is read into once they can cost more than they save
-            (benchmarks/RESULTS.md).
-
-    Attributes:
-        memory: The mapping.
+    `huge` asks for huge pages. They suit memory that is read into again and again: a disk gave 1.9 GB/s into them and
+    0.9 into pages of 4 KiB. For memory that is read into once they can cost more than they save
+    (benchmarks/RESULTS.md).
     """
 
     def __init__(self, count: int, size: int, huge: bool = True) -> None:
@@ -39,25 +53,16 @@ class Buffers:
             # Pinning 4 KiB pages for a direct read costs a slow core more time than the disk needs.
             with contextlib.suppress(OSError, AttributeError):
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self.memory)
         self._used: set[int] = set()
 
-    def view(self, index: int) -> memoryview:
-        """Return the bytes of one buffer."""
-        return self._view[index * self.size : (index + 1) * self.size]
+    def __getitem__(self, index: int) -> Buffer:
+        return Buffer(self.memory, index * self.size, self.size)
 
     def first_use(self, index: int) -> bool:
         """Note that a buffer is filled now; True the first time, when it may have no pages yet."""
         new = index not in self._used
         self._used.add(index)
         return new
-
-    def tensor(self, index: int, position: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """Return a tensor that is a view of one buffer, from byte `position` on."""
-        import torch  # the preload uses buffers before torch is imported
-
-        offset = index * self.size + position
-        return torch.frombuffer(self.memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
 
 def touch(memory: memoryview) -> None:

@@ -7,23 +7,19 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from mmap import mmap
 from typing import cast
 
-import torch
-
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.bookkeeping import CacheCounters, SlotTable
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.counters import CacheCounters
-from switchrun.experts.formats import Format, Load, PlainFormat
-from switchrun.experts.reader import WAYS, FileReader, Segment, Way
-from switchrun.experts.slot_table import SlotTable
+from switchrun.experts.formats import Format, Load
+from switchrun.experts.reader import FileReader, Segment
 from switchrun.kernels.matrices import ExpertWeights
 
-#: What `stream` gives.
+#: Experts one after another, each valid until the next is asked for.
 Stream = Generator[tuple[ExpertKey, ExpertWeights], None, None]
 
 
@@ -57,57 +53,32 @@ class ExpertCache:
     reads in flight and closes the files.
 
     Args:
-        slices: Where every expert lies.
-        dtype: The dtype of the weights that are given out.
-        num_slots: Experts that memory holds, at least 1.
-        slot_bytes: Size of a slot.
-        staging: Number and size of the buffers for experts that must be converted; (0, 0) if none must.
-        direct: Read past the page cache.
-        way: How the disk is read.
-        slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
+        expert_format: How experts are brought in.
+        slots: Memory for the experts that are kept, at least one.
+        staging: Memory for those on their way that must be converted; none if none must.
+        reader: Reads them; the cache's from now on.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
     """
 
-    def __init__(
-        self,
-        slices: Mapping[ExpertKey, ExpertSlices],
-        dtype: torch.dtype,
-        num_slots: int,
-        slot_bytes: int,
-        staging: tuple[int, int] = (0, 0),
-        direct: bool = True,
-        way: Way = WAYS[0],
-        slot_format: Format | None = None,
-    ) -> None:
-        self._format = slot_format or PlainFormat(slices, dtype, direct)
-        self._slots = Buffers(num_slots, slot_bytes)
-        self._staging = Buffers(*staging)
-        self._reader = FileReader(direct, way)
-        self._table = SlotTable(num_slots)
-        self._free_staging = list(range(staging[0]))
+    def __init__(self, expert_format: Format, slots: Buffers, staging: Buffers, reader: FileReader) -> None:
+        self.slots = slots
+        self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
+        self._format = expert_format
+        self._staging = staging
+        self._reader = reader
+        self._table = SlotTable(slots.count)
+        self._free_staging = list(range(staging.count))
         self._arrived: queue.SimpleQueue[_Loaded | _Failed | _Retry] = queue.SimpleQueue()
         self._in_flight = 0
         self._busy_lock = threading.Lock()
         self._busy, self._busy_since = 0, 0.0
-        self._counters = CacheCounters()
-        self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
 
     @property
     def num_slots(self) -> int:
         """Experts that memory holds."""
-        return self._slots.count
-
-    @property
-    def slot_bytes(self) -> int:
-        """Size of a slot."""
-        return self._slots.size
-
-    @property
-    def memory(self) -> mmap:
-        """The mapping that all slots lie in."""
-        return self._slots.memory
+        return self.slots.count
 
     @property
     def reads_past_page_cache(self) -> bool:
@@ -117,32 +88,24 @@ class ExpertCache:
     def counters(self) -> CacheCounters:
         """Return a snapshot of the counters."""
         with self._busy_lock:
-            return replace(self._counters)
+            return replace(self._table.counters)
 
     def stream(self, keys: Sequence[ExpertKey]) -> Stream:
-        """Give experts one after another, each as soon as it is in memory: first those that are, then arrivals.
+        """Yield different experts, each as soon as it is in memory: first those that are, then arrivals.
 
-        An expert's weights are valid until the next one is asked for. Reads of missing experts are all submitted at
-        once, as far as there are slots; when there are fewer slots than experts, each slot is used again as soon as
-        its expert has been computed. Blocks while nothing has arrived yet.
-
-        Args:
-            keys: Different experts, in any order.
+        Reads of missing experts are submitted now, as far as there are slots; when there are fewer slots than experts,
+        each slot is used again as soon as its expert has been computed. Blocks while nothing has arrived yet.
 
         Raises:
             CorruptCheckpointError: An expert cannot be read.
         """
-        yield from self.begin(keys)
-
-    def begin(self, keys: Sequence[ExpertKey]) -> Stream:
-        """Do what `stream` does, but submit the reads now and not when the first expert is asked for."""
         stream = self._visit(keys)
         next(stream)
         return cast(Stream, stream)
 
     def _visit(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights] | None, None, None]:
         """Yield None once the reads are submitted, then the experts."""
-        hits, missing_keys = self._table.ask(keys, self._counters)
+        hits, missing_keys = self._table.ask(keys)
         missing = deque(missing_keys)
         finished = False
         try:
@@ -183,13 +146,13 @@ class ExpertCache:
             self._table.put(key, slot, None)
             self._in_flight += 1
             self._note_busy(+1)
-            buffers, index = (self._slots, slot) if staging is None else (self._staging, staging)
+            buffers, index = (self.slots, slot) if staging is None else (self._staging, staging)
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
-            self._counters.loads += 1
-            self._counters.load_bytes += self._reader.submit(
+            self._table.counters.loads += 1
+            self._table.counters.load_bytes += self._reader.submit(
                 load.plan.segments,
-                buffers.view(index),
+                buffers[index].data,
                 partial(self._finish, load, slot, staging),
                 new=buffers.first_use(index),
             )
@@ -201,9 +164,9 @@ class ExpertCache:
             if error is not None:
                 raise error
             if staging is None:
-                weights = self._format.place(load, self._slots, slot)
+                weights = self._format.place(load, self.slots[slot])
             else:
-                weights = self._format.convert(load, self._staging, staging, self._slots, slot)
+                weights = self._format.convert(load, self._staging[staging], self.slots[slot])
             arrival = _Loaded(load.key, weights)
         except BaseException as failure:  # handed to the model's thread
             arrival = _Failed(load.key, failure)
@@ -219,15 +182,16 @@ class ExpertCache:
 
     def _next_arrival(self) -> _Loaded | _Failed | _Retry:
         """Wait for a read to end; the time is counted."""
+        counters = self._table.counters
         start = time.perf_counter()
         try:
             arrival = self._arrived.get()
         finally:
-            self._counters.wait_seconds += time.perf_counter() - start
+            counters.wait_seconds += time.perf_counter() - start
         self._in_flight -= 1
         self._note(arrival)
         if isinstance(arrival, _Retry):
-            self._counters.loads -= 1
+            counters.loads -= 1
         return arrival
 
     def _note(self, arrival: _Loaded | _Failed | _Retry) -> None:
@@ -256,7 +220,7 @@ class ExpertCache:
         with self._busy_lock:
             now = time.perf_counter()
             if self._busy:
-                self._counters.load_seconds += now - self._busy_since
+                self._table.counters.load_seconds += now - self._busy_since
             self._busy += change
             self._busy_since = now
 

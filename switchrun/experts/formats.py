@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.buffers import Buffers
-from switchrun.experts.reader import PAGE, ReadPlan, Segment, plan_reads
+from switchrun.experts.buffers import Buffer
+from switchrun.experts.reader import PAGE, Segment
 from switchrun.kernels.matrices import (
     TORCH_DTYPES,
     ExpertWeights,
@@ -22,6 +22,14 @@ from switchrun.kernels.matrices import (
     quantise,
 )
 from switchrun.store import BackgroundWriter, ExpertStore, Layout, StoredExpert
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Which reads bring an expert into a buffer, and at which byte of it each of its `ranges` then begins."""
+
+    segments: tuple[Segment, ...]
+    positions: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,216 +49,218 @@ class Load:
     stored: StoredExpert | None = None
 
 
-class Format(Protocol):
-    """How the experts of a cache are brought in. `load` is called on the model's thread, the rest on any."""
+class Format(ABC):
+    """How the experts of a cache are brought in. `load` is called on the model's thread, the rest on any.
+
+    Here they are read from the checkpoint; `direct` aligns the reads for `O_DIRECT`.
+    """
+
+    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], direct: bool) -> None:
+        self._slices = slices
+        self._direct = direct
 
     def load(self, key: ExpertKey) -> Load:
         """Decide how an expert will be brought in."""
+        slices = self._slices[key]
+        return Load(key, plan_reads(slices, self._direct), self._is_staged(slices))
 
-    def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
-        """Make weights of what was read into a slot.
+    @abstractmethod
+    def _is_staged(self, slices: ExpertSlices) -> bool: ...
+
+    def place(self, load: Load, slot: Buffer) -> ExpertWeights:
+        """Return views of what was read into a slot.
 
         Raises:
             DamagedExpertError: It is not what it should be.
         """
+        return self._as_stored(load, slot)
 
-    def convert(self, load: Load, staging: Buffers, index: int, slots: Buffers, slot: int) -> ExpertWeights:
+    @abstractmethod
+    def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
         """Convert what was read into a staging buffer into a slot; blocks while it computes."""
 
-    def give_up(self, load: Load, error: BaseException) -> bool:
-        """Take note that an expert could not be brought in, and tell whether there is another way to it."""
+    def give_up(self, load: Load, error: BaseException) -> bool:  # noqa: ARG002 - for those who override it
+        """Note that an expert could not be brought in; whether there is another way to it."""
+        return False
+
+    def _as_stored(self, load: Load, buffer: Buffer) -> ExpertWeights:
+        return as_stored(self._slices[load.key], load.plan, buffer)
 
 
 class DamagedExpertError(Exception):
     """What was read from the store is not what was written there."""
 
 
-class PlainFormat:
-    """Experts as the checkpoint has them, or converted to another dtype.
+class PlainFormat(Format):
+    """Experts as the checkpoint has them, or converted to `dtype`."""
 
-    Args:
-        slices: Where every expert lies.
-        dtype: What the weights in the slots shall be.
-        direct: Whether reads are aligned for `O_DIRECT`.
-    """
-
-    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], dtype: torch.dtype, direct: bool) -> None:
-        sample = next(iter(slices.values()))
-        self._slices = slices
+    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], direct: bool, dtype: torch.dtype) -> None:
+        super().__init__(slices, direct)
         self._dtype = dtype
-        self._direct = direct
-        self._converts = TORCH_DTYPES[sample.wi.dtype] != dtype
+        self._converts = TORCH_DTYPES[next(iter(slices.values())).wi.dtype] != dtype
 
-    def load(self, key: ExpertKey) -> Load:
-        """See `Format`."""
-        return Load(key, plan_reads(self._slices[key], self._direct), self._converts)
+    def _is_staged(self, slices: ExpertSlices) -> bool:  # noqa: ARG002 - all are alike
+        return self._converts
 
-    def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
-        """See `Format`; gives views in the stored dtype."""
-        return as_stored(self._slices[load.key], load.plan, slots, slot)
-
-    def convert(self, load: Load, staging: Buffers, index: int, slots: Buffers, slot: int) -> ExpertWeights:
-        """See `Format`; copies."""
-        slices = self._slices[load.key]
-        stored = as_stored(slices, load.plan, staging, index)
-        wi = slots.tensor(slot, 0, self._dtype, slices.wi.shape)
-        wo = slots.tensor(slot, wi.nbytes, self._dtype, slices.wo.shape)
+    def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
+        """Copy."""
+        slices, stored = self._slices[load.key], self._as_stored(load, staging)
+        wi = slot.tensor(0, self._dtype, slices.wi.shape)
+        wo = slot.tensor(wi.nbytes, self._dtype, slices.wo.shape)
         for target, source in ((wi, stored.wi), (wo, stored.wo)):
             assert isinstance(source, torch.Tensor)
             target.copy_(source)
         return ExpertWeights(wi, wo)
 
-    def give_up(self, load: Load, error: BaseException) -> bool:  # noqa: ARG002 - the protocol's
-        """See `Format`; there is no other way."""
-        return False
+
+class Int8Format(Format):
+    """Experts of a checkpoint in 8 bit, read in place; what is plain among them is packed each time it is read.
+
+    `layout` is how an expert that is packed lies in a slot.
+    """
+
+    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], direct: bool, layout: Layout) -> None:
+        super().__init__(slices, direct)
+        self._layout = layout
+
+    def _is_staged(self, slices: ExpertSlices) -> bool:
+        return any(matrix.dtype != "I8" or matrix.transposed for matrix in slices)
+
+    def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
+        """Pack what is plain, and copy what is not."""
+        weights = packed_views(slot, self._layout, "int8", self._slices[load.key].wi.shape)
+        quantise(self._as_stored(load, staging), weights)
+        return weights
 
 
-class PackedFormat:
+class PackedFormat(Format):
     """Experts in few bits: from the store, or packed out of the checkpoint and offered to the store.
 
-    Whatever is wrong with the store costs time and nothing else.
-
-    Args:
-        slices: Where every expert lies in the checkpoint.
-        store: Where packed ones may lie.
-        writer: Writes there; None if nothing is to be written.
-        direct: Whether reads are aligned for `O_DIRECT`.
+    Whatever is wrong with the store costs time and nothing else. Nothing is written if there is no writer.
     """
 
     def __init__(
         self,
         slices: Mapping[ExpertKey, ExpertSlices],
+        direct: bool,
         store: ExpertStore,
         writer: BackgroundWriter | None,
-        direct: bool,
     ) -> None:
-        self._slices = slices
+        super().__init__(slices, direct)
         self._store = store
         self._writer = writer
-        self._direct = direct
         self._layout = store.layout
-        self._d_ff, self._d_model = next(iter(slices.values())).wi.shape
-        #: Experts that the store has failed to give; it is not asked for them before they were packed anew.
+        #: Experts that the store has failed to give; it is not asked for them until they have been packed again.
         self._failed: set[ExpertKey] = set()
 
     def load(self, key: ExpertKey) -> Load:
-        """See `Format`."""
+        """Read what the store has, and else the checkpoint."""
         stored = None if key in self._failed else self._store.expect(key)
         if stored is None:
-            return Load(key, plan_reads(self._slices[key], self._direct), staged=True)
+            return super().load(key)
         length = -(-stored.nbytes // PAGE) * PAGE if self._direct else stored.nbytes
         segment = Segment(stored.path, stored.offset, length, 0, stored.nbytes)
         return Load(key, ReadPlan((segment,), (0, 0)), staged=False, stored=stored)
 
-    def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
-        """See `Format`; an expert's checksum is verified at its first read."""
-        if not self._store.is_verified(load.key):
-            data = slots.view(slot)[: self._layout.nbytes]
-            if not self._store.verify(load.key, data):
-                raise DamagedExpertError("its bytes do not match its checksum")
-        return self._views(slots, slot)
+    def _is_staged(self, slices: ExpertSlices) -> bool:  # noqa: ARG002 - whatever they are
+        return True
 
-    def convert(self, load: Load, staging: Buffers, index: int, slots: Buffers, slot: int) -> ExpertWeights:
-        """See `Format`; packs, and has the result stored if a buffer is free for it."""
-        stored = as_stored(self._slices[load.key], load.plan, staging, index)
-        weights = self._views(slots, slot)
-        quantise(stored, weights)
+    def place(self, load: Load, slot: Buffer) -> ExpertWeights:
+        """Verify an expert's checksum when it is read for the first time."""
+        if not self._store.is_verified(load.key) and not self._store.verify(load.key, self._packed(slot)):
+            raise DamagedExpertError("its bytes do not match its checksum")
+        return self._views(load.key, slot)
+
+    def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
+        """Pack, and have the result stored if a buffer is free for it."""
+        weights = self._views(load.key, slot)
+        quantise(self._as_stored(load, staging), weights)
         self._failed.discard(load.key)
         if self._writer is not None:
-            self._clear_padding(slots, slot)
-            self._writer.offer(load.key, slots.view(slot)[: self._layout.nbytes])
+            self._clear_padding(slot)
+            self._writer.offer(load.key, self._packed(slot))
         return weights
 
     def give_up(self, load: Load, error: BaseException) -> bool:
-        """See `Format`; what the store could not give is taken from the checkpoint."""
+        """Take from the checkpoint what the store could not give."""
         if load.stored is None or not isinstance(error, CorruptCheckpointError | DamagedExpertError):
             return False
         self._failed.add(load.key)
         self._store.discard(load.key, str(error))
         return True
 
-    def _views(self, slots: Buffers, slot: int) -> ExpertWeights:
-        return packed_views(slots, slot, self._layout, self._store.manifest.dtype, self._d_model, self._d_ff)
+    def _views(self, key: ExpertKey, slot: Buffer) -> ExpertWeights:
+        return packed_views(slot, self._layout, self._store.manifest.dtype, self._slices[key].wi.shape)
 
-    def _clear_padding(self, slots: Buffers, slot: int) -> None:
-        """Let equal experts have equal files, whatever the slot held before."""
+    def _packed(self, slot: Buffer) -> memoryview:
+        return slot.data[: self._layout.nbytes]
+
+    def _clear_padding(self, slot: Buffer) -> None:
+        """Give equal experts equal files, whatever the slot held before."""
         meaning = {part.name for part in self._layout.parts}
         for part in self._layout.tensors:
             if part.name not in meaning:
-                slots.view(slot)[part.offset : part.offset + part.nbytes] = bytes(part.nbytes)
+                slot.data[part.offset : part.offset + part.nbytes] = bytes(part.nbytes)
 
 
-class Int8Format:
-    """Experts of a checkpoint in 8 bit, read in place; what is plain among them is packed each time it is read.
+def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
+    """Lay out the reads of one expert; tensors that are neighbours in a file share one.
 
-    Args:
-        slices: Where every expert lies.
-        layout: How an expert that is packed lies in a slot.
-        direct: Whether reads are aligned for `O_DIRECT`.
+    `direct` aligns everything to pages, for `O_DIRECT`.
     """
-
-    def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], layout: Layout, direct: bool) -> None:
-        self._slices = slices
-        self._layout = layout
-        self._direct = direct
-        self._d_ff, self._d_model = next(iter(slices.values())).wi.shape
-
-    def load(self, key: ExpertKey) -> Load:
-        """See `Format`."""
-        slices = self._slices[key]
-        staged = any(matrix.dtype != "I8" or matrix.transposed for matrix in slices)
-        return Load(key, plan_reads(slices, self._direct), staged)
-
-    def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
-        """See `Format`; gives views."""
-        return as_stored(self._slices[load.key], load.plan, slots, slot)
-
-    def convert(self, load: Load, staging: Buffers, index: int, slots: Buffers, slot: int) -> ExpertWeights:
-        """See `Format`; packs what is plain, and copies what is not."""
-        weights = packed_views(slots, slot, self._layout, "int8", self._d_model, self._d_ff)
-        quantise(as_stored(self._slices[load.key], load.plan, staging, index), weights)
-        return weights
-
-    def give_up(self, load: Load, error: BaseException) -> bool:  # noqa: ARG002 - the protocol's
-        """See `Format`; there is no other way."""
-        return False
+    page = PAGE if direct else 64
+    groups: list[list[TensorSlice]] = []
+    for tensor in sorted(slices.ranges, key=lambda tensor: (str(tensor.file), tensor.offset)):
+        last = groups[-1][-1] if groups else tensor
+        gap = tensor.offset - (last.offset + last.nbytes)
+        # A gap is read along where that is no more than alignment costs anyway.
+        if groups and last.file == tensor.file and 0 <= gap <= (PAGE if direct else 0):
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
+    segments, begins, cursor = [], {}, 0
+    for group in groups:
+        begin, end = group[0].offset, group[-1].offset + group[-1].nbytes
+        start = begin - begin % PAGE if direct else begin
+        length = -(-(end - start) // PAGE) * PAGE if direct else end - start
+        segments.append(Segment(group[0].file, start, length, cursor, end - start))
+        for tensor in group:
+            begins[id(tensor)] = cursor + tensor.offset - start
+        cursor = -(-(cursor + length) // page) * page
+    return ReadPlan(tuple(segments), tuple(begins[id(tensor)] for tensor in slices.ranges))
 
 
-def as_stored(slices: ExpertSlices, plan: ReadPlan, buffers: Buffers, index: int) -> ExpertWeights:
-    """Give an expert of the checkpoint that was read into a buffer, as views of what is stored."""
+def as_stored(slices: ExpertSlices, plan: ReadPlan, buffer: Buffer) -> ExpertWeights:
+    """Return an expert of the checkpoint that was read into a buffer, as views of what is stored."""
     at = dict(zip(slices.ranges, plan.positions, strict=True))
 
     def matrix(stored: TensorSlice) -> torch.Tensor | Int8Matrix:
-        weight = _view(buffers, index, at[stored], stored)
+        weight = stored_view(buffer, at[stored], stored)
         if stored.scales is None:
             return weight
-        return Int8Matrix(weight, _view(buffers, index, at[stored.scales], stored.scales))
+        return Int8Matrix(weight, stored_view(buffer, at[stored.scales], stored.scales))
 
     return ExpertWeights(matrix(slices.wi), matrix(slices.wo))
 
 
-def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> torch.Tensor:
+def stored_view(buffer: Buffer, position: int, stored: TensorSlice) -> torch.Tensor:
+    """Return the tensor whose bytes were read to a place in a buffer, as a view."""
     dtype = TORCH_DTYPES[stored.dtype]
     if stored.transposed:
-        return buffers.tensor(index, position, dtype, stored.shape[::-1]).T
-    return buffers.tensor(index, position, dtype, stored.shape)
+        return buffer.tensor(position, dtype, stored.shape[::-1]).T
+    return buffer.tensor(position, dtype, stored.shape)
 
 
-def packed_views(buffers: Buffers, index: int, layout: Layout, dtype: str, d_model: int, d_ff: int) -> ExpertWeights:
-    """Give the packed expert that lies, or will lie, at the start of a buffer.
+def packed_views(buffer: Buffer, layout: Layout, dtype: str, wi_shape: tuple[int, ...]) -> ExpertWeights:
+    """Return the packed expert that lies, or will lie, at the start of a buffer.
 
-    Args:
-        buffers: The buffers.
-        index: Which of them.
-        layout: One of those of the dtype for the same sizes.
-        dtype: `int8` or `nf4`.
-        d_model: Width of the model.
-        d_ff: Width between the two matrices.
+    `layout` is one of those of the dtype, `int8` or `nf4`, for a `wi` of that shape, `(d_ff, d_model)`.
     """
+    d_ff, d_model = wi_shape
 
     def part(name: str) -> torch.Tensor:
         found = layout[name]
-        return buffers.tensor(index, found.offset, TORCH_DTYPES[found.dtype], found.shape)
+        return buffer.tensor(found.offset, TORCH_DTYPES[found.dtype], found.shape)
 
     def matrix(name: str, shape: tuple[int, int]) -> PackedMatrix:
         weight = part(f"{name}.weight")

@@ -14,7 +14,7 @@ from switchrun.kernels.matrices import ExpertWeights, multiply
 
 
 class RoutingContext:
-    """What a sparse layer must know of the batch beyond its hidden states.
+    """What the sparse layers of a session must know of the batch beyond its hidden states.
 
     Attributes:
         live: For each row whether its tokens count. Padding and finished sequences do not: they cannot change a real
@@ -33,26 +33,20 @@ class OffloadedExperts(nn.Module):
     """The experts of one sparse layer; holds no weights.
 
     Takes the place of `SwitchTransformersExperts` (transformers 5.21 and later) and computes the same: for every
-    token the output of its expert times the router's probability, zero for dropped tokens.
-
-    Args:
-        levels: Where experts come from: from the level of the device on which the hidden states are.
-        stack: `encoder` or `decoder`.
-        block: The block's number.
-        activation: The function between the two matrices.
-        context: Shared by all sparse layers of a session.
+    token the output of its expert times the router's probability, zero for dropped tokens. Experts come from the tier
+    of the device on which the hidden states are.
     """
 
     def __init__(
         self,
-        levels: ExpertTiers,
+        tiers: ExpertTiers,
         stack: Stack,
         block: int,
         activation: Callable[[torch.Tensor], torch.Tensor],
         context: RoutingContext,
     ) -> None:
         super().__init__()
-        self.levels = levels
+        self.tiers = tiers
         self._stack: Stack = stack
         self._block = block
         self._activation = activation
@@ -108,7 +102,7 @@ class OffloadedExperts(nn.Module):
         keys = [ExpertKey(self._stack, self._block, expert) for expert in sorted(tokens_of)]
         tokens_of = _brought(tokens_of, hidden_states.device)
         # Closed at once if anything fails or Ctrl-C comes: else reads would still be under way at the next call.
-        with closing(self.levels.on(hidden_states.device).stream(keys)) as stream:
+        with closing(self.tiers.on(hidden_states.device).stream(keys)) as stream:
             for key, weights in stream:
                 tokens = tokens_of[key.expert]
                 if len(tokens) == len(hidden_states) <= (most_rows or len(tokens)):
@@ -124,7 +118,7 @@ class OffloadedExperts(nn.Module):
         return multiply(self._activation(multiply(tokens, weights.wi)), weights.wo)
 
     def _live(self, chosen: Mapping[int, int]) -> Iterable[int]:
-        """Give the positions that have an expert and count; note those that count and were dropped."""
+        """Return the positions that have an expert and count; note those that count and were dropped."""
         live, dropped = self._context.live, self._context.dropped
         if live is None:
             return chosen

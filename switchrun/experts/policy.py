@@ -25,14 +25,11 @@ class NextUsePolicy:
 
     and the farthest leaves: mostly a rare expert, and among equals one of the layer just left. A layer that was
     visited once has not shown that its turn comes again, and the encoder's do not before the next text: its experts
-    leave before all others, the earliest layer's first. Counts outlive eviction, and fade so that a change of subject
-    is followed. `docs/eviction.md` compares this with other policies.
+    leave before all others, the earliest layer's first. Counts outlive eviction, and are halved after `fade_visits`
+    visits, so that a change of subject is followed. `docs/eviction.md` compares this with other policies.
 
     An expert is either idle or in use; only idle ones can be evicted. Each call costs O(log experts); `victim` looks
     at one expert of every layer. Not thread-safe.
-
-    Args:
-        fade_visits: Visits after which counts are halved.
     """
 
     def __init__(self, fade_visits: int = FADE_VISITS) -> None:
@@ -43,7 +40,7 @@ class NextUsePolicy:
         self._layers: dict[tuple[Stack, int], _Layer] = {}
 
     def begin_visit(self) -> None:
-        """A layer's turn has come: the clock moves on."""
+        """Move the clock on: a layer's turn has come."""
         self._now += 1
         self._elapsed += 1
         if self._elapsed >= self._fade_visits:
@@ -53,18 +50,18 @@ class NextUsePolicy:
                 layer.rebuild(self._counts)
 
     def use(self, key: ExpertKey) -> None:
-        """An expert of the layer is asked for, in memory or not: it is in use until it is released."""
+        """Count a request for an expert of the layer, in memory or not: it is in use until it is released."""
         layer = self._layers.setdefault((key.stack, key.block), _Layer(self._now))
         layer.last_visit = self._now
         layer.idle.discard(key)
         self._counts[key] = self._counts.get(key, 0.0) + 1
 
     def release(self, key: ExpertKey) -> None:
-        """An expert that was used is idle again; it stays in memory."""
+        """Note that an expert is idle again; it stays in memory."""
         self._layers[key.stack, key.block].add(key, self._counts)
 
     def keep(self, keys: Iterable[ExpertKey]) -> None:
-        """Let these experts be idle and forget all others that are in memory; what was counted stays."""
+        """Make these experts idle and forget all others that are in memory; what was counted stays."""
         for layer in self._layers.values():
             layer.idle.clear()
         for key in keys:

@@ -8,18 +8,17 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from switchrun.checkpoint.types import ExpertSlices, TensorSlice
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import touch
-from switchrun.experts.open_files import OpenFiles
-from switchrun.machine import disks
 from switchrun.units import MIB
 
 PAGE = 4096
+#: Files kept open though nobody reads them at the moment: packed experts are a file each.
+MOST_OPEN_FILES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +28,9 @@ class Way:
     Reads are cut into pieces, so that the threads work on one expert side by side.
     """
 
-    threads: int
-    chunk_bytes: int
-    direct: bool
-
-
-#: One of them was the best on every disk that was tried; the first is taken until another has shown that it is better.
-WAYS = (
-    Way(4, 4 * MIB, True),
-    Way(1, 32 * MIB, True),
-    Way(2, 16 * MIB, True),
-    Way(8, 2 * MIB, True),
-    Way(4, 4 * MIB, False),
-)
+    threads: int = 4
+    chunk_bytes: int = 4 * MIB
+    direct: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,32 +47,24 @@ class Segment:
     needed: int
 
 
-@dataclass(frozen=True, slots=True)
-class ReadPlan:
-    """Which reads bring an expert into a buffer, and at which byte of it each of its `ranges` then begins."""
-
-    segments: tuple[Segment, ...]
-    positions: tuple[int, ...]
-
-
 class FileReader:
     """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
+
+    It owns its threads and file descriptors until `close`.
 
     Args:
         direct: Leave nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where
             the filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read.
-        way: How to read.
-
-    The reader owns its threads and file descriptors until `close`.
+        way: How to read; None is the usual way.
     """
 
-    def __init__(self, direct: bool, way: Way = WAYS[0]) -> None:
+    def __init__(self, direct: bool, way: Way | None = None) -> None:
         self._direct = direct
-        self._way = way
+        self._way = way or Way()
         self._files = OpenFiles()
         self._outstanding = 0
         self._idle = threading.Condition()
-        self._pool = ThreadPoolExecutor(way.threads, thread_name_prefix="switchrun-reader")
+        self._pool = ThreadPoolExecutor(self._way.threads, thread_name_prefix="switchrun-reader")
 
     @property
     def reads_past_page_cache(self) -> bool:
@@ -97,16 +78,13 @@ class FileReader:
         done: Callable[[BaseException | None], None],
         new: bool = False,
     ) -> int:
-        """Start reading segments into a buffer.
+        """Start reading segments into a buffer; return the bytes that will be read.
 
         Args:
             segments: What to read.
             buffer: Writable bytes; must stay untouched until `done` is called.
             done: Called once, on a reader thread, with None or the first error; unless `close` drops it.
             new: The buffer may have no pages yet; they are touched before it is read to.
-
-        Returns:
-            The bytes that will be read.
         """
         pieces = [piece for segment in segments for piece in _cut(segment, self._way.chunk_bytes)]
         pending = _Pending(len(pieces), partial(self._end, done))
@@ -124,7 +102,7 @@ class FileReader:
         return sum(piece.length for piece in pieces)
 
     def segment(self, file: Path, offset: int, nbytes: int) -> Segment:
-        """Give the read that brings a byte range to the start of a buffer, or near it if whole pages must be read."""
+        """Return the read that brings a byte range to a buffer's start, or near it if whole pages must be read."""
         if not self._direct:
             return Segment(file, offset, nbytes, 0, nbytes)
         start = offset - offset % PAGE
@@ -142,7 +120,7 @@ class FileReader:
         end.result()
 
     def wait(self) -> None:
-        """Block until everything that was submitted has ended and has been told."""
+        """Block until every `done` of what was submitted has been called."""
         with self._idle:
             self._idle.wait_for(lambda: self._outstanding == 0)
 
@@ -198,16 +176,14 @@ class FileReader:
     def close(self, drop: bool = False) -> None:
         """Wait for reads in flight, end the threads and close the files.
 
-        Args:
-            drop: What has not begun is not read and never told, so `wait` must not be called any more; else it is
-                waited for too.
+        `drop` leaves unread what has not begun, and its `done` uncalled, so `wait` must not be called any more.
         """
         self._pool.shutdown(wait=True, cancel_futures=drop)
         self._files.close()
 
 
 def settle(end: Future[None], error: BaseException | None) -> None:
-    """End a future as `FileReader.submit` tells it."""
+    """End a future with the outcome that `FileReader.submit` hands to `done`."""
     if error is None:
         end.set_result(None)
     else:
@@ -236,12 +212,6 @@ class _Pending:
             self._done(self._error)
 
 
-def known_way(file: Path) -> Way | None:
-    """Give the way that was best on the disk where a file lies, if that was tried; see `switchrun.experts.probe`."""
-    known = disks.recall("reading", file)
-    return next((way for way in WAYS if known == asdict(way)), None)
-
-
 def _cut(segment: Segment, chunk: int) -> list[Segment]:
     return [
         Segment(
@@ -255,30 +225,103 @@ def _cut(segment: Segment, chunk: int) -> list[Segment]:
     ]
 
 
-def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
-    """Lay out the reads of one expert; tensors that are neighbours in a file share one.
+@dataclass(slots=True, eq=False)
+class OpenFile:
+    """A descriptor and how many reads use it; one that is retired is closed by the last of them."""
 
-    Args:
-        slices: Where the matrices and their scales lie.
-        direct: Align everything to pages, for `O_DIRECT`.
+    descriptor: int
+    direct: bool
+    users: int = 0
+    retired: bool = False
+
+
+class OpenFiles:
+    """The files that a reader has open, by path; those used longest ago are closed first.
+
+    It owns the descriptors until `close`. Any thread may call it.
     """
-    page = PAGE if direct else 64
-    groups: list[list[TensorSlice]] = []
-    for tensor in sorted(slices.ranges, key=lambda tensor: (str(tensor.file), tensor.offset)):
-        last = groups[-1][-1] if groups else tensor
-        gap = tensor.offset - (last.offset + last.nbytes)
-        # A gap is read along where that is no more than alignment costs anyway.
-        if groups and last.file == tensor.file and 0 <= gap <= (PAGE if direct else 0):
-            groups[-1].append(tensor)
-        else:
-            groups.append([tensor])
-    segments, begins, cursor = [], {}, 0
-    for group in groups:
-        begin, end = group[0].offset, group[-1].offset + group[-1].nbytes
-        start = begin - begin % PAGE if direct else begin
-        length = -(-(end - start) // PAGE) * PAGE if direct else end - start
-        segments.append(Segment(group[0].file, start, length, cursor, end - start))
-        for tensor in group:
-            begins[id(tensor)] = cursor + tensor.offset - start
-        cursor = -(-(cursor + length) // page) * page
-    return ReadPlan(tuple(segments), tuple(begins[id(tensor)] for tensor in slices.ranges))
+
+    def __init__(self) -> None:
+        #: The one used last is the last.
+        self._files: dict[Path, OpenFile] = {}
+        self._lock = threading.Lock()
+        self._any = self._any_buffered = False
+
+    @property
+    def all_direct(self) -> bool:
+        """Whether there were files, and all of them are read past the page cache."""
+        return self._any and not self._any_buffered
+
+    def acquire(self, path: Path, direct: bool) -> OpenFile:
+        """Return a file, opened if need be, past the page cache if `direct` and possible; the caller releases it.
+
+        Raises:
+            CorruptCheckpointError: It cannot be opened.
+        """
+        with self._lock:
+            file = self._files.pop(path, None) or self._open(path, direct)
+            self._files[path] = file
+            file.users += 1
+            if len(self._files) > MOST_OPEN_FILES:
+                idle = next((name for name, each in self._files.items() if not each.users), None)
+                if idle is not None:
+                    self._retire(idle)
+            return file
+
+    def release(self, file: OpenFile) -> None:
+        """End one use of a file."""
+        with self._lock:
+            file.users -= 1
+            if file.retired and not file.users:
+                os.close(file.descriptor)
+
+    def replace_by_buffered(self, path: Path, refused: OpenFile) -> OpenFile:
+        """Release a file that cannot be read past the page cache after all; return one that is read through it.
+
+        Other threads may still be reading from the old descriptor.
+        """
+        with self._lock:
+            if self._files.get(path) is refused:
+                self._retire(path)
+            if path not in self._files:  # else another thread was faster
+                self._files[path] = self._open(path, direct=False)
+            buffered = self._files[path]
+            buffered.users += 1
+        self.release(refused)
+        return buffered
+
+    def forget(self, path: Path) -> None:
+        """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
+        with self._lock:
+            if path in self._files:
+                self._retire(path)
+
+    def close(self) -> None:
+        """Forget all files."""
+        with self._lock:
+            for path in list(self._files):
+                self._retire(path)
+
+    def _open(self, path: Path, direct: bool) -> OpenFile:
+        file = _open_file(path, direct)
+        self._any = True
+        self._any_buffered |= not file.direct
+        return file
+
+    def _retire(self, path: Path) -> None:
+        file = self._files.pop(path)
+        file.retired = True
+        if not file.users:
+            os.close(file.descriptor)
+
+
+def _open_file(file: Path, direct: bool) -> OpenFile:
+    try:
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                return OpenFile(os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True)
+            except OSError:
+                pass  # tmpfs and some network filesystems refuse the flag
+        return OpenFile(os.open(file, os.O_RDONLY | os.O_CLOEXEC), False)
+    except OSError as error:
+        raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error

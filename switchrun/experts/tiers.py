@@ -1,9 +1,9 @@
-"""The cache's fast level: slots on a GPU, filled from the experts in CPU memory while the GPU computes."""
+"""Where experts are in memory: slots on GPUs, filled from the cache in CPU memory while the GPU computes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -12,9 +12,8 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.experts.accelerator import CopyStream, PageLocks
-from switchrun.experts.cache import ExpertCache
-from switchrun.experts.counters import CacheCounters
-from switchrun.experts.slot_table import SlotTable
+from switchrun.experts.bookkeeping import CacheCounters, SlotTable
+from switchrun.experts.cache import ExpertCache, Stream
 from switchrun.kernels.matrices import ExpertWeights, moved
 from switchrun.planning.memory import GPU_ALIGNMENT
 
@@ -22,12 +21,12 @@ from switchrun.planning.memory import GPU_ALIGNMENT
 class GpuCache:
     """Keeps experts in equal slots on one GPU; what is missing there comes from the cache in CPU memory.
 
-    Two copies of an expert may exist, one on each level: what leaves the GPU stays in CPU memory as long as that
-    level's own policy keeps it. One thread calls `stream`.
+    Two copies of an expert may exist, one on each tier: what leaves the GPU stays in CPU memory as long as that tier's
+    own policy keeps it. One thread calls `stream`.
 
     No slot is overwritten while it is used: a copy waits, on a stream of its own, for an event that was recorded after
     the slot's last expert was given to the GPU to compute, and computing waits for the copy. The slot in CPU memory is
-    let go of once its copy is made. So while one expert is computed, the next is copied.
+    released once its copy is made. So while one expert is computed, the next is copied.
 
     Args:
         source: The cache in CPU memory; it stays the caller's.
@@ -50,7 +49,6 @@ class GpuCache:
         self._stream = CopyStream(place)
         # The allocator may give out memory that is still being computed with.
         self._last_use: list[Any] = [self._stream.computed()] * num_slots
-        self._counters = CacheCounters()
 
     @property
     def num_slots(self) -> int:
@@ -58,25 +56,22 @@ class GpuCache:
         return len(self._slots)
 
     def counters(self) -> CacheCounters:
-        """Give a snapshot of the counters; loads are copies from CPU memory."""
-        return replace(self._counters)
+        """Return a snapshot of the counters; loads are copies from CPU memory."""
+        return replace(self._table.counters)
 
-    def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
-        """Give experts one after another: first those on the GPU, then the others as they arrive in CPU memory.
+    def stream(self, keys: Sequence[ExpertKey]) -> Stream:
+        """Yield different experts: first those on the GPU, then the others as they arrive in CPU memory.
 
-        An expert may be computed with until the next one is asked for. Reads are submitted before hits are given.
-
-        Args:
-            keys: Different experts, in any order.
+        Reads are submitted before the first is yielded.
 
         Raises:
             CorruptCheckpointError: An expert cannot be read.
         """
-        hits, missing = self._table.ask(keys, self._counters)
+        hits, missing = self._table.ask(keys)
         before: ExpertKey | None = None
         finished = False
         try:
-            with closing(self._source.begin(missing)) as arrivals:
+            with closing(self._source.stream(missing)) as arrivals:
                 for key in hits:
                     entry = self._table.entries[key]
                     assert entry.weights is not None
@@ -95,7 +90,7 @@ class GpuCache:
                     before = self._done(key, before)
                     start = time.perf_counter()
                     copied.synchronize()
-                    self._counters.wait_seconds += time.perf_counter() - start
+                    self._table.counters.wait_seconds += time.perf_counter() - start
             if before is not None:
                 self._table.policy.release(before)
             finished = True
@@ -112,7 +107,7 @@ class GpuCache:
 
     def _copy(self, weights: ExpertWeights, slot: int) -> ExpertWeights:
         """Have an expert copied into a slot, matrix by matrix."""
-        begin = 0
+        counters, begin = self._table.counters, 0
 
         def place(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal begin
@@ -121,10 +116,10 @@ class GpuCache:
             target = self._slots[slot][begin : begin + stored.nbytes].view(stored.dtype).view(stored.shape)
             target.copy_(stored, non_blocking=True)
             begin += -(-stored.nbytes // GPU_ALIGNMENT) * GPU_ALIGNMENT
-            self._counters.load_bytes += stored.nbytes
+            counters.load_bytes += stored.nbytes
             return target if stored is tensor else target.t()
 
-        self._counters.loads += 1
+        counters.loads += 1
         with self._stream.copying(after=self._last_use[slot]):
             return moved(weights, place)
 
@@ -156,13 +151,10 @@ class GpuCache:
 
 
 class ExpertTiers:
-    """Gives each device its cache. A context manager: leaving it gives the GPUs' slots up.
-
-    Args:
-        cpu: The cache in CPU memory, which all GPUs share; it stays the caller's.
+    """The cache of each device. A context manager: leaving it gives the GPUs' slots up.
 
     Attributes:
-        cpu: The same.
+        cpu: The cache in CPU memory, which all GPUs share; it stays the caller's.
         gpus: The caches on GPUs, by their numbers.
     """
 
@@ -173,24 +165,24 @@ class ExpertTiers:
         self._locks: PageLocks | None = None
 
     def add(self, place: torch.device, num_slots: int, slot_bytes: int) -> None:
-        """Put a level on a GPU; its memory is taken now.
+        """Put a cache on a GPU; its memory is taken now.
 
         Raises:
             torch.OutOfMemoryError: The GPU has less memory.
         """
         if self._locks is None:
-            self._locks = PageLocks(self.cpu.memory, self.cpu.slot_bytes, place)
+            self._locks = PageLocks(self.cpu.slots, place)
             self._stack.callback(self._locks.close)
         cache = GpuCache(self.cpu, place, num_slots, slot_bytes, self._locks)
         self._stack.callback(cache.close)
         self.gpus[place.index] = cache
 
     def on(self, device: torch.device) -> ExpertCache | GpuCache:
-        """Give the cache for what is computed on a device."""
+        """Return the cache for what is computed on a device."""
         return self.cpu if device.type == "cpu" else self.gpus[device.index]
 
     def counters(self) -> Mapping[str, CacheCounters]:
-        """Give a snapshot of each level's counters by the name of its tier, fast to slow.
+        """Return a snapshot of each tier's counters by its name, fast to slow.
 
         What a GPU has not is asked of CPU memory: one that misses both times counts as a request of both.
         """
@@ -198,12 +190,12 @@ class ExpertTiers:
         return {**gpus, "cpu": self.cpu.counters()}
 
     def shrink(self) -> bool:
-        """Let each GPU give up half of its slots; False if none has more than one."""
+        """Give up half of each GPU's slots; False if none has more than one."""
         given_up = [cache.shrink() for cache in self.gpus.values()]
         return any(given_up)
 
     def clear(self) -> None:
-        """Forget every expert on every level. Not while one is in use."""
+        """Forget every expert on every tier. Not while one is in use."""
         for cache in self.gpus.values():
             cache.clear()
         self.cpu.clear()

@@ -16,10 +16,11 @@ from transformers.initialization import no_init_weights
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Precision
 from switchrun.errors import ModelError
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.formats import Format, Int8Format, PackedFormat
+from switchrun.experts.formats import Format, Int8Format, PackedFormat, PlainFormat
 from switchrun.experts.module import OffloadedExperts, RoutingContext
-from switchrun.experts.reader import Way
+from switchrun.experts.reader import FileReader, Way
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.kernels.int8 import use_int8
 from switchrun.kernels.plain import use_fast_products
@@ -32,62 +33,45 @@ _log = logging.getLogger(__name__)
 def build_cache(
     checkpoint: SwitchCheckpoint,
     plan: Plan,
-    way: Way,
+    way: Way | None,
     store: ExpertStore | None,
     writer: BackgroundWriter | None,
 ) -> ExpertCache:
-    """Make the expert cache that a plan asks for; the caller closes it.
+    """Make the expert cache that a plan asks for, on a disk that is read in this way; the caller closes it.
 
-    Args:
-        checkpoint: Where experts lie.
-        plan: How many slots, and in which dtype.
-        way: How the disk is read.
-        store: Where packed experts may lie; None if experts are not packed, or are so in the checkpoint.
-        writer: Writes there; it stays the caller's.
+    `store` is where packed experts may lie, None if experts are not packed or are so in the checkpoint. `writer`, which
+    writes there, stays the caller's.
     """
+    packed, direct = plan.precision.packed, memory.reads_directly(checkpoint)
+    expert_format: Format
+    if packed is not None and checkpoint.has_int8_experts:
+        expert_format = Int8Format(checkpoint.experts, direct, memory.packed_layout(checkpoint, packed))
+    elif store is not None:
+        expert_format = PackedFormat(checkpoint.experts, direct, store, writer)
+    else:
+        expert_format = PlainFormat(checkpoint.experts, direct, getattr(torch, plan.precision.compute.torch_name))
     use = plan.tier("cpu")
     staging = memory.staging_bytes(checkpoint, plan.precision) // memory.STAGING_BUFFERS
-    direct = memory.reads_directly(checkpoint)
     return ExpertCache(
-        checkpoint.experts,
-        getattr(torch, plan.precision.compute.torch_name),
-        num_slots=use.expert_slots,
-        slot_bytes=use.slot_bytes,
-        staging=(memory.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=direct,
-        way=way,
-        slot_format=_slot_format(checkpoint, plan, store, writer, direct),
+        expert_format,
+        slots=Buffers(use.expert_slots, use.slot_bytes),
+        staging=Buffers(memory.STAGING_BUFFERS if staging else 0, staging),
+        reader=FileReader(direct, way),
     )
 
 
-def _slot_format(
-    checkpoint: SwitchCheckpoint, plan: Plan, store: ExpertStore | None, writer: BackgroundWriter | None, direct: bool
-) -> Format | None:
-    packed = plan.precision.packed
-    if packed is not None and checkpoint.has_int8_experts:
-        return Int8Format(checkpoint.experts, memory.packed_layout(checkpoint, packed), direct)
-    return None if store is None else PackedFormat(checkpoint.experts, store, writer, direct)
-
-
-def build_model(
-    checkpoint: SwitchCheckpoint, precision: Precision, levels: ExpertTiers, context: RoutingContext
-) -> Any:
+def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: ExpertTiers, context: RoutingContext) -> Any:
     """Build the model on the meta device, its experts replaced by `OffloadedExperts`.
 
     transformers would make every expert a module: 61,440 of them take minutes to build for switch-c-2048. So the
     model is built with one expert a layer; then the routers get their real width and the experts are swapped out.
 
-    Args:
-        checkpoint: Gives the configuration and which blocks are sparse.
-        precision: What dense weights compute in, and whether linear layers are in int8; routers stay in float32.
-        levels: Where experts come from.
-        context: Shared by all sparse layers.
+    Returns:
+        A `SwitchTransformersForConditionalGeneration` in eval mode that computes in the precision's compute dtype,
+        routers in float32; its dense weights are still on the meta device.
 
     Raises:
         ModelError: transformers does not accept the configuration.
-
-    Returns:
-        A `SwitchTransformersForConditionalGeneration` in eval mode, its dense weights still on the meta device.
     """
     config = _config(checkpoint)
     if config.dense_act_fn not in ACT2FN:
@@ -110,7 +94,7 @@ def build_model(
             mlp.router.classifier = nn.Linear(
                 config.d_model, num_experts, bias=config.router_bias, device="meta", dtype=torch.float32
             )
-            mlp.experts = OffloadedExperts(levels, stack, block, activation, context)
+            mlp.experts = OffloadedExperts(tiers, stack, block, activation, context)
     model.generation_config = _generation_config(checkpoint.path, config)
     model.eval()
     return model

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from mmap import mmap
 from typing import NamedTuple
 
 import torch
@@ -16,43 +14,18 @@ from torch import nn
 from switchrun.checkpoint.names import scales_of
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import Precision
-from switchrun.errors import UsageError
 from switchrun.experts import accelerator
 from switchrun.experts.buffers import Buffers
+from switchrun.experts.formats import stored_view
 from switchrun.experts.reader import FileReader
 from switchrun.kernels.int8 import quantise_int8
-from switchrun.kernels.matrices import TORCH_DTYPES
 from switchrun.model.preload import DensePreload
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.plan import DISK, Tier, main_tier
-from switchrun.units import format_count
 
 #: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
 _READERS = 2
-
-
-def read_tensor(stored: TensorSlice, reader: FileReader) -> torch.Tensor:
-    """Read one tensor from its file; blocks until it is there.
-
-    Returns:
-        A new tensor in the stored dtype, owned by the caller; up to two pages around it are kept with it.
-
-    Raises:
-        CorruptCheckpointError: The file cannot be read, or ends too early.
-    """
-    read = reader.segment(stored.file, stored.offset, stored.nbytes)
-    buffer = Buffers(1, read.length, huge=False)
-    reader.read([read], buffer.view(0))
-    return view_tensor(buffer.memory, stored.offset - read.offset, stored)
-
-
-def view_tensor(memory: mmap, position: int, stored: TensorSlice) -> torch.Tensor:
-    """Give the tensor whose bytes were read to a place in memory: a view, unless it is stored transposed."""
-    shape = stored.shape[::-1] if stored.transposed else stored.shape
-    flat = torch.frombuffer(memory, dtype=TORCH_DTYPES[stored.dtype], count=math.prod(shape), offset=position)
-    tensor = flat.view(shape)
-    return tensor.T.contiguous() if stored.transposed else tensor
 
 
 class Stored(NamedTuple):
@@ -69,11 +42,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     every tier; its scales have a name of their own. Knows the other names of `shared.weight` too. This is the
     `weights_map` that accelerate's hooks take: nothing is copied to an offload folder.
 
-    Args:
-        slices: Where the tensors lie, by canonical name.
-        precision: The compute dtype, and whether linear layers are kept in int8; routers are given in float32.
-        reader: Reads them; it stays the caller's.
-        preload: Has read some of them already, and is closed.
+    `preload` has read some of them already, and is closed; `reader`, which reads the others, stays the caller's.
     """
 
     def __init__(
@@ -102,7 +71,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return result
 
     def convert_staged(self) -> None:
-        """Bring what was read ahead, but not to stay, to the form in which it is kept."""
+        """Convert what was read ahead, but not to stay, to the form in which it is kept."""
         for name in self._preload.staged:
             self._converted[name] = self.keep(name, self.read(name))
         self._preload.drop_staged()
@@ -115,11 +84,18 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         """
         name = self.aliases.get(name, name)
         stored, place = self._slices[name], self._preload.find(name)
-        tensor = view_tensor(*place, stored) if place else read_tensor(stored, self._reader)
-        return Stored(tensor, None if stored.scales is None else read_tensor(stored.scales, self._reader))
+        tensor = stored_view(*place, stored).contiguous() if place else self._read(stored)
+        return Stored(tensor, None if stored.scales is None else self._read(stored.scales))
+
+    def _read(self, stored: TensorSlice) -> torch.Tensor:
+        """Read one tensor from its file; up to two pages around it are kept with it."""
+        read = self._reader.segment(stored.file, stored.offset, stored.nbytes)
+        buffer = Buffers(1, read.length, huge=False)[0]
+        self._reader.read([read], buffer.data)
+        return stored_view(buffer, stored.offset - read.offset, stored).contiguous()
 
     def keep(self, name: str, stored: Stored) -> dict[str, torch.Tensor]:
-        """Bring a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales.
+        """Convert a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales.
 
         torch has threads for this; called from several threads at once, they get in each other's way.
         """
@@ -166,27 +142,8 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return tuple(self._slices)
 
 
-def check_gpus(numbers: Sequence[int]) -> None:
-    """Refuse a plan with GPUs that this machine does not have, and wake those that it has.
-
-    Raises:
-        UsageError: A GPU is not there, or the driver does not suit torch.
-    """
-    if not numbers:
-        return
-    accelerator.check_driver()
-    there = accelerator.device_count()
-    for number in numbers:
-        if number >= there:
-            raise UsageError(
-                f"gpu:{number} is asked for, and torch finds {format_count(there, 'GPU')} here",
-                "give --gpu-memory 0, or change the map",
-            )
-        accelerator.wake(number)
-
-
 def input_device(device_map: Mapping[str, Tier]) -> torch.device:
-    """Give the device for token ids: that of `shared`, or the CPU, from which hooks move them where they are wanted."""
+    """Return the device for token ids: that of `shared`, or the CPU, from which hooks move them."""
     return _device(tier_of("shared.weight", device_map))
 
 
@@ -198,11 +155,7 @@ def place_dense_weights(
 ) -> None:
     """Bring dense weights to their tiers; those on disk are brought in by accelerate's hooks when they are used.
 
-    Args:
-        model: The model, on the meta device.
-        weights: The weights; only those that do not stay on disk are read.
-        device_map: Module → tier.
-        on_placed: Called with the name of each tensor.
+    `model` is on the meta device; `on_placed` is called with the name of each tensor.
 
     Raises:
         CorruptCheckpointError: A tensor cannot be read.
@@ -220,13 +173,13 @@ def place_dense_weights(
 
 
 def drop_weights(model: nn.Module) -> None:
-    """Let go of a model's weights now: its modules refer to one another, and may outlive their last use for long."""
+    """Drop a model's weights now: its modules refer to one another, and may outlive their last use for long."""
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
         set_module_tensor_to_device(model, name, "meta")
 
 
 def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
-    """Let an alias be the same parameter, or a copy of it if the map puts it on another device."""
+    """Make an alias the same parameter, or a copy of it if the map puts it on another device."""
     if tiers[alias] == DISK:
         return
     owner = model.get_submodule(alias.rpartition(".")[0])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -15,12 +14,12 @@ from switchrun.errors import BudgetError
 from switchrun.experts import accelerator
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
-from switchrun.experts.probe import reading_way
-from switchrun.experts.reader import WAYS, FileReader
+from switchrun.experts.reader import FileReader
 from switchrun.experts.tiers import ExpertTiers
+from switchrun.experts.ways import reading_way
 from switchrun.machine import disks, ram
 from switchrun.model.build import build_cache, build_model
-from switchrun.model.dense import DenseWeights, check_gpus, drop_weights, input_device, place_dense_weights
+from switchrun.model.dense import DenseWeights, drop_weights, input_device, place_dense_weights
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import GenerationOptions, MemoryPeak
@@ -37,6 +36,9 @@ T = TypeVar("T")
 
 #: So many bytes read are a fair measurement of the disk.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
+#: Of what this process could have on a GPU, and of a budget that was too large, this share is tried next.
+_OF_AVAILABLE = 0.9
+_OF_BUDGET = 0.75
 
 
 class Engine:
@@ -53,8 +55,8 @@ class Engine:
         checkpoint: The checkpoint.
         plan: What went where.
         model: transformers' model, its experts replaced.
-        cache: Where its experts come from: the level in CPU memory.
-        levels: The same and those on GPUs.
+        cache: Where its experts come from: those in CPU memory.
+        tiers: The same and those on GPUs.
         device: Where the model wants token ids.
         context: What its sparse layers share.
 
@@ -66,7 +68,7 @@ class Engine:
     plan: Plan
     model: Any
     cache: ExpertCache
-    levels: ExpertTiers
+    tiers: ExpertTiers
     device: torch.device
     context: RoutingContext
 
@@ -80,66 +82,64 @@ class Engine:
         self.checkpoint = checkpoint = planned.checkpoint
         self._warn = warn or _log.warning
         self.context = RoutingContext()
-        sizes = {
-            name: memory.dense_bytes(name, tensor, planned.plan.precision) for name, tensor in checkpoint.dense.items()
-        }
-        total = sum(use.dense_bytes for use in planned.plan.tiers if use.tier != DISK)
-        done = 0
-
-        def note(name: str) -> None:
-            """Count a weight, the first time that it is named: when it was read ahead, or else when it is placed."""
-            nonlocal done
-            if name in sizes:
-                done += sizes.pop(name)
-                on_dense_bytes(done, total)
-
-        with ExitStack() as stack, told_as_budget(planned.plan):
+        note_read = _dense_progress(planned, on_dense_bytes)
+        with ExitStack() as stack, gpu_memory_as_budget(planned.plan):
+            # 1. Begin to read dense weights, unless the caller has, and wake the GPUs meanwhile.
             preload = preload or DensePreload(checkpoint, planned.plan)
             stack.callback(preload.close)
-            check_gpus(planned.plan.gpus)
+            accelerator.check_gpus(planned.plan.gpus)
             self.device = input_device(planned.plan.device_map)
             if planned.plan.gpus:
-                stack.callback(accelerator.release_unused)  # once all below is let go of
+                stack.callback(accelerator.release_unused)  # once all below has been given up
+
+            # 2. Wait for them.
             for name in (*preload.kept, *preload.staged):
                 preload.find(name)
-                note(name)
+                note_read(name)
             preload.close()  # ends the reads; what was read stays
+
+            # 3. The plan is final: libraries take what they take, and experts get the rest.
             rss_bytes = ram.rss_bytes() - preload.nbytes
             self.plan = plan = fit_to_runtime(planned.plan, checkpoint, rss_bytes, planned.own_bytes)
-            way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else WAYS[0]
+
+            # 4. Convert what was read into the room of the experts, before they take it.
+            way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else None
             reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
             stack.callback(reader.close)
             weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
             weights.convert_staged()
+
+            # 5. The cache. Its threads offer experts to the writer, which is closed later and writes what still waits.
             store = _open_store(planned, warn)
-            # Closed after the cache, whose threads offer it experts; then it writes what still waits.
             writer = None
             if store is not None:
                 buffers = memory.writer_buffers(checkpoint, plan.precision)
                 writer = stack.enter_context(BackgroundWriter(store, buffers))
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
-            self.levels = stack.enter_context(ExpertTiers(self.cache))
-            self.model = build_model(checkpoint, plan.precision, self.levels, self.context)
+            self.tiers = stack.enter_context(ExpertTiers(self.cache))
+
+            # 6. The model, its dense weights placed; then what GPUs have left is for experts.
+            self.model = build_model(checkpoint, plan.precision, self.tiers, self.context)
             stack.callback(drop_weights, self.model)
-            place_dense_weights(self.model, weights, plan.device_map, note)
+            place_dense_weights(self.model, weights, plan.device_map, note_read)
             for number in plan.gpus:
-                self._add_level(number)
+                self._add_gpu_cache(number)
             self._stack = stack.pop_all()
 
-    def _add_level(self, number: int) -> None:
+    def _add_gpu_cache(self, number: int) -> None:
         use, place = self.plan.tier(gpu_tier(number)), accelerator.device(number)
         if not use.expert_slots:
             return  # no sparse layer computes there
         size = memory.gpu_expert_bytes(self.checkpoint, self.plan.precision)
         try:
-            self.levels.add(place, use.expert_slots, size)
+            self.tiers.add(place, use.expert_slots, size)
             return
         except RuntimeError as error:
             if use.expert_slots == 1 or not accelerator.is_out_of_memory(error):
                 raise
-        # Only here has the error let go of the slots that there was room for.
+        # Only here has the error given up the slots that there was room for.
         accelerator.release_unused()
-        self.levels.add(place, use.expert_slots // 2, size)
+        self.tiers.add(place, use.expert_slots // 2, size)
         self._note_fewer_slots()
 
     def generate(
@@ -197,10 +197,7 @@ class Engine:
         return MemoryPeak(ram.peak_rss_bytes(), sum(map(accelerator.peak_bytes, gpus)) if gpus else None)
 
     def run(self, work: Callable[[], T]) -> T:
-        """Let the model do some work; if the memory of a GPU runs out, do it anew with half of the GPUs' slots, if any.
-
-        Args:
-            work: Can be done twice.
+        """Do some work with the model; if the memory of a GPU runs out, once more with half of the GPUs' slots, if any.
 
         Raises:
             BudgetError: The memory runs out again.
@@ -212,25 +209,24 @@ class Engine:
         except RuntimeError as error:
             if not accelerator.is_out_of_memory(error):
                 raise
-        # Only here has the error let go of what had been computed.
-        with told_as_budget(self.plan):
-            if self.levels.shrink():
+        # Only here has the error given up what had been computed.
+        with gpu_memory_as_budget(self.plan):
+            if self.tiers.shrink():
                 self._note_fewer_slots()
             accelerator.release_unused()
             return work()
 
     def _note_fewer_slots(self) -> None:
         """Warn of what GPUs have given up, and put it into the plan."""
-        for number, level in self.levels.gpus.items():
+        for number, cache in self.tiers.gpus.items():
             use = self.plan.tier(gpu_tier(number))
-            given_up = use.expert_slots - level.num_slots
-            if not given_up:
+            if cache.num_slots == use.expert_slots:
                 continue
             self._warn(
-                f"{use.tier} ran out of memory: it holds {format_count(level.num_slots, 'expert')} from now on, "
+                f"{use.tier} ran out of memory: it holds {format_count(cache.num_slots, 'expert')} from now on, "
                 f"not {use.expert_slots} (a smaller --gpu-memory avoids this)"
             )
-            self.plan = self.plan.with_use(use.with_slots(level.num_slots))
+            self.plan = self.plan.with_use(use.with_slots(cache.num_slots))
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing."""
@@ -241,7 +237,7 @@ class Engine:
             self._stack.close()
 
     def _remember_bandwidth(self) -> None:
-        """Keep what the reads tell of the disk, for the estimates of `switchrun plan`."""
+        """Keep how fast the disk was, for the estimates of `switchrun plan`."""
         if self.plan.precision.packed is not None:
             return  # these may have been read from another disk
         counters = self.cache.counters()
@@ -255,6 +251,22 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _dense_progress(planned: PlannedModel, on_dense_bytes: Callable[[int, int], None]) -> Callable[[str], None]:
+    """Return what counts a weight when it is first named: when it was read ahead, or else when it is placed."""
+    precision = planned.plan.precision
+    sizes = {name: memory.dense_bytes(name, each, precision) for name, each in planned.checkpoint.dense.items()}
+    total = sum(use.dense_bytes for use in planned.plan.tiers if use.tier != DISK)
+    done = 0
+
+    def note_read(name: str) -> None:
+        nonlocal done
+        if name in sizes:
+            done += sizes.pop(name)
+            on_dense_bytes(done, total)
+
+    return note_read
 
 
 def _open_store(planned: PlannedModel, warn: Callable[[str], None] | None) -> ExpertStore | None:
@@ -271,13 +283,8 @@ def _open_store(planned: PlannedModel, warn: Callable[[str], None] | None) -> Ex
     )
 
 
-#: Of what this process could have on a GPU, and of a budget that was too large, this share is tried next.
-_OF_AVAILABLE = 0.9
-_OF_BUDGET = 0.75
-
-
-@contextlib.contextmanager
-def told_as_budget(plan: Plan) -> Iterator[None]:
+@contextmanager
+def gpu_memory_as_budget(plan: Plan) -> Iterator[None]:
     """Turn a GPU's out-of-memory error into one that says what to do.
 
     Raises:
@@ -294,7 +301,7 @@ def told_as_budget(plan: Plan) -> Iterator[None]:
 def _out_of_memory(uses: Mapping[int, TierUse]) -> BudgetError:
     """Name the GPU that has the least left, and smaller budgets than the plan's."""
     found = {}
-    with contextlib.suppress(RuntimeError):  # a driver without memory may not even tell how much it has
+    with suppress(RuntimeError):  # a driver without memory may not even say how much it has
         found = {number: accelerator.memory_in_use(number) for number in uses}
     budgets = {number: use.budget_bytes or use.total_bytes for number, use in uses.items()}
     if not found:

@@ -13,8 +13,9 @@ from functools import partial
 from importlib import import_module
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
-from switchrun.experts.buffers import Buffers
-from switchrun.experts.reader import WAYS, FileReader, known_way, settle
+from switchrun.experts.buffers import Buffer, Buffers
+from switchrun.experts.reader import FileReader, settle
+from switchrun.experts.ways import known_way
 from switchrun.planning import Plan, memory
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.opening import PlannedModel
@@ -37,15 +38,14 @@ class _Landing:
             self._positions[name] = self.nbytes + tensor.offset - read.offset
             self.nbytes += -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE
         # Read once, while importing keeps the processor busy: huge pages would cost more than they save.
-        buffer = Buffers(1, self.nbytes, huge=False)
-        self._memory = buffer.memory
+        self._buffer = Buffers(1, self.nbytes, huge=False)[0]
         for read, start, end in reads:
-            target = buffer.view(0)[start : start + read.length]
+            target = self._buffer.data[start : start + read.length]
             reader.submit([read], target, partial(settle, end), new=True)
 
-    def find(self, name: str) -> tuple[mmap.mmap, int]:
+    def find(self, name: str) -> tuple[Buffer, int]:
         self._ends[name].result()
-        return self._memory, self._positions[name]
+        return self._buffer, self._positions[name]
 
 
 class DensePreload:
@@ -55,15 +55,11 @@ class DensePreload:
     torch is there, are read ahead as far as they fit into the room of the expert slots, which are made later; they are
     dropped with `drop_staged` before that.
 
-    Args:
-        checkpoint: The checkpoint.
-        plan: Which weights belong there, and how large the slots will be.
+    Owns its threads and files until `close`, which waits for reads under way. A context manager.
 
     Attributes:
         kept: Names of the weights that stay; the memory lives as long as a view of it.
         staged: Names of those that do not.
-
-    Owns its threads and files until `close`, which waits for reads under way. A context manager.
     """
 
     def __init__(self, checkpoint: SwitchCheckpoint, plan: Plan) -> None:
@@ -78,7 +74,7 @@ class DensePreload:
             elif memory.read_buffer_bytes(tensor.nbytes) <= room:
                 room -= memory.read_buffer_bytes(tensor.nbytes)
                 staged[name] = tensor
-        way = known_way(next(iter(checkpoint.experts.values())).wi.file) or WAYS[0]
+        way = known_way(next(iter(checkpoint.experts.values())).wi.file)
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
         self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
         self.kept, self.staged = tuple(kept), tuple(staged)
@@ -91,8 +87,8 @@ class DensePreload:
         """Memory that is resident once `find` has returned every weight."""
         return sum(landing.nbytes for landing in set(self._landings.values()))
 
-    def find(self, name: str) -> tuple[mmap.mmap, int] | None:
-        """Return the memory, and the byte of it at which a weight begins, once it is there; None if it is not read.
+    def find(self, name: str) -> tuple[Buffer, int] | None:
+        """Return the buffer that holds a weight, once it is there, and at which byte; None if it is not read.
 
         Raises:
             CorruptCheckpointError: It cannot be read.
@@ -101,7 +97,7 @@ class DensePreload:
         return None if landing is None else landing.find(name)
 
     def drop_staged(self) -> None:
-        """Let go of the weights that do not stay: their memory goes with the last view of it."""
+        """Drop the weights that do not stay: their memory goes with the last view of it."""
         for name in self.staged:
             del self._landings[name]
         self.staged = ()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import BudgetError, UsageError
-from switchrun.experts.counters import CacheCounters, since, total
+from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.model.preload import ImportLibraries, import_model, read_while_importing
 from switchrun.model.records import (
     ExpertCounts,
@@ -147,7 +147,7 @@ class Session:
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
-        tiers, totals = self.engine.levels.counters(), self._totals
+        tiers, totals = self.engine.tiers.counters(), self._totals
         return SessionStats(
             tiers=self.engine.plan.tiers,
             memory=self.engine.memory_peak(),
@@ -203,7 +203,7 @@ class Session:
 
     def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
         start = time.perf_counter()
-        before = self.engine.levels.counters()
+        before = self.engine.tiers.counters()
         outputs = self.engine.generate(
             [text.ids for text in batch],
             options,
@@ -214,7 +214,7 @@ class Session:
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
         end = time.perf_counter()
-        experts = expert_counts(since(self.engine.levels.counters(), before))
+        experts = expert_counts(since(self.engine.tiers.counters(), before))
         results = []
         for row, (text, output) in enumerate(zip(batch, outputs, strict=True)):
             tokens = TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped)

@@ -14,7 +14,7 @@ from switchrun.bench.measure import Probe, used_experts
 from switchrun.bench.replay import Range, Ring, replay
 from switchrun.bench.workload import make_inputs
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.experts.reader import WAYS
+from switchrun.experts.ways import WAYS
 from switchrun.model.engine import Engine
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions

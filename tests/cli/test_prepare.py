@@ -91,7 +91,7 @@ def test_a_part(invoke: Invoke, tier: Path, options: str, written: int) -> None:
 
 
 def test_dry_run_writes_nothing(invoke: Invoke, tier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchrun.experts.prepare._CALIBRATION_SECONDS", 0.01)
+    monkeypatch.setattr("switchrun.experts.packing._CALIBRATION_SECONDS", 0.01)
     done = invoke("prepare", "--dtype", "int8", "--dry-run", "--jobs", "2")
     assert (done.code, done.stderr) == (0, "")
     for line in ("experts to write +32 of 13[0-9] KiB", "stored already +0", "bytes to write +4.3. MiB", "free on the"):

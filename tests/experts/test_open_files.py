@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts import open_files
-from switchrun.experts.open_files import OpenFiles
+from switchrun.experts import reader
+from switchrun.experts.reader import OpenFile, OpenFiles
 
 
 @pytest.fixture
@@ -20,11 +20,11 @@ def paths(tmp_path: Path) -> list[Path]:
     return result
 
 
-def content(file: open_files.OpenFile) -> str:
+def content(file: OpenFile) -> str:
     return os.pread(file.descriptor, 10, 0).decode()
 
 
-def is_open(file: open_files.OpenFile) -> bool:
+def is_open(file: OpenFile) -> bool:
     try:
         os.fstat(file.descriptor)
     except OSError:
@@ -33,7 +33,7 @@ def is_open(file: open_files.OpenFile) -> bool:
 
 
 def test_idle_files_are_closed_oldest_first(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_files, "MOST_OPEN_FILES", 3)
+    monkeypatch.setattr(reader, "MOST_OPEN_FILES", 3)
     files = OpenFiles()
     used = files.acquire(paths[0], direct=False)
     others = []

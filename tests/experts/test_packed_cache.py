@@ -13,8 +13,10 @@ from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.dtypes import Dtype, PackedDtype, Precision
 from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import PackedFormat
+from switchrun.experts.reader import FileReader
 from switchrun.kernels.matrices import ExpertWeights, Int8Matrix
 from switchrun.planning import memory
 from switchrun.store import BackgroundWriter, ExpertStore, expert_path
@@ -49,13 +51,12 @@ def opened(checkpoint: SwitchCheckpoint, tmp_path: Path, warnings: list[str]) ->
             store = ExpertStore.open(tmp_path / "tier", "m", "f", "int8", layout, warn=warnings.append)
             writer = stack.enter_context(BackgroundWriter(store, NUM_EXPERTS))
             cache = ExpertCache(
-                checkpoint.experts,
-                torch.float32,
-                slots,
-                memory.slot_bytes(checkpoint, INT8),
-                (memory.STAGING_BUFFERS, memory.staging_bytes(checkpoint, INT8) // memory.STAGING_BUFFERS),
-                direct=direct,
-                slot_format=PackedFormat(checkpoint.experts, store, writer, direct),
+                PackedFormat(checkpoint.experts, direct, store, writer),
+                slots=Buffers(slots, memory.slot_bytes(checkpoint, INT8)),
+                staging=Buffers(
+                    memory.STAGING_BUFFERS, memory.staging_bytes(checkpoint, INT8) // memory.STAGING_BUFFERS
+                ),
+                reader=FileReader(direct),
             )
             stack.callback(writer.flush)
             return stack.enter_context(cache), store

@@ -65,7 +65,7 @@ def test_the_peak_is_within_the_budget(
         # What is set aside for libraries is not used on this device, so it must not hide anything.
         assert gpu.peak <= use.total_bytes - memory.GPU_LIBRARY_BYTES
         assert results[0].memory.peak_gpu_bytes == gpu.peak
-        assert session.engine.levels.gpus[0].num_slots == use.expert_slots
+        assert session.engine.tiers.gpus[0].num_slots == use.expert_slots
 
 
 @pytest.mark.parametrize("d_ff", [100, 900, 1024, 1500, 3000, 5000, 6500, 7000, 10238, 10240, 12000])

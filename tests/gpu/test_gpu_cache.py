@@ -19,7 +19,7 @@ from switchrun.dtypes import Dtype, Precision
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts import accelerator
 from switchrun.experts.accelerator import PageLocks
-from switchrun.experts.counters import total
+from switchrun.experts.bookkeeping import total
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.planning import memory
 from tests.experts.test_cache import NUM_EXPERTS, keys, make_cache, stored
@@ -172,7 +172,7 @@ def test_a_signal_while_a_copy_is_on_its_way(
 
 def test_closing_while_a_copy_is_on_its_way(checkpoint: SwitchCheckpoint, gpu: Device) -> None:
     with Levels(checkpoint, 2, 2) as levels:
-        with contextlib.closing(levels.cpu.begin(keys(0))) as arrivals:
+        with contextlib.closing(levels.cpu.stream(keys(0))) as arrivals:
             _, weights = next(arrivals)
             levels.gpu._copy(weights, 0)
             assert gpu.pending == 2
@@ -253,7 +253,7 @@ def test_slots_are_page_locked_when_they_are_first_copied_from(
     monkeypatch.setattr(torch.cuda, "device", runtime.device)
     monkeypatch.setattr(accelerator, "wake", woken.append)
     with make_cache(checkpoint, 3) as cache:
-        locks = PageLocks(cache.memory, cache.slot_bytes, torch.device("cuda", 1))
+        locks = PageLocks(cache.slots, torch.device("cuda", 1))
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
                 for _, weights in cache.stream(keys(0, 1)):
@@ -262,8 +262,8 @@ def test_slots_are_page_locked_when_they_are_first_copied_from(
                     locks.lock(weights.wi)
                     locks.lock(weights.wo)
         starts = sorted(start for start, _ in runtime.locked)
-        assert [start - starts[0] for start in starts] == [0, cache.slot_bytes][:room]
-        assert {size for _, size in runtime.locked} == {cache.slot_bytes}
+        assert [start - starts[0] for start in starts] == [0, cache.slots.size][:room]
+        assert {size for _, size in runtime.locked} == {cache.slots.size}
         if room < 2:
             # Refused once, it is not tried again, and CUDA has told somebody of the error.
             assert caplog.messages == ["memory cannot be page-locked (CUDA error 2): copies to the GPU take longer"]

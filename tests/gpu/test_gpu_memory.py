@@ -58,7 +58,7 @@ def test_a_fill_is_done_again_with_half_of_the_slots(folder: Path, caplog: pytes
         assert use.expert_bytes == SLOTS // 2 * use.slot_bytes
         assert gpu.peak <= capacity
         assert fill(session) == ids
-        assert session.engine.levels.gpus[0].num_slots == SLOTS // 2
+        assert session.engine.tiers.gpus[0].num_slots == SLOTS // 2
     (warning,) = caplog.messages
     assert warning.startswith("gpu:0 ran out of memory: it holds 4 experts from now on, not 8")
 
@@ -67,7 +67,7 @@ def test_a_fill_that_cannot_be_done_says_what_to_try(folder: Path) -> None:
     opened, *_ = peaks(folder)
     capacity = opened + 512
     with fake_gpus(capacity) as (gpu,), open_on_gpus(folder, {"": 0}, SLOTS) as session:
-        slot = session.engine.levels.gpus[0]._slots[0].nbytes
+        slot = session.engine.tiers.gpus[0]._slots[0].nbytes
         hog = torch.empty(0, device="fakegpu:0")
 
         def take(*_: Any) -> None:  # another program takes what is given back
@@ -105,7 +105,7 @@ def test_opening_that_fails_gives_back_what_it_has_taken(folder: Path) -> None:
     opened, *_ = peaks(folder)
     with fake_gpus(None) as (gpu,):
         with open_on_gpus(folder, {"": 0}, 1) as session:
-            slot = session.engine.levels.gpus[0]._slots[0].nbytes
+            slot = session.engine.tiers.gpus[0]._slots[0].nbytes
         gpu.capacity = opened - (SLOTS - 1) * slot - 512  # all weights, and no slot
         with pytest.raises(BudgetError) as caught:
             open_on_gpus(folder, {"": 0}, SLOTS)
@@ -116,7 +116,7 @@ def test_opening_that_fails_gives_back_what_it_has_taken(folder: Path) -> None:
 def test_a_gpu_without_experts_says_what_to_try_too(folder: Path) -> None:
     device_map = {"": "cpu", "shared": 0, "lm_head": 0, "encoder.embed_tokens": 0, "decoder.embed_tokens": 0}
     with fake_gpus(None) as (gpu,), open_on_gpus(folder, device_map, SLOTS) as session:
-        assert session.engine.levels.gpus == {}
+        assert session.engine.tiers.gpus == {}
         ids, opened = fill(session), gpu.allocated
         assert gpu.peak > opened
     with fake_gpus(opened) as (gpu,), open_on_gpus(folder, device_map, SLOTS) as session:
@@ -136,7 +136,7 @@ def test_what_is_no_lack_of_gpu_memory_is_left_alone(folder: Path) -> None:
         session.engine.model.encoder.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="something else"):
             fill(session)
-        assert session.engine.levels.gpus[0].num_slots == SLOTS
+        assert session.engine.tiers.gpus[0].num_slots == SLOTS
 
 
 def test_how_libraries_say_it() -> None:

@@ -33,7 +33,7 @@ def test_the_tokens_of_the_cpu(tmp_path: Path, dtype: str) -> None:
     for device_map, slots in (({"": 0}, (2, 1)), ({"": 0, "encoder": "cpu", "decoder": "disk"}, (1, 2))):
         with fake_gpus(None) as (gpu,), open_on_gpus(tmp_path / "model", device_map, *slots, **settings) as session:
             assert fill(session) == expected
-            level = session.engine.levels.counters()["gpu:0"]
+            level = session.engine.tiers.counters()["gpu:0"]
             assert level.loads > 0
             # What is copied is as small as what is stored.
             assert level.load_bytes == level.loads * sum(kept_parts(session.checkpoint, session.plan.precision))

@@ -58,7 +58,7 @@ def test_every_mix_of_tiers(
             check_ids(oracle, session, TEXTS[:1], dtype)
             used = {tier for tier in device_map.values() if isinstance(tier, int)}
             assert {gpu.index for gpu in gpus if gpu.bytes_to_device} == used
-            assert session.engine.levels.gpus.keys() == used
+            assert session.engine.tiers.gpus.keys() == used
         assert [(gpu.allocated, gpu.allocator.reserved) for gpu in gpus] == [(0, 0), (0, 0)]
 
 

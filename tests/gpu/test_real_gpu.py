@@ -95,7 +95,7 @@ def test_tokens(
         for _ in range(3 if machine == "real" else 1):  # the cache is warmer each time
             check_ids(oracle, session, TEXTS, dtype)
             check_ids(oracle, session, TEXTS[:1], dtype)
-        counters = session.engine.levels.counters()["gpu:0"]
+        counters = session.engine.tiers.counters()["gpu:0"]
         assert counters.requests - counters.hits == counters.loads > 0
 
 
@@ -113,7 +113,7 @@ def test_tokens_of_two_gpus(folder: Path) -> None:
     oracle = on_gpu(load(folder), "fp32")
     with open_on_gpus(folder, {"": 0, "decoder": 1, "encoder.block.3": 1}, 3, 4, dtype="fp32", batch_size=3) as session:
         check_ids(oracle, session, TEXTS, "fp32")
-        assert set(session.engine.levels.gpus) == {0, 1}
+        assert set(session.engine.tiers.gpus) == {0, 1}
 
 
 def test_nf4_has_the_tokens_of_what_it_stands_for(folder: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_copies_leave_from_page_locked_memory(folder: Path) -> None:
         pytest.skip("memory is page-locked for CUDA only")
     with open_on_gpus(folder, ON_GPU, 2, 4, batch_size=3) as session:
         session.fill(TEXTS)
-        locks = session.engine.levels._locks
+        locks = session.engine.tiers._locks
         assert locks is not None
         assert not locks._refused
         assert 0 < len(locks._locked) <= 4
@@ -162,7 +162,7 @@ def test_the_peak_is_within_the_budget(folder: Path, tmp_path: Path, dtype: str)
         use = session.plan.tier("gpu:0")
         session.fill(["<extra_id_0> " + "the cat sat on the mat . " * 14] * 3, GenerationOptions(max_new_tokens=16))
         assert accelerator.peak_bytes(0) <= use.total_bytes
-        assert session.engine.levels.gpus[0].num_slots == use.expert_slots
+        assert session.engine.tiers.gpus[0].num_slots == use.expert_slots
 
 
 def test_memory_that_is_full(folder: Path) -> None:

@@ -50,7 +50,7 @@ def unpacked(model: Any, dtype: str) -> Any:
     layout = layout_of(dtype, config.d_model, config.d_ff)
     for name, module in result.named_modules():
         if name.rpartition(".")[2].startswith("expert_"):
-            into = packed_views(Buffers(1, layout.nbytes), 0, layout, dtype, config.d_model, config.d_ff)
+            into = packed_views(Buffers(1, layout.nbytes)[0], layout, dtype, (config.d_ff, config.d_model))
             quantise(ExpertWeights(module.wi.weight.data, module.wo.weight.data), into)
             for linear, matrix in ((module.wi, into.wi), (module.wo, into.wo)):
                 linear.weight.data = multiply(torch.eye(linear.in_features), matrix).T.contiguous()

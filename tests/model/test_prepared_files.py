@@ -12,7 +12,7 @@ import torch
 from switchrun import Session
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.prepare import ExpertPreparer
+from switchrun.experts.packing import ExpertPacker
 from switchrun.planning.preparation import process_bytes
 from switchrun.store import layout_of, open_checkpoint_store
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
@@ -24,7 +24,7 @@ def prepare(model: str | None, offload: Path, dtype: str, jobs: int = 2) -> dict
     checkpoint = open_checkpoint(model)
     store = open_checkpoint_store(offload, checkpoint, dtype, must_write=True, warn=pytest.fail)
     steps: list[tuple[int, int]] = []
-    done = ExpertPreparer(checkpoint, store, jobs).run(list(checkpoint.experts), lambda *step: steps.append(step))
+    done = ExpertPacker(checkpoint, store, jobs).run(list(checkpoint.experts), lambda *step: steps.append(step))
     assert (done.written, done.skipped, done.rebuilt) == (len(checkpoint.experts), 0, 0)
     assert [number for number, _ in steps] == [store.file_bytes * n for n in range(len(checkpoint.experts) + 1)]
     return files(offload)
@@ -68,7 +68,7 @@ def test_a_checkpoint_that_cannot_be_read_ends_the_run(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:4096])
     before = torch.get_num_threads()
     with pytest.raises(CorruptCheckpointError, match="ends at byte"):
-        ExpertPreparer(checkpoint, store, jobs=2).run(list(checkpoint.experts))
+        ExpertPacker(checkpoint, store, jobs=2).run(list(checkpoint.experts))
     assert torch.get_num_threads() == before
 
 
@@ -80,7 +80,7 @@ def test_what_the_callback_raises_ends_the_run(tmp_path: Path) -> None:
         if done:
             raise KeyboardInterrupt
 
-    preparer = ExpertPreparer(checkpoint, store, jobs=1)
+    preparer = ExpertPacker(checkpoint, store, jobs=1)
     with pytest.raises(KeyboardInterrupt):
         preparer.run(list(checkpoint.experts), stop)
     there = len(files(tmp_path / "tier"))
@@ -93,8 +93,8 @@ def test_two_preparers_share_a_folder(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(None)
     stores = [open_checkpoint_store(tmp_path / "tier", checkpoint, "int8", must_write=True) for _ in range(2)]
     keys = list(checkpoint.experts)
-    assert ExpertPreparer(checkpoint, stores[0], 1).run(keys[:20]).written == 20
-    done = ExpertPreparer(checkpoint, stores[1], 1).run(keys)
+    assert ExpertPacker(checkpoint, stores[0], 1).run(keys[:20]).written == 20
+    done = ExpertPacker(checkpoint, stores[1], 1).run(keys)
     assert (done.written, done.skipped) == (len(keys) - 20, 20)
 
 

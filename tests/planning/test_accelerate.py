@@ -26,8 +26,8 @@ PLENTY = 1 << 50
 
 def expert_free_model(checkpoint: SwitchCheckpoint) -> Any:
     """The model as sessions build it. Its caches are never asked for anything."""
-    levels: Any = None
-    return build_model(checkpoint, Precision(Dtype.BF16), levels, RoutingContext())
+    tiers: Any = None
+    return build_model(checkpoint, Precision(Dtype.BF16), tiers, RoutingContext())
 
 
 def plain_model(checkpoint: SwitchCheckpoint) -> Any:

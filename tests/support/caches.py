@@ -6,25 +6,24 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.dtypes import Dtype, Precision
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.reader import WAYS, Way
+from switchrun.experts.formats import PlainFormat
+from switchrun.experts.reader import FileReader, Way
 from switchrun.planning import memory
 
 
 def make_cache(
-    checkpoint: SwitchCheckpoint, slots: int, dtype: Dtype = Dtype.FP32, direct: bool = False, way: Way = WAYS[0]
+    checkpoint: SwitchCheckpoint, slots: int, dtype: Dtype = Dtype.FP32, direct: bool = False, way: Way | None = None
 ) -> ExpertCache:
     """Make a cache with just so many slots."""
     precision = Precision(dtype)
     staging = memory.staging_bytes(checkpoint, precision) // memory.STAGING_BUFFERS
     return ExpertCache(
-        checkpoint.experts,
-        getattr(torch, dtype.torch_name),
-        slots,
-        memory.slot_bytes(checkpoint, precision),
-        (memory.STAGING_BUFFERS, staging) if staging else (0, 0),
-        direct=direct,
-        way=way,
+        PlainFormat(checkpoint.experts, direct, getattr(torch, dtype.torch_name)),
+        slots=Buffers(slots, memory.slot_bytes(checkpoint, precision)),
+        staging=Buffers(memory.STAGING_BUFFERS if staging else 0, staging),
+        reader=FileReader(direct, way),
     )
 
 

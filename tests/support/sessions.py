@@ -13,9 +13,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from switchrun import Session
 from switchrun.checkpoint import open_checkpoint
+from switchrun.experts import reader
 from switchrun.experts.reader import Way
 from switchrun.machine import ram
-from switchrun.model import engine
 from switchrun.model.generate import CACHE_ARGUMENT
 from switchrun.planning import Budgets, make_plan
 from switchrun.planning.device_map import read_device_map
@@ -32,7 +32,7 @@ def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sessions opened from now on read 512 bytes at a time: then `wi` of a tiny expert is there before `wo`."""
-    monkeypatch.setattr(engine, "WAYS", (Way(2, 512, False),))
+    monkeypatch.setattr(reader, "Way", lambda: Way(2, 512, False))
 
 
 def open_with_slots(folder: Path, slots: int | None, **options: Any) -> Session:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
-from switchrun.experts import probe
-from switchrun.experts.probe import best_way, reading_way
-from switchrun.experts.reader import WAYS
+from switchrun.experts import ways
+from switchrun.experts.reader import Way
+from switchrun.experts.ways import WAYS, best_way, reading_way
 from switchrun.machine import disks
 
 USUAL, OTHER, *REST = WAYS
@@ -25,7 +25,7 @@ def experts(tmp_path: Path) -> dict[ExpertKey, ExpertSlices]:
     return {ExpertKey("encoder", 1, number): ExpertSlices(*half) for number in range(300)}
 
 
-def rates() -> dict[probe.Way, list[float]]:
+def rates() -> dict[Way, list[float]]:
     return {way: [1.0, 1.0, 1.0] for way in WAYS}
 
 
@@ -43,11 +43,11 @@ def test_the_answer_is_kept_for_the_device(
 ) -> None:
     tried = []
 
-    def fake(given: object) -> dict[probe.Way, list[float]]:
+    def fake(given: object) -> dict[Way, list[float]]:
         tried.append(given)
         return rates() | {OTHER: [2.0, 2.0]}
 
-    monkeypatch.setattr(probe, "_probe", fake)
+    monkeypatch.setattr(ways, "_probe", fake)
     file = experts[ExpertKey("encoder", 1, 0)].wi.file
     assert [reading_way(experts), reading_way(experts)] == [OTHER, OTHER]
     assert len(tried) == 1
@@ -62,16 +62,16 @@ def test_a_damaged_answer_is_tried_again(
     file = Path(hermetic["SWITCHRUN_CACHE"]) / "reading.json"
     file.parent.mkdir(parents=True)
     file.write_text(content.replace("DEVICE", disks.filesystem_id(experts[ExpertKey("encoder", 1, 0)].wi.file)))
-    monkeypatch.setattr(probe, "_probe", lambda _: rates() | {OTHER: [2.0, 2.0]})
+    monkeypatch.setattr(ways, "_probe", lambda _: rates() | {OTHER: [2.0, 2.0]})
     assert reading_way(experts) == OTHER
 
 
 def test_every_way_is_tried_on_the_experts_themselves(
     experts: dict[ExpertKey, ExpertSlices], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "PROBE_SECONDS", 60.0)
-    samples = probe._probe(experts)
-    assert sum(map(len, samples.values())) == 2 * probe._MOST_EXPERTS
+    monkeypatch.setattr(ways, "PROBE_SECONDS", 60.0)
+    samples = ways._probe(experts)
+    assert sum(map(len, samples.values())) == 2 * ways._MOST_EXPERTS
     assert all(rate > 0 for each in samples.values() for rate in each)
     assert max(map(len, samples.values())) - min(map(len, samples.values())) <= 1
 
@@ -88,5 +88,5 @@ def test_holes_are_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with open(tmp_path / "holes", "wb") as file:
         file.truncate(2**20)
     hole = TensorSlice(tmp_path / "holes", 0, 2**19, "F32", (2**17, 1))
-    monkeypatch.setattr(probe, "_probe", lambda _: pytest.fail("holes were read"))
+    monkeypatch.setattr(ways, "_probe", lambda _: pytest.fail("holes were read"))
     assert reading_way({ExpertKey("encoder", 1, 0): ExpertSlices(hole, hole)}) == USUAL

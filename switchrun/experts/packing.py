@@ -1,4 +1,4 @@
-"""Quantises experts ahead of time, several side by side, and stores them."""
+"""Packs experts ahead of time, several side by side, and stores them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +19,9 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.formats import as_stored, packed_views
-from switchrun.experts.probe import reading_way
-from switchrun.experts.reader import WAYS, FileReader, plan_reads
+from switchrun.experts.formats import as_stored, packed_views, plan_reads
+from switchrun.experts.reader import FileReader
+from switchrun.experts.ways import reading_way
 from switchrun.kernels.matrices import ExpertWeights, quantise
 from switchrun.planning.memory import buffer_for, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
@@ -39,8 +40,8 @@ class _Outcome(Enum):
     REBUILT = auto()
 
 
-class ExpertPreparer:
-    """Reads experts from a checkpoint, quantises them and writes them into a store.
+class ExpertPacker:
+    """Reads experts from a checkpoint, packs them and writes them into a store.
 
     Its memory is two buffers for each job, whatever the number of experts.
 
@@ -48,7 +49,7 @@ class ExpertPreparer:
         checkpoint: Where they come from.
         store: Where they go to; opened with `must_write`.
         jobs: How many are worked on side by side, each on a thread of its own.
-        verify: Read experts that are stored, and write them anew where they are damaged; else they are skipped.
+        verify: Read experts that are stored, and write them again where they are damaged; else they are skipped.
     """
 
     def __init__(self, checkpoint: SwitchCheckpoint, store: ExpertStore, jobs: int, verify: bool = False) -> None:
@@ -57,37 +58,32 @@ class ExpertPreparer:
         self._jobs = jobs
         self._verify = verify
         self._direct = reads_directly(checkpoint)
-        self._slices = checkpoint.experts
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
     def run(self, keys: Sequence[ExpertKey], on_bytes: OnBytes = lambda _done, _total: None) -> PreparedCounts:
-        """Prepare experts; blocks until they are stored.
+        """Pack experts; blocks until they are stored. `on_bytes` is called after each.
 
         Whatever is raised, also by `on_bytes` or a signal's handler, experts that were begun are finished before, so
         the store is as good as after any other end.
-
-        Args:
-            keys: Which.
-            on_bytes: Told after each expert.
 
         Raises:
             CorruptCheckpointError: The checkpoint cannot be read.
             StorageError: The store cannot be written.
         """
-        counts = dict.fromkeys(_Outcome, 0)
+        counts: Counter[_Outcome] = Counter()
         results: SimpleQueue[_Outcome | BaseException] = SimpleQueue()
         self._stopped.clear()
-        jobs = min(self._jobs, len(keys))
+        jobs, file_bytes = min(self._jobs, len(keys)), self._store.file_bytes
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(jobs))
             # A second process begins at the end, so that the two meet in the middle: each skips what the other stored.
             waiting = iter(keys if _is_first(self._store.folder, stack) else keys[::-1])
-            reader = FileReader(self._direct, reading_way(self._slices) if self._direct else WAYS[0])
+            reader = FileReader(self._direct, reading_way(self._checkpoint.experts) if self._direct else None)
             stack.callback(reader.close)
             pool = stack.enter_context(ThreadPoolExecutor(max(1, jobs), thread_name_prefix="switchrun-prepare"))
             stack.callback(self._stopped.set)
-            on_bytes(0, len(keys) * self._store.file_bytes)
+            on_bytes(0, len(keys) * file_bytes)
             for _ in range(jobs):
                 pool.submit(self._work, waiting, reader, results)
             for number in range(1, len(keys) + 1):
@@ -95,22 +91,21 @@ class ExpertPreparer:
                 if isinstance(result, BaseException):
                     raise result
                 counts[result] += 1
-                on_bytes(number * self._store.file_bytes, len(keys) * self._store.file_bytes)
+                on_bytes(number * file_bytes, len(keys) * file_bytes)
         rebuilt = counts[_Outcome.REBUILT]
         return PreparedCounts(counts[_Outcome.WRITTEN] + rebuilt, counts[_Outcome.SKIPPED], rebuilt)
 
     def packing_seconds(self, key: ExpertKey) -> float:
-        """Measure what quantising takes for one expert, with all jobs at work; blocks for about half a second.
+        """Measure what packing takes for one expert, with all jobs at work; blocks for about half a second.
 
-        Args:
-            key: The expert that is read, and quantised again and again. Nothing is stored.
+        The expert is read, and packed again and again. Nothing is stored.
 
         Raises:
             CorruptCheckpointError: The checkpoint cannot be read.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(self._jobs))
-            reader = FileReader(self._direct, WAYS[0])
+            reader = FileReader(self._direct)
             stack.callback(reader.close)
             pool = stack.enter_context(ThreadPoolExecutor(self._jobs))
 
@@ -153,21 +148,20 @@ class _Job:
         self._reader = reader
         self._slices = checkpoint.experts
         self._direct = direct
-        self._plain = Buffers(1, buffer_for(sample))
-        self._packed = Buffers(1, packed_buffer_bytes(store.layout))
-        d_ff, d_model = sample.wi.shape
-        self._into = packed_views(self._packed, 0, store.layout, store.manifest.dtype, d_model, d_ff)
+        self._plain = Buffers(1, buffer_for(sample))[0]
+        self._packed = Buffers(1, packed_buffer_bytes(store.layout))[0]
+        self._into = packed_views(self._packed, store.layout, store.manifest.dtype, sample.wi.shape)
 
     def store(self, key: ExpertKey) -> None:
-        """Read an expert from the checkpoint, quantise and write it."""
+        """Read an expert from the checkpoint, pack and write it."""
         quantise(self._read(key), self._into)
-        data = self._packed.view(0)[: self._store.layout.nbytes]
-        # False without an error: somebody cleared the folder just then. It is made anew for the second try.
+        data = self._packed.data[: self._store.layout.nbytes]
+        # False without an error: somebody cleared the folder just then. The second try makes it again.
         if not self._store.write(key, data):
             self._store.write(key, data)
 
     def packing_rate(self, key: ExpertKey) -> float:
-        """Give how often an expert is quantised in a second."""
+        """Return how often an expert is packed in a second."""
         matrices = self._read(key)
         quantise(matrices, self._into)  # The first time touches memory that is new.
         start, count, seconds = time.perf_counter(), 0, 0.0
@@ -180,12 +174,12 @@ class _Job:
     def _read(self, key: ExpertKey) -> ExpertWeights:
         slices = self._slices[key]
         plan = plan_reads(slices, self._direct)
-        self._reader.read(plan.segments, self._plain.view(0))
-        return as_stored(slices, plan, self._plain, 0)
+        self._reader.read(plan.segments, self._plain.data)
+        return as_stored(slices, plan, self._plain)
 
     def is_whole(self, key: ExpertKey, stored: StoredExpert) -> bool:
         """Read a stored expert and look at its checksum."""
-        data = self._packed.view(0)[: stored.nbytes]
+        data = self._packed.data[: stored.nbytes]
         got = 0
         try:
             with open(stored.path, "rb", buffering=0) as file:
@@ -198,13 +192,13 @@ class _Job:
             got = 0
         whole = got == len(data) and self._store.verify(key, data)
         if not whole:
-            # Also what lies between the parts, which quantising leaves as it is.
-            self._packed.tensor(0, 0, torch.uint8, (len(data),)).zero_()
+            # Also what lies between the parts, which packing leaves as it is.
+            data[:] = bytes(len(data))
         return whole
 
 
 def _is_first(folder: Path, stack: contextlib.ExitStack) -> bool:
-    """Tell whether no other process prepares the same store, and be the one that does until the stack is closed."""
+    """Whether no other process prepares the same store; this one then does, until the stack is closed."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, handle)

@@ -1,4 +1,4 @@
-"""Which way of reading a disk takes best: tried on the experts themselves when a disk is first met, then remembered."""
+"""Which way to read a disk is best: tried on the experts themselves when a disk is first met, then remembered."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from pathlib import Path
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.reader import WAYS, FileReader, Segment, Way, known_way
+from switchrun.experts.reader import FileReader, Segment, Way
 from switchrun.machine import disks
 from switchrun.units import MIB
+
+#: One of them was the best on every disk that was tried; the first is taken until another has shown that it is better.
+WAYS = (Way(), Way(1, 32 * MIB), Way(2, 16 * MIB), Way(8, 2 * MIB), Way(4, 4 * MIB, direct=False))
 
 #: Trying ends after this time, whatever the disk.
 PROBE_SECONDS = 0.25
@@ -31,9 +34,9 @@ _FEWEST_SAMPLES = 2
 
 
 def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
-    """Give the way to read the disk that experts lie on; blocks for at most a read longer than `PROBE_SECONDS`.
+    """Return the best way to read the disk that experts lie on; blocks for at most a read longer than `PROBE_SECONDS`.
 
-    The answer is kept in the user's cache folder for each device. Sparse files are not tried: holes are no disk.
+    The answer is kept in the user's cache folder for each filesystem. Sparse files are not tried: holes are no disk.
     """
     file = next(iter(experts.values())).wi.file
     known = known_way(file)
@@ -44,12 +47,14 @@ def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
     return chosen
 
 
-def best_way(samples: Mapping[Way, list[float]]) -> Way:
-    """Choose by the median rate; the first of `WAYS` unless another is clearly better.
+def known_way(file: Path) -> Way | None:
+    """Return the way that was best on the disk where a file lies, if that was tried."""
+    known = disks.recall("reading", file)
+    return next((way for way in WAYS if known == asdict(way)), None)
 
-    Args:
-        samples: Rates that each way has reached, in any unit.
-    """
+
+def best_way(samples: Mapping[Way, list[float]]) -> Way:
+    """Choose by the median of the rates that each way has reached: the first, unless another is clearly better."""
     if any(len(rates) < _FEWEST_SAMPLES for rates in samples.values()):
         return WAYS[0]
     medians = {way: statistics.median(rates) for way, rates in samples.items()}
@@ -62,8 +67,8 @@ def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
     keys = random.sample(list(experts), min(len(experts), _MOST_EXPERTS))
     slices = iter([tensor for key in keys for tensor in experts[key]])
     samples: dict[Way, list[float]] = {way: [] for way in WAYS}
-    buffers = Buffers(1, _SAMPLE_BYTES + MIB)
-    buffers.view(0)[:] = bytes(buffers.size)  # new pages are slower than many disks
+    buffer = Buffers(1, _SAMPLE_BYTES + MIB)[0].data
+    buffer[:] = bytes(len(buffer))  # new pages are slower than many disks
     end = time.perf_counter() + PROBE_SECONDS
     with ExitStack() as stack:
         readers = {}
@@ -76,7 +81,7 @@ def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
                 read = readers[way].segment(tensor.file, tensor.offset, min(tensor.nbytes, _SAMPLE_BYTES))
                 _forget(read)
                 start = time.perf_counter()
-                readers[way].read([read], buffers.view(0))
+                readers[way].read([read], buffer)
                 samples[way].append(read.length / (time.perf_counter() - start))
                 if time.perf_counter() > end:
                     break
