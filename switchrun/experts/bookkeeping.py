@@ -73,20 +73,12 @@ class Entry:
 
 
 class SlotTable:
-    """What lies in each of a cache's equal slots, or is on its way there; not thread-safe.
-
-    Attributes:
-        slots: Those that there are.
-        entries: What they hold.
-        free: Those that hold nothing.
-        policy: Decides which expert leaves.
-        counters: What the cache did.
-    """
+    """What lies in each of a cache's equal slots, or is on its way there; not thread-safe."""
 
     def __init__(self, num_slots: int) -> None:
-        self.slots = set(range(num_slots))
+        self.num_slots = num_slots
         self.entries: dict[ExpertKey, Entry] = {}
-        self.free = sorted(self.slots, reverse=True)
+        self.free = list(reversed(range(num_slots)))
         self.policy = NextUsePolicy()
         self.counters = CacheCounters()
 
@@ -117,11 +109,11 @@ class SlotTable:
         self.entries = {key: entry for key, entry in self.entries.items() if entry.weights is not None}
         self.policy.keep(self.entries)
         taken = {entry.slot for entry in self.entries.values()}
-        self.free = sorted(self.slots - taken, reverse=True)
+        self.free = [slot for slot in reversed(range(self.num_slots)) if slot not in taken]
 
     def keep_only(self, num_slots: int) -> None:
         """Give up the slots from a number on, and what lies in them."""
-        self.slots = {slot for slot in self.slots if slot < num_slots}
+        self.num_slots = num_slots
         self.drop(key for key, entry in self.entries.items() if entry.slot >= num_slots)
 
     def drop(self, keys: Iterable[ExpertKey]) -> None:

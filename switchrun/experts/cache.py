@@ -24,26 +24,11 @@ Stream = Generator[tuple[ExpertKey, ExpertWeights], None, None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Loaded:
-    """An expert is in its slot."""
+class _Arrival:
+    """How a read ended: an expert in its slot, an error, or None if the store's copy is no good: load it again."""
 
     key: ExpertKey
-    weights: ExpertWeights
-
-
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """An expert could not be brought in."""
-
-    key: ExpertKey
-    error: BaseException
-
-
-@dataclass(frozen=True, slots=True)
-class _Retry:
-    """What the store gave was no good: the expert is to be loaded again, which takes another way."""
-
-    key: ExpertKey
+    outcome: ExpertWeights | BaseException | None
 
 
 class ExpertCache:
@@ -52,11 +37,8 @@ class ExpertCache:
     One thread (the model's) calls `stream`; reader threads only fill buffers. A context manager: leaving it waits for
     reads in flight and closes the files.
 
-    Args:
-        expert_format: How experts are brought in.
-        slots: Memory for the experts that are kept, at least one.
-        staging: Memory for those on their way that must be converted; none if none must.
-        reader: Reads them; the cache's from now on.
+    `slots`, at least one, hold the experts that are kept; `staging` those on their way that must be converted. The
+    cache owns the reader from now on.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
@@ -70,7 +52,7 @@ class ExpertCache:
         self._reader = reader
         self._table = SlotTable(slots.count)
         self._free_staging = list(range(staging.count))
-        self._arrived: queue.SimpleQueue[_Loaded | _Failed | _Retry] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
         self._in_flight = 0
         self._busy_lock = threading.Lock()
         self._busy, self._busy_since = 0, 0.0
@@ -118,14 +100,14 @@ class ExpertCache:
                 self._table.policy.release(key)
                 self._submit(missing)
             while self._in_flight:
-                match self._next_arrival():
-                    case _Loaded(key, weights):
-                        yield key, weights
-                        self._table.policy.release(key)
-                    case _Retry(key):
-                        missing.appendleft(key)
-                    case _Failed(_, error):
-                        raise error
+                arrival = self._next_arrival()
+                if isinstance(arrival.outcome, BaseException):
+                    raise arrival.outcome
+                if arrival.outcome is None:
+                    missing.appendleft(arrival.key)
+                else:
+                    yield arrival.key, arrival.outcome
+                    self._table.policy.release(arrival.key)
                 self._submit(missing)
             finished = True
         finally:
@@ -159,28 +141,27 @@ class ExpertCache:
 
     def _finish(self, load: Load, slot: int, staging: int | None, error: BaseException | None) -> None:
         """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""
-        arrival: _Loaded | _Failed | _Retry
+        outcome: ExpertWeights | BaseException | None
         try:
             if error is not None:
                 raise error
             if staging is None:
-                weights = self._format.place(load, self.slots[slot])
+                outcome = self._format.place(load, self.slots[slot])
             else:
-                weights = self._format.convert(load, self._staging[staging], self.slots[slot])
-            arrival = _Loaded(load.key, weights)
+                outcome = self._format.convert(load, self._staging[staging], self.slots[slot])
         except BaseException as failure:  # handed to the model's thread
-            arrival = _Failed(load.key, failure)
+            outcome = failure
             with contextlib.suppress(Exception):  # whatever goes wrong here, somebody waits for the arrival
                 if self._format.give_up(load, failure):
-                    arrival = _Retry(load.key)
+                    outcome = None
                     for segment in load.plan.segments:
                         self._reader.forget(segment.file)
         if staging is not None:
             self._free_staging.append(staging)
         self._note_busy(-1)
-        self._arrived.put(arrival)
+        self._arrived.put(_Arrival(load.key, outcome))
 
-    def _next_arrival(self) -> _Loaded | _Failed | _Retry:
+    def _next_arrival(self) -> _Arrival:
         """Wait for a read to end; the time is counted."""
         counters = self._table.counters
         start = time.perf_counter()
@@ -190,14 +171,14 @@ class ExpertCache:
             counters.wait_seconds += time.perf_counter() - start
         self._in_flight -= 1
         self._note(arrival)
-        if isinstance(arrival, _Retry):
+        if arrival.outcome is None:
             counters.loads -= 1
         return arrival
 
-    def _note(self, arrival: _Loaded | _Failed | _Retry) -> None:
+    def _note(self, arrival: _Arrival) -> None:
         """Put an arrival into the books: its slot is filled, or free again."""
-        if isinstance(arrival, _Loaded):
-            self._table.entries[arrival.key].weights = arrival.weights
+        if isinstance(arrival.outcome, ExpertWeights):
+            self._table.entries[arrival.key].weights = arrival.outcome
         else:
             self._table.free.append(self._table.entries.pop(arrival.key).slot)
 

@@ -34,14 +34,7 @@ class ReadPlan:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How one expert will be brought in.
-
-    Attributes:
-        key: Which one.
-        plan: The reads.
-        staged: Whether they go to a staging buffer, and from there into the slot.
-        stored: Where it is in the store, if that is where it is read from.
-    """
+    """How one expert will be brought in: by which reads, whether by way of a staging buffer, or out of the store."""
 
     key: ExpertKey
     plan: ReadPlan
@@ -64,8 +57,8 @@ class Format(ABC):
         slices = self._slices[key]
         return Load(key, plan_reads(slices, self._direct), self._is_staged(slices))
 
-    @abstractmethod
-    def _is_staged(self, slices: ExpertSlices) -> bool: ...
+    def _is_staged(self, slices: ExpertSlices) -> bool:  # noqa: ARG002 - for those who override it
+        return True
 
     def place(self, load: Load, slot: Buffer) -> ExpertWeights:
         """Return views of what was read into a slot.
@@ -97,10 +90,9 @@ class PlainFormat(Format):
     def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], direct: bool, dtype: torch.dtype) -> None:
         super().__init__(slices, direct)
         self._dtype = dtype
-        self._converts = TORCH_DTYPES[next(iter(slices.values())).wi.dtype] != dtype
 
-    def _is_staged(self, slices: ExpertSlices) -> bool:  # noqa: ARG002 - all are alike
-        return self._converts
+    def _is_staged(self, slices: ExpertSlices) -> bool:
+        return TORCH_DTYPES[slices.wi.dtype] != self._dtype
 
     def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
         """Copy."""
@@ -161,9 +153,6 @@ class PackedFormat(Format):
         length = -(-stored.nbytes // PAGE) * PAGE if self._direct else stored.nbytes
         segment = Segment(stored.path, stored.offset, length, 0, stored.nbytes)
         return Load(key, ReadPlan((segment,), (0, 0)), staged=False, stored=stored)
-
-    def _is_staged(self, slices: ExpertSlices) -> bool:  # noqa: ARG002 - whatever they are
-        return True
 
     def place(self, load: Load, slot: Buffer) -> ExpertWeights:
         """Verify an expert's checksum when it is read for the first time."""

@@ -55,18 +55,10 @@ class OffloadedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, selected_experts: torch.Tensor, routing_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Run the chosen experts; blocks while they are read.
+        """Run the chosen experts on `[rows × tokens, d_model]`; blocks while they are read.
 
-        Args:
-            hidden_states: `[rows × tokens, d_model]`.
-            selected_experts: One-hot `[rows × tokens, 1, num_experts]`, all zero for a dropped token.
-            routing_weights: `[rows × tokens, 1]`.
-
-        Returns:
-            `[rows × tokens, d_model]`.
-
-        Raises:
-            CorruptCheckpointError: An expert cannot be read.
+        `selected_experts` is one-hot `[rows × tokens, 1, num_experts]`, all zero for a dropped token; `routing_weights`
+        is `[rows × tokens, 1]`.
         """
         # Plain numbers: the cache needs them anyway, and a small torch operation costs more than a short loop.
         chosen = {position: expert for position, _, expert in selected_experts.nonzero().tolist()}
@@ -95,9 +87,6 @@ class OffloadedExperts(nn.Module):
             routing_weights: `[tokens, 1]`.
             output: `[tokens, d_model]`, written at those rows; may be `hidden_states` itself.
             most_rows: Tokens to run an expert with at a time, if scratch memory must be bounded.
-
-        Raises:
-            CorruptCheckpointError: An expert cannot be read.
         """
         keys = [ExpertKey(self._stack, self._block, expert) for expert in sorted(tokens_of)]
         tokens_of = _brought(tokens_of, hidden_states.device)

@@ -11,13 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from enum import Enum, auto
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Literal
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
+from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import as_stored, packed_views, plan_reads
 from switchrun.experts.reader import FileReader
@@ -34,22 +35,14 @@ _CALIBRATION_SECONDS = 0.5
 OnBytes = Callable[[int, int], None]
 
 
-class _Outcome(Enum):
-    WRITTEN = auto()
-    SKIPPED = auto()
-    REBUILT = auto()
+_Outcome = Literal["written", "skipped", "rebuilt"]
 
 
 class ExpertPacker:
-    """Reads experts from a checkpoint, packs them and writes them into a store.
+    """Reads experts from a checkpoint, packs them and writes them into a store that was opened with `must_write`.
 
-    Its memory is two buffers for each job, whatever the number of experts.
-
-    Args:
-        checkpoint: Where they come from.
-        store: Where they go to; opened with `must_write`.
-        jobs: How many are worked on side by side, each on a thread of its own.
-        verify: Read experts that are stored, and write them again where they are damaged; else they are skipped.
+    `jobs` are worked on side by side, each on a thread and with two buffers of its own. `verify` reads experts that are
+    stored, and writes them again where they are damaged; else they are skipped.
     """
 
     def __init__(self, checkpoint: SwitchCheckpoint, store: ExpertStore, jobs: int, verify: bool = False) -> None:
@@ -92,16 +85,12 @@ class ExpertPacker:
                     raise result
                 counts[result] += 1
                 on_bytes(number * file_bytes, len(keys) * file_bytes)
-        rebuilt = counts[_Outcome.REBUILT]
-        return PreparedCounts(counts[_Outcome.WRITTEN] + rebuilt, counts[_Outcome.SKIPPED], rebuilt)
+        return PreparedCounts(counts["written"] + counts["rebuilt"], counts["skipped"], counts["rebuilt"])
 
     def packing_seconds(self, key: ExpertKey) -> float:
         """Measure what packing takes for one expert, with all jobs at work; blocks for about half a second.
 
         The expert is read, and packed again and again. Nothing is stored.
-
-        Raises:
-            CorruptCheckpointError: The checkpoint cannot be read.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(self._jobs))
@@ -119,24 +108,24 @@ class ExpertPacker:
     ) -> None:
         try:
             job = _Job(self._checkpoint, self._store, reader, self._direct)
-            while (key := self._next(waiting)) is not None:
+            while not self._stopped.is_set():
+                with self._lock:
+                    key = next(waiting, None)
+                if key is None:
+                    return
                 results.put(self._one(key, job))
         except BaseException as error:  # raised again by `run`
             results.put(error)
-
-    def _next(self, waiting: Iterator[ExpertKey]) -> ExpertKey | None:
-        with self._lock:
-            return None if self._stopped.is_set() else next(waiting, None)
 
     def _one(self, key: ExpertKey, job: _Job) -> _Outcome:
         was_there = expert_path(self._store.folder, key).exists()
         stored = self._store.find(key)
         if stored is not None and (not self._verify or job.is_whole(key, stored)):
-            return _Outcome.SKIPPED
+            return "skipped"
         if stored is not None:
             self._store.discard(key)
         job.store(key)
-        return _Outcome.REBUILT if was_there else _Outcome.WRITTEN
+        return "rebuilt" if was_there else "written"
 
 
 class _Job:
@@ -180,17 +169,12 @@ class _Job:
     def is_whole(self, key: ExpertKey, stored: StoredExpert) -> bool:
         """Read a stored expert and look at its checksum."""
         data = self._packed.data[: stored.nbytes]
-        got = 0
         try:
-            with open(stored.path, "rb", buffering=0) as file:
-                file.seek(stored.offset)
-                while got < len(data) and (count := file.readinto(data[got:])):
-                    got += count
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            got = 0
-        whole = got == len(data) and self._store.verify(key, data)
+            self._reader.read([self._reader.segment(stored.path, stored.offset, stored.nbytes)], self._packed.data)
+            whole = self._store.verify(key, data)
+        except CorruptCheckpointError:
+            whole = False
+        self._reader.forget(stored.path)
         if not whole:
             # Also what lies between the parts, which packing leaves as it is.
             data[:] = bytes(len(data))

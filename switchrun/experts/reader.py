@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -52,10 +52,8 @@ class FileReader:
 
     It owns its threads and file descriptors until `close`.
 
-    Args:
-        direct: Leave nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where
-            the filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read.
-        way: How to read; None is the usual way.
+    `direct` leaves nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where the
+    filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read.
     """
 
     def __init__(self, direct: bool, way: Way | None = None) -> None:
@@ -80,11 +78,8 @@ class FileReader:
     ) -> int:
         """Start reading segments into a buffer; return the bytes that will be read.
 
-        Args:
-            segments: What to read.
-            buffer: Writable bytes; must stay untouched until `done` is called.
-            done: Called once, on a reader thread, with None or the first error; unless `close` drops it.
-            new: The buffer may have no pages yet; they are touched before it is read to.
+        The buffer must stay untouched until `done` is called: once, on a reader thread, with None or the first error,
+        unless `close` drops it. If it is `new` and may have no pages yet, they are touched before it is read to.
         """
         pieces = [piece for segment in segments for piece in _cut(segment, self._way.chunk_bytes)]
         pending = _Pending(len(pieces), partial(self._end, done))
@@ -153,8 +148,9 @@ class FileReader:
                     count = os.preadv(file.descriptor, [target[got:]], piece.offset + got)
                 except OSError as error:
                     if file.direct and error.errno == errno.EINVAL:
-                        # Some filesystems take the flag and refuse the read.
-                        file = self._files.replace_by_buffered(piece.file, file)
+                        # Some filesystems take the flag and refuse the read; others may still try with the old file.
+                        refused, file = file, self._files.acquire(piece.file, direct=False)
+                        self._files.release(refused)
                         continue
                     raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
                 got += count
@@ -212,17 +208,10 @@ class _Pending:
             self._done(self._error)
 
 
-def _cut(segment: Segment, chunk: int) -> list[Segment]:
-    return [
-        Segment(
-            segment.file,
-            segment.offset + start,
-            min(chunk, segment.length - start),
-            segment.position + start,
-            min(chunk, segment.needed - start),
-        )
-        for start in range(0, segment.needed, chunk)
-    ]
+def _cut(segment: Segment, chunk: int) -> Iterator[Segment]:
+    for start in range(0, segment.needed, chunk):
+        length, needed = min(chunk, segment.length - start), min(chunk, segment.needed - start)
+        yield Segment(segment.file, segment.offset + start, length, segment.position + start, needed)
 
 
 @dataclass(slots=True, eq=False)
@@ -245,12 +234,12 @@ class OpenFiles:
         #: The one used last is the last.
         self._files: dict[Path, OpenFile] = {}
         self._lock = threading.Lock()
-        self._any = self._any_buffered = False
+        self._opened: set[bool] = set()
 
     @property
     def all_direct(self) -> bool:
         """Whether there were files, and all of them are read past the page cache."""
-        return self._any and not self._any_buffered
+        return self._opened == {True}
 
     def acquire(self, path: Path, direct: bool) -> OpenFile:
         """Return a file, opened if need be, past the page cache if `direct` and possible; the caller releases it.
@@ -259,13 +248,19 @@ class OpenFiles:
             CorruptCheckpointError: It cannot be opened.
         """
         with self._lock:
-            file = self._files.pop(path, None) or self._open(path, direct)
+            file = self._files.pop(path, None)
+            if file is not None and file.direct and not direct:
+                self._retire(file)
+                file = None
+            if file is None:
+                file = _open_file(path, direct)
+                self._opened.add(file.direct)
             self._files[path] = file
             file.users += 1
             if len(self._files) > MOST_OPEN_FILES:
                 idle = next((name for name, each in self._files.items() if not each.users), None)
                 if idle is not None:
-                    self._retire(idle)
+                    self._retire(self._files.pop(idle))
             return file
 
     def release(self, file: OpenFile) -> None:
@@ -275,41 +270,18 @@ class OpenFiles:
             if file.retired and not file.users:
                 os.close(file.descriptor)
 
-    def replace_by_buffered(self, path: Path, refused: OpenFile) -> OpenFile:
-        """Release a file that cannot be read past the page cache after all; return one that is read through it.
-
-        Other threads may still be reading from the old descriptor.
-        """
-        with self._lock:
-            if self._files.get(path) is refused:
-                self._retire(path)
-            if path not in self._files:  # else another thread was faster
-                self._files[path] = self._open(path, direct=False)
-            buffered = self._files[path]
-            buffered.users += 1
-        self.release(refused)
-        return buffered
-
     def forget(self, path: Path) -> None:
         """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
         with self._lock:
             if path in self._files:
-                self._retire(path)
+                self._retire(self._files.pop(path))
 
     def close(self) -> None:
         """Forget all files."""
-        with self._lock:
-            for path in list(self._files):
-                self._retire(path)
+        for path in list(self._files):
+            self.forget(path)
 
-    def _open(self, path: Path, direct: bool) -> OpenFile:
-        file = _open_file(path, direct)
-        self._any = True
-        self._any_buffered |= not file.direct
-        return file
-
-    def _retire(self, path: Path) -> None:
-        file = self._files.pop(path)
+    def _retire(self, file: OpenFile) -> None:
         file.retired = True
         if not file.users:
             os.close(file.descriptor)

@@ -28,12 +28,8 @@ class GpuCache:
     the slot's last expert was given to the GPU to compute, and computing waits for the copy. The slot in CPU memory is
     released once its copy is made. So while one expert is computed, the next is copied.
 
-    Args:
-        source: The cache in CPU memory; it stays the caller's.
-        place: The GPU.
-        num_slots: Experts that it holds, at least 1; all are allocated now.
-        slot_bytes: Size of a slot.
-        locks: Page-locks the slots in CPU memory; it stays the caller's.
+    The slots are allocated now. `source`, the cache in CPU memory, and `locks`, which page-locks its slots, stay the
+    caller's.
 
     Raises:
         torch.OutOfMemoryError: The GPU has less memory.
@@ -62,10 +58,7 @@ class GpuCache:
     def stream(self, keys: Sequence[ExpertKey]) -> Stream:
         """Yield different experts: first those on the GPU, then the others as they arrive in CPU memory.
 
-        Reads are submitted before the first is yielded.
-
-        Raises:
-            CorruptCheckpointError: An expert cannot be read.
+        Reads are submitted before the first is yielded. Raises what `ExpertCache.stream` does.
         """
         hits, missing = self._table.ask(keys)
         before: ExpertKey | None = None
@@ -165,11 +158,7 @@ class ExpertTiers:
         self._locks: PageLocks | None = None
 
     def add(self, place: torch.device, num_slots: int, slot_bytes: int) -> None:
-        """Put a cache on a GPU; its memory is taken now.
-
-        Raises:
-            torch.OutOfMemoryError: The GPU has less memory.
-        """
+        """Put a `GpuCache` on a GPU; its memory is taken now."""
         if self._locks is None:
             self._locks = PageLocks(self.cpu.slots, place)
             self._stack.callback(self._locks.close)

@@ -16,9 +16,6 @@ def operations() -> Any:
 
     While it is imported, bitsandbytes 0.50 looks for the package `kernels` and has it download native code from the
     Hub, or else logs that it is missing. Nothing here calls that code, so the package is hidden and the log is off.
-
-    Raises:
-        ImportError: bitsandbytes is not installed, or not whole; `switchrun doctor` says more.
     """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, kernels = log.level, sys.modules.get("kernels")

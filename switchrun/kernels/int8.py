@@ -20,10 +20,8 @@ from switchrun.kernels.row_blocks import largest_block, linear_by_blocks, linear
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
-
 #: From so many tokens on, unpacking once beats torch's int8 kernel, which unpacks again for every few.
 _UNPACK_TOKENS = 32
-
 #: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
 #: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
 _KERNEL_MULTIPLE = 32
@@ -65,13 +63,8 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
     processor can, and everything else in float32. The same call gives the same bits. On CUDA this is bitsandbytes'
     LLM.int8, outliers included; that path has not been run yet.
 
-    Args:
-        x: `[..., in]`, float32, bfloat16 or float16.
-        codes: int8 `[out, in]`, contiguous.
-        scb: float32 `[out]`.
-
-    Returns:
-        `[..., out]`, in the dtype of `x`.
+    `x` is `[..., in]`, float32, bfloat16 or float16, the matrix as `quantise_int8` writes it, `codes` contiguous. The
+    result is `[..., out]`, in the dtype of `x`.
     """
     out_features, in_features = codes.shape
     tokens = rows_of(x, in_features)

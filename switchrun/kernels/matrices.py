@@ -23,12 +23,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class Int8Matrix:
-    """A matrix `[out, in]` in LLM.int8's row-wise form: views of a slot.
-
-    Attributes:
-        codes: int8 `[out, in]`.
-        scb: float32 `[out]`, the largest magnitude of each row.
-    """
+    """A matrix in LLM.int8's row-wise form: views of a slot, as `quantise_int8` writes them."""
 
     codes: torch.Tensor
     scb: torch.Tensor
@@ -44,13 +39,9 @@ class Int8Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Nf4Matrix:
-    """A matrix in NF4, blocks of 64: views of a slot.
+    """A matrix `(out, in)` in NF4: views of a slot, as `quantise_nf4` writes them, but `absmax` is bfloat16.
 
-    Attributes:
-        packed: uint8, two codes a byte.
-        absmax: bfloat16, the largest magnitude of each block. bitsandbytes keeps it in float32; rounding it adds 0.2 %
-            to NF4's own error of 9 %, and saves 6 % of the bytes.
-        shape: `(out, in)`.
+    Rounding it adds 0.2 % to NF4's own error of 9 %, and saves 6 % of the bytes.
     """
 
     packed: torch.Tensor
@@ -70,13 +61,7 @@ class Nf4Matrix:
 
 @dataclass(frozen=True, slots=True)
 class TiledNf4Matrix:
-    """A matrix in NF4 whose codes lie in tiles: views of a slot.
-
-    Attributes:
-        tiles: uint8 `[tiles, pairs, 32]`.
-        absmax: bfloat16 `[blocks, rows]`; see `quantise_tiled` for both.
-        shape: `(out, in)`.
-    """
+    """A matrix `(out, in)` in NF4 whose codes lie in tiles: views of a slot, as `quantise_tiled` writes them."""
 
     tiles: torch.Tensor
     absmax: torch.Tensor
@@ -132,9 +117,6 @@ def quantise(stored: ExpertWeights, into: ExpertWeights) -> None:
     """Pack an expert into a slot; blocks while it computes, and takes a few MiB of scratch memory.
 
     What is stored is on the CPU: plain matrices of any floating dtype, or int8, which is copied into int8.
-
-    Raises:
-        ValueError: The shapes do not fit.
     """
     for weight, target in ((stored.wi, into.wi), (stored.wo, into.wo)):
         assert not isinstance(target, torch.Tensor)

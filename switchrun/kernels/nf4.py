@@ -33,14 +33,11 @@ NF4_VALUES = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
 #: The code of 0.0, which fills the last byte of an odd number of elements.
 _ZERO_CODE = 7
-
 #: Cells of the grid that stands in for a search; the midpoints between values are ten cells apart and more.
 _CELLS = 256
 _HALF = (_CELLS - 1) / 2
-
 #: bitsandbytes' product of tiles rounds NF4's values to bfloat16; with the codes of normal weights, they are larger by
 #: so much on average (of absmax). Where `x` has no zero mean, as after ReLU, that adds up: to 2 % of the result in `wo`
 #: of switch-c, where NF4's own error is 10 %. So it is taken off again, which leaves 0.2 %.
@@ -92,14 +89,8 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     (bfloat16 on a CPU that knows it, and CUDA) it unpacks larger pieces to the dtype of `x`, which are then multiplied
     as any other matrix. The same call gives the same bits. CUDA has not been run yet.
 
-    Args:
-        x: `[..., in]`, float32, bfloat16 or float16.
-        packed: uint8 `[ceil(out × in / 2)]`.
-        absmax: float32 `[ceil(out × in / 64)]`.
-        shape: `(out, in)`.
-
-    Returns:
-        `[..., out]`, in the dtype of `x`.
+    `x` is `[..., in]`, float32, bfloat16 or float16, the matrix `(out, in)` as `quantise_nf4` writes it. The result is
+    `[..., out]`, in the dtype of `x`.
     """
     _check_storage(packed, absmax, shape)
     multiple = nf4_rows_to_a_block(shape[1])
@@ -113,7 +104,10 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
         def unpack(rows: slice, buffer: torch.Tensor) -> None:
             here, there = _storage_of(rows, shape[1])
             codes = indices[: here.stop - here.start].copy_(packed[here])
-            _look_up_pairs(codes, pairs, buffer)
+            if len(buffer) % 2:  # it ends within a byte
+                buffer.copy_(torch.index_select(pairs, 0, codes).view(torch.float32)[: len(buffer)])
+            else:
+                torch.index_select(pairs, 0, codes, out=buffer.view(torch.float64))
             _scale_back(buffer, absmax[there])
 
         return unpack
@@ -206,14 +200,6 @@ def _pair_table() -> torch.Tensor:
     values = torch.tensor(NF4_VALUES)
     pairs = torch.stack([values.repeat_interleave(16), values.repeat(16)], dim=1)
     return pairs.view(torch.float64).view(-1)
-
-
-def _look_up_pairs(codes: torch.Tensor, pairs: torch.Tensor, buffer: torch.Tensor) -> None:
-    """Write the values of the codes into a flat float32 buffer, which may end within a byte."""
-    if len(buffer) % 2:
-        buffer.copy_(torch.index_select(pairs, 0, codes).view(torch.float32)[: len(buffer)])
-    else:
-        torch.index_select(pairs, 0, codes, out=buffer.view(torch.float64))
 
 
 def _scale_back(values: torch.Tensor, absmax: torch.Tensor) -> None:

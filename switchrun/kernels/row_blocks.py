@@ -10,17 +10,14 @@ import torch
 
 #: Elements of a block: 2 MiB once they are float32. Smaller blocks pay more for starting threads than they save.
 BLOCK_ELEMENTS = 512 * 1024
-
 #: The same where blocks are multiplied: several threads work on some, and each wait for one another costs more.
 _PRODUCT_ELEMENTS = 1024 * 1024
-
 #: The same where parts take turns, each with all threads; 4 MiB in bfloat16. Smaller ones cost more calls, larger ones
 #: memory.
 _PART_ELEMENTS = 2 * 1024**2
 
 #: Threads that multiply a matrix; each has scratch memory of its own.
 MOST_WORKERS = 4
-
 #: Writes some rows of a matrix into a flat float32 buffer.
 Unpack = Callable[[slice, torch.Tensor], None]
 
@@ -61,20 +58,11 @@ def _rows_in_a_block(length: int, multiple: int, elements: int) -> int:
 def linear_by_blocks(
     x: torch.Tensor, shape: tuple[int, int], unpacker: Callable[[int], Unpack], multiple: int = 1
 ) -> torch.Tensor:
-    """Multiply with a packed matrix that is unpacked block by block; all arithmetic is float32.
+    """Multiply `[..., in]` with a packed matrix `(out, in)` that is unpacked block by block, all of it in float32.
 
     On a CPU a few threads take every second, third or fourth block: what torch does to unpack one is in part the work
-    of a single core. Each takes up to 6 MiB of scratch memory.
-
-    Args:
-        x: `[..., in]`, of any floating dtype.
-        shape: `(out, in)` of the matrix.
-        unpacker: Called once on each thread, with the most elements of a block; what it returns writes rows of the
-            matrix into a buffer.
-        multiple: As for `row_blocks`.
-
-    Returns:
-        `[..., out]`, float32.
+    of a single core. Each takes up to 6 MiB of scratch memory. `unpacker` is called once on each thread, with the most
+    elements of a block; `multiple` is as for `row_blocks`.
     """
     out_features, in_features = shape
     tokens = rows_of(x, in_features).float()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
@@ -15,11 +14,10 @@ from switchrun.checkpoint.names import scales_of
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import Precision
 from switchrun.experts import accelerator
-from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import stored_view
 from switchrun.experts.reader import FileReader
 from switchrun.kernels.int8 import quantise_int8
-from switchrun.model.preload import DensePreload
+from switchrun.model.preload import DensePreload, Landing
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.plan import DISK, Tier, main_tier
@@ -28,11 +26,8 @@ from switchrun.planning.plan import DISK, Tier, main_tier
 _READERS = 2
 
 
-class Stored(NamedTuple):
-    """A tensor as a checkpoint has it, with the scales of its rows if it is in int8."""
-
-    tensor: torch.Tensor
-    scales: torch.Tensor | None
+#: A tensor as a checkpoint has it, and the scales of its rows if it is in int8.
+_Stored = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class DenseWeights(Mapping[str, torch.Tensor]):
@@ -48,7 +43,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def __init__(
         self, slices: Mapping[str, TensorSlice], precision: Precision, reader: FileReader, preload: DensePreload
     ) -> None:
-        self._slices = dict(slices)
+        self.slices = dict(slices)
         self._dtype: torch.dtype = getattr(torch, precision.compute.torch_name)
         self._weights = {scales_of(name): name for name, each in slices.items() if is_int8(name, each, precision)}
         #: Those of the matrix that was read last: a hook that asked for the one asks for the other next.
@@ -64,7 +59,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             if name not in self._scales:
                 self[self._weights[name]]
             return self._scales[name]
-        tensors = self.keep(name, self.read(name))
+        tensors = self._kept(name, self._stored(name))
         result = tensors.pop(name)
         if tensors:
             self._scales = tensors
@@ -73,28 +68,23 @@ class DenseWeights(Mapping[str, torch.Tensor]):
     def convert_staged(self) -> None:
         """Convert what was read ahead, but not to stay, to the form in which it is kept."""
         for name in self._preload.staged:
-            self._converted[name] = self.keep(name, self.read(name))
+            self._converted[name] = self._kept(name, self._stored(name))
         self._preload.drop_staged()
 
-    def read(self, name: str) -> Stored:
-        """Read a tensor as it is stored; any thread may.
-
-        Raises:
-            CorruptCheckpointError: It cannot be read.
-        """
+    def _stored(self, name: str) -> _Stored:
+        """Return a tensor as it is stored; on any thread."""
         name = self.aliases.get(name, name)
-        stored, place = self._slices[name], self._preload.find(name)
-        tensor = stored_view(*place, stored).contiguous() if place else self._read(stored)
-        return Stored(tensor, None if stored.scales is None else self._read(stored.scales))
+        stored = self.slices[name]
+        tensor = self._read(stored, self._preload.landings.get(name))
+        return tensor, None if stored.scales is None else self._read(stored.scales)
 
-    def _read(self, stored: TensorSlice) -> torch.Tensor:
-        """Read one tensor from its file; up to two pages around it are kept with it."""
-        read = self._reader.segment(stored.file, stored.offset, stored.nbytes)
-        buffer = Buffers(1, read.length, huge=False)[0]
-        self._reader.read([read], buffer.data)
-        return stored_view(buffer, stored.offset - read.offset, stored).contiguous()
+    def _read(self, stored: TensorSlice, landing: Landing | None = None) -> torch.Tensor:
+        """Return one tensor; up to two pages around it are kept with it."""
+        landing = landing or Landing(self._reader, stored)
+        landing.wait()
+        return stored_view(landing.buffer, landing.position, stored).contiguous()
 
-    def keep(self, name: str, stored: Stored) -> dict[str, torch.Tensor]:
+    def _kept(self, name: str, stored: _Stored) -> dict[str, torch.Tensor]:
         """Convert a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales.
 
         torch has threads for this; called from several threads at once, they get in each other's way.
@@ -113,11 +103,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return {name: tensor.float() if is_router(name) else tensor}
 
     def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield each tensor's name, and what is kept for it by its names; in any order.
-
-        Raises:
-            CorruptCheckpointError: One cannot be read.
-        """
+        """Yield each tensor's name, and what is kept for it by its names; in any order."""
         left = []
         for name in names:
             if name in self._converted:
@@ -127,19 +113,14 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         with ThreadPoolExecutor(_READERS) as pool:
             for start in range(0, len(left), _READERS):
                 some = left[start : start + _READERS]
-                for name, stored in zip(some, pool.map(self.read, some), strict=True):
-                    yield name, self.keep(name, stored)
+                for name, stored in zip(some, pool.map(self._stored, some), strict=True):
+                    yield name, self._kept(name, stored)
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._slices, *self._weights, *self.aliases])
+        return iter([*self.slices, *self._weights, *self.aliases])
 
     def __len__(self) -> int:
-        return len(self._slices) + len(self._weights) + len(self.aliases)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors as they are stored, without aliases."""
-        return tuple(self._slices)
+        return len(self.slices) + len(self._weights) + len(self.aliases)
 
 
 def input_device(device_map: Mapping[str, Tier]) -> torch.device:
@@ -148,26 +129,23 @@ def input_device(device_map: Mapping[str, Tier]) -> torch.device:
 
 
 def place_dense_weights(
-    model: nn.Module,
-    weights: DenseWeights,
-    device_map: Mapping[str, Tier],
-    on_placed: Callable[[str], None],
+    model: nn.Module, weights: DenseWeights, device_map: Mapping[str, Tier], on_placed: Callable[[str], None]
 ) -> None:
     """Bring dense weights to their tiers; those on disk are brought in by accelerate's hooks when they are used.
 
     `model` is on the meta device; `on_placed` is called with the name of each tensor.
-
-    Raises:
-        CorruptCheckpointError: A tensor cannot be read.
     """
     tiers = {name: tier_of(name, device_map) for name in weights}
-    resident = [name for name in weights.names if tiers[name] != DISK]
+    resident = [name for name in weights.slices if tiers[name] != DISK]
     for name, tensors in weights.tensors(resident):
         for part, tensor in tensors.items():
             set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
         on_placed(name)
     for alias, name in weights.aliases.items():
-        _share(model, alias, name, weights, tiers)
+        if tiers[alias] == tiers[name] != DISK:
+            model.get_submodule(alias.rpartition(".")[0]).weight = model.get_parameter(name)
+        elif tiers[alias] != DISK:
+            set_module_tensor_to_device(model, alias, _device(tiers[alias]), value=weights[alias])
     if len(set(tiers.values())) > 1 or DISK in tiers.values():
         _attach_hooks(model, weights, tiers)
 
@@ -178,27 +156,15 @@ def drop_weights(model: nn.Module) -> None:
         set_module_tensor_to_device(model, name, "meta")
 
 
-def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
-    """Make an alias the same parameter, or a copy of it if the map puts it on another device."""
-    if tiers[alias] == DISK:
-        return
-    owner = model.get_submodule(alias.rpartition(".")[0])
-    if tiers[alias] == tiers[name]:
-        owner.weight = model.get_parameter(name)
-    else:
-        set_module_tensor_to_device(model, alias, _device(tiers[alias]), value=weights[alias])
-
-
 def _attach_hooks(model: nn.Module, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
     """Move inputs to where each module's weights are, and bring the weights that stay on disk in and out."""
     main = _device(main_tier(tiers.values()))
     modules = dict(_whole_modules(model, "", tiers))
     devices = {name: main if tier == DISK else _device(tier) for name, tier in modules.items()}
-    offload = {name: tier == DISK for name, tier in modules.items()}
     attach_align_device_hook_on_blocks(
         model,
         execution_device={"": main} | devices,
-        offload=offload,
+        offload={name: tier == DISK for name, tier in modules.items()},
         weights_map=weights,
     )
 

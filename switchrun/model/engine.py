@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
-from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import BudgetError
 from switchrun.experts import accelerator
-from switchrun.experts.cache import ExpertCache
 from switchrun.experts.module import RoutingContext
 from switchrun.experts.reader import FileReader
 from switchrun.experts.tiers import ExpertTiers
@@ -52,25 +50,13 @@ class Engine:
         preload: Dense weights that are being read already; None starts reading now. The engine closes it.
 
     Attributes:
-        checkpoint: The checkpoint.
         plan: What went where.
         model: transformers' model, its experts replaced.
-        cache: Where its experts come from: those in CPU memory.
-        tiers: The same and those on GPUs.
+        cache: Its experts in CPU memory.
+        tiers: Those, and the ones on GPUs.
         device: Where the model wants token ids.
         context: What its sparse layers share.
-
-    Raises:
-        SwitchrunError: One of its kinds; see `switchrun.errors`.
     """
-
-    checkpoint: SwitchCheckpoint
-    plan: Plan
-    model: Any
-    cache: ExpertCache
-    tiers: ExpertTiers
-    device: torch.device
-    context: RoutingContext
 
     def __init__(
         self,
@@ -93,8 +79,8 @@ class Engine:
                 stack.callback(accelerator.release_unused)  # once all below has been given up
 
             # 2. Wait for them.
-            for name in (*preload.kept, *preload.staged):
-                preload.find(name)
+            for name, landing in preload.landings.items():
+                landing.wait()
                 note_read(name)
             preload.close()  # ends the reads; what was read stays
 
@@ -152,19 +138,10 @@ class Engine:
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
     ) -> list[RawOutput]:
-        """Generate for one batch; if the memory of a GPU runs out, once more with half of the GPUs' slots.
+        """Generate for one batch of token ids; if the memory of a GPU runs out, once more with half of the GPUs' slots.
 
-        Args:
-            rows: Token ids of each input.
-            options: How to generate.
-            pad_id: What shorter rows are filled up with.
-            seed: Seed of the draws, if there are any.
-            on_layer: Called after each sparse layer of the encoder, with their number so far and in all.
-            on_token: Called with the number of tokens generated so far.
-
-        Raises:
-            CorruptCheckpointError: An expert cannot be read.
-            BudgetError: The memory of a GPU runs out again.
+        `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
+        with the number of tokens generated so far.
         """
         width = max(map(len, rows))
         input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
@@ -270,11 +247,7 @@ def _dense_progress(planned: PlannedModel, on_dense_bytes: Callable[[int, int], 
 
 
 def _open_store(planned: PlannedModel, warn: Callable[[str], None] | None) -> ExpertStore | None:
-    """Open the store for a plan with packed experts; None if it has none, or has them in the checkpoint itself.
-
-    Raises:
-        CorruptCheckpointError: The folder belongs to something else.
-    """
+    """Open the store for a plan with packed experts; None if it has none, or has them in the checkpoint itself."""
     checkpoint, packed = planned.checkpoint, planned.plan.precision.packed
     if packed is None or checkpoint.has_int8_experts:
         return None
@@ -285,11 +258,7 @@ def _open_store(planned: PlannedModel, warn: Callable[[str], None] | None) -> Ex
 
 @contextmanager
 def gpu_memory_as_budget(plan: Plan) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into one that says what to do.
-
-    Raises:
-        BudgetError: The memory of a GPU ran out.
-    """
+    """Turn a GPU's out-of-memory error into a `BudgetError` that says what to do."""
     try:
         yield
     except RuntimeError as error:

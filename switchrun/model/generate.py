@@ -35,7 +35,7 @@ class RawOutput:
 
     Attributes:
         ids: The start token, the generated ids, and the end of sequence if it was reached; no padding after it.
-        finished: Whether the end of sequence was reached.
+        finished: Whether it was reached.
         first_token_at: `time.perf_counter()` at the first generated token.
         last_token_at: The same at the row's last token.
         dropped: Tokens over an expert's capacity.
@@ -85,89 +85,66 @@ def generate_batch(
     Beam search runs row by row after a common encoder step: transformers goes on with the beams of a finished row
     until all rows are finished, and each of their tokens would load experts for nothing.
 
-    Args:
-        model: The model, with `OffloadedExperts`.
-        context: The one that its sparse layers share.
-        input_ids: `[rows, tokens]`, padded on the right.
-        attention_mask: `[rows, tokens]`, 0 for padding.
-        options: How to generate.
-        on_token: Called with the number of tokens generated so far.
-        seed: Seed of the draws, if there are any.
-        min_new_tokens: The end of sequence is not let through before as many; for measurements of equal length.
+    `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
+    `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
+    `min_new_tokens` the end of sequence cannot come before as many; for measurements of equal length.
     """
     rows = input_ids.shape[0]
+    groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
+    settings = _settings(options) | {"min_new_tokens": min_new_tokens or None}
+    eos = _eos_ids(model.generation_config)
+    outputs: list[RawOutput] = []
     context.live = attention_mask.bool().tolist()
     dropped = context.dropped = [0] * rows
     try:
         encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        context.live = context.dropped = None
+        context.dropped = None
         with torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample):
             if options.sample:
                 torch.manual_seed(seed)
-            groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
-            outputs: list[RawOutput] = []
             for group in groups:
-                outputs += _decode(
-                    model,
-                    context,
+                context.live = None
+                watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token)
+                sequences = model.generate(
                     input_ids[group],
-                    attention_mask[group],
-                    encoded[group],
-                    options,
-                    on_token,
-                    min_new_tokens,
+                    attention_mask=attention_mask[group],
+                    encoder_outputs=EncoderOutput(last_hidden_state=encoded[group]),
+                    stopping_criteria=StoppingCriteriaList([watch]),
+                    # Without a configuration a cache grows as needed; transformers' has as many layers as the encoder.
+                    **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
+                    **settings,
                 )
+                outputs += [_row(ids, eos.tolist(), watch.times) for ids in sequences.tolist()]
     finally:
         context.live = context.dropped = None
     return [replace(output, dropped=count) for output, count in zip(outputs, dropped, strict=True)]
 
 
 def _gpus_of(model: Any) -> list[int]:
-    """Give the numbers of the GPUs that a model has weights on; torch would ask, and wake, every GPU there is."""
+    """Return the numbers of the GPUs that a model has weights on; torch would ask, and wake, every GPU there is."""
     return sorted({weight.device.index for weight in model.parameters() if weight.device.type not in ("cpu", "meta")})
 
 
-def _decode(
-    model: Any,
-    context: RoutingContext,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    encoded: torch.Tensor,
-    options: GenerationOptions,
-    on_token: Callable[[int], None],
-    min_new_tokens: int,
-) -> list[RawOutput]:
-    eos = _eos_ids(model.generation_config)
-    context.live = None
-    watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token)
-    sampling: dict[str, Any] = (
-        {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k} if options.sample else {}
-    )
-    sequences = model.generate(
-        input_ids,
-        attention_mask=attention_mask,
-        encoder_outputs=EncoderOutput(last_hidden_state=encoded),
-        max_new_tokens=options.max_new_tokens,
-        min_new_tokens=min_new_tokens or None,
-        num_beams=options.num_beams,
-        do_sample=options.sample,
+def _settings(options: GenerationOptions) -> dict[str, Any]:
+    """Return the options as transformers' `generate` takes them."""
+    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    return {
+        "max_new_tokens": options.max_new_tokens,
+        "num_beams": options.num_beams,
+        "do_sample": options.sample,
         # Whatever the checkpoint's own generation settings say: rows of ids are wanted, one for each input.
-        num_return_sequences=1,
-        return_dict_in_generate=False,
-        use_cache=True,
-        stopping_criteria=StoppingCriteriaList([watch]),
-        **sampling,
-        # Without a configuration a cache grows as needed; transformers' own has as many layers as the encoder.
-        **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
-    )
-    return [_row(ids, eos.tolist(), watch.times) for ids in sequences.tolist()]
+        "num_return_sequences": 1,
+        "return_dict_in_generate": False,
+        "use_cache": True,
+        **(sampling if options.sample else {}),
+    }
 
 
 def _row(ids: list[int], eos: list[int], times: list[float]) -> RawOutput:
     end = next((at for at in range(1, len(ids)) if ids[at] in eos), None)
     kept = ids if end is None else ids[: end + 1]
     last = max(0, min(len(kept) - 1, len(times)) - 1)
-    return RawOutput(tuple(kept), end is not None, times[0], times[last], 0)
+    return RawOutput(tuple(kept), end is not None, times[0], times[last], dropped=0)
 
 
 def _eos_ids(generation_config: Any) -> torch.Tensor:

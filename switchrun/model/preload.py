@@ -6,14 +6,14 @@ Importing them takes seconds of the processor in which the disk would have nothi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
-from switchrun.experts.buffers import Buffer, Buffers
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import FileReader, settle
 from switchrun.experts.ways import known_way
 from switchrun.planning import Plan, memory
@@ -24,28 +24,23 @@ from switchrun.planning.opening import PlannedModel
 ImportLibraries = Callable[[Plan], None]
 
 
-class _Landing:
-    """Memory into which some tensors are read, each to whole pages of its own; reading begins at once."""
+class Landing:
+    """A tensor on its way into memory of its own, whole pages; reading begins at once.
 
-    def __init__(self, reader: FileReader, tensors: Mapping[str, TensorSlice]) -> None:
-        self._positions: dict[str, int] = {}
-        self._ends: dict[str, Future[None]] = {name: Future() for name in tensors}
-        reads = []
-        self.nbytes = 0
-        for name, tensor in tensors.items():
-            read = reader.segment(tensor.file, tensor.offset, tensor.nbytes)
-            reads.append((read, self.nbytes, self._ends[name]))
-            self._positions[name] = self.nbytes + tensor.offset - read.offset
-            self.nbytes += -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Read once, while importing keeps the processor busy: huge pages would cost more than they save.
-        self._buffer = Buffers(1, self.nbytes, huge=False)[0]
-        for read, start, end in reads:
-            target = self._buffer.data[start : start + read.length]
-            reader.submit([read], target, partial(settle, end), new=True)
+    `touch` takes the pages before: an import on another thread is held up less.
+    """
 
-    def find(self, name: str) -> tuple[Buffer, int]:
-        self._ends[name].result()
-        return self._buffer, self._positions[name]
+    def __init__(self, reader: FileReader, tensor: TensorSlice, touch: bool = False) -> None:
+        read = reader.segment(tensor.file, tensor.offset, tensor.nbytes)
+        self.position = tensor.offset - read.offset
+        # Read once: huge pages would cost more than they save.
+        self.buffer = Buffers(1, -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE, huge=False)[0]
+        self._end: Future[None] = Future()
+        reader.submit([read], self.buffer.data, partial(settle, self._end), new=touch)
+
+    def wait(self) -> None:
+        """Block until the tensor is there."""
+        self._end.result()
 
 
 class DensePreload:
@@ -58,7 +53,7 @@ class DensePreload:
     Owns its threads and files until `close`, which waits for reads under way. A context manager.
 
     Attributes:
-        kept: Names of the weights that stay; the memory lives as long as a view of it.
+        landings: The weights by name, those that stay first.
         staged: Names of those that do not.
     """
 
@@ -77,35 +72,24 @@ class DensePreload:
         way = known_way(next(iter(checkpoint.experts.values())).wi.file)
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
         self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
-        self.kept, self.staged = tuple(kept), tuple(staged)
-        self._landings: dict[str, _Landing] = {}
-        for tensors in (kept, staged):
-            self._landings |= dict.fromkeys(tensors, _Landing(self._reader, tensors))
+        self.landings = {name: Landing(self._reader, each, touch=True) for name, each in (kept | staged).items()}
+        self.staged = tuple(staged)
 
     @property
     def nbytes(self) -> int:
-        """Memory that is resident once `find` has returned every weight."""
-        return sum(landing.nbytes for landing in set(self._landings.values()))
-
-    def find(self, name: str) -> tuple[Buffer, int] | None:
-        """Return the buffer that holds a weight, once it is there, and at which byte; None if it is not read.
-
-        Raises:
-            CorruptCheckpointError: It cannot be read.
-        """
-        landing = self._landings.get(name)
-        return None if landing is None else landing.find(name)
+        """Memory that is resident once every weight is there."""
+        return sum(landing.buffer.size for landing in self.landings.values())
 
     def drop_staged(self) -> None:
         """Drop the weights that do not stay: their memory goes with the last view of it."""
         for name in self.staged:
-            del self._landings[name]
+            del self.landings[name]
         self.staged = ()
 
     def close(self) -> None:
         """Wait for reads under way, drop the others, end the threads and close the files; may be called again.
 
-        What was dropped is never there: only what was found before can still be found.
+        What was dropped never lands: only weights that were there before are to be waited for.
         """
         self._reader.close(drop=True)
 

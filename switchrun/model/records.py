@@ -79,7 +79,7 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds; `ttft` is request to first token, `itl` the mean time of each later token (None if there is none)."""
+    """`ttft` is from the request to the first token, `itl` the mean time of each later token, None if there is none."""
 
     open_seconds: float
     ttft_seconds: float
@@ -89,14 +89,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class TierCounts:
-    """What one level of the expert cache did.
+    """What the expert cache of a tier, `gpu:0` or `cpu`, did.
 
-    Attributes:
-        tier: `gpu:0` or `cpu`.
-        requests: Experts asked for; what a GPU has not is asked of `cpu`.
-        hits: Of those, the ones that were there.
-        loads: Experts brought in: copied from CPU memory to a GPU, read from disk into CPU memory.
-        load_bytes: Bytes brought in for them.
+    What a GPU has not is asked of `cpu`. Loads are copies from CPU memory to a GPU, or reads from disk into CPU memory.
     """
 
     tier: str
@@ -113,9 +108,9 @@ class TierCounts:
 
 @dataclass(frozen=True, slots=True)
 class ExpertCounts:
-    """What the expert cache did, all levels together: a hit was in some memory, a load was read from disk.
+    """What the expert caches did, all tiers together: a hit was in some memory, a load was read from disk.
 
-    `tiers` has the levels, fast to slow.
+    `tiers` are the tiers, fast to slow.
     """
 
     requests: int
@@ -150,7 +145,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class FillResult:
-    """One filled input. `as_record` gives the JSON of `docs/schemas/fill.schema.json`."""
+    """One filled input. `as_record` returns the JSON of `docs/schemas/fill.schema.json`."""
 
     id: int
     input: str
@@ -166,7 +161,7 @@ class FillResult:
     model: ModelInfo
 
     def as_record(self) -> dict[str, Any]:
-        """Give the result as a JSON-ready dict."""
+        """Return the result as a JSON-ready dict."""
         record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         record["experts"]["hit_rate"] = self.experts.hit_rate
         record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in self.experts.tiers]
@@ -175,19 +170,9 @@ class FillResult:
 
 @dataclass(frozen=True, slots=True)
 class SessionStats:
-    """What a session took so far; sums over its fills.
+    """What a session took so far; sums over its fills, `ttft_seconds` and `itl_seconds` means.
 
-    Attributes:
-        tiers: What each tier holds, as planned.
-        memory: The process's peaks.
-        open_seconds: From the start of `Session.open` to ready.
-        inputs: Inputs answered.
-        output_tokens: Tokens generated for them.
-        fill_seconds: Time spent on filling.
-        ttft_seconds: Mean time to the first token; None before the first fill.
-        itl_seconds: Mean time of each later token; None if there was none.
-        experts: Counters of the expert cache.
-        wait_seconds: Time in which the model stood still for a read, or for a copy to a GPU.
+    `tiers` is what each tier holds, as planned; in `wait_seconds` the model stood still for a read or a copy to a GPU.
     """
 
     tiers: tuple[TierUse, ...]
@@ -204,13 +189,10 @@ class SessionStats:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Told while a session works: the stage, what is done of it, and the expert bytes loaded so far.
+    """How far a session is, handed to its `progress`.
 
-    Attributes:
-        stage: `open` (done and total in bytes of dense weights), `encode` (in sparse layers), `decode` (in tokens).
-        done: How much of the stage is done.
-        total: How much there is, at most.
-        load_bytes: Expert bytes brought from disk since the session was opened.
+    `done` of `total` counts bytes of dense weights (`open`), sparse layers (`encode`) or tokens, at most (`decode`);
+    `load_bytes` the expert bytes brought from disk since the session was opened.
     """
 
     stage: Stage

@@ -19,16 +19,14 @@ _SENTINEL = re.compile(r"<extra_id_(\d{1,9})>", re.ASCII)
 
 
 def sentinel(number: int) -> str:
-    """Write sentinel number `number`."""
+    """Return sentinel number `number`."""
     return f"<extra_id_{number}>"
 
 
 def replace_blanks(text: str, blank: str) -> str:
-    """Put sentinels in the place of blanks, numbered from left to right.
+    """Replace the blanks of a text, such as `A ___ walks into a ___.`, by sentinels, numbered from left to right.
 
-    Args:
-        text: A text with blanks, such as `A ___ walks into a ___.`, and no sentinels.
-        blank: What a blank looks like; a longer run of one repeated character is still one blank.
+    Of a blank that is one repeated character, a longer run is still one blank.
 
     Raises:
         UsageError: The blank is empty.
@@ -44,10 +42,7 @@ def replace_blanks(text: str, blank: str) -> str:
 
 
 def check_sentinels(text: str) -> int:
-    """Check that the sentinels of a text are `<extra_id_0>`, `<extra_id_1>`, … in order, each once.
-
-    Returns:
-        How many there are.
+    """Check that the sentinels of a text are `<extra_id_0>`, `<extra_id_1>`, … in order, each once; return how many.
 
     Raises:
         InputError: There is none, or they are out of order or repeated.
@@ -80,10 +75,7 @@ def parse_spans(
 ) -> tuple[Span, ...]:
     """Cut a model's answer at the sentinels.
 
-    Args:
-        output_ids: Generated ids.
-        sentinel_ids: The ids of the input's sentinels, in order.
-        decode: Gives the text of ids, without special tokens.
+    `sentinel_ids` are those of the input, in order; `decode` returns the text of ids, without special tokens.
 
     Returns:
         One span for each sentinel of the input, in its order; the first answer counts if there are several.

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ class Session:
         started = time.perf_counter() if started is None else started
         self._progress = progress
         self._tokenizer = Tokenizer.load(planned.checkpoint, planned.options.tokenizer)
-        self.engine = engine = Engine(planned, self._show_open, warn, preload)
+        self.engine = engine = Engine(planned, partial(self._show, "open", load_bytes=0), warn, preload)
         self.checkpoint, self.plan = engine.checkpoint, engine.plan
         self._totals = _Totals()
         self._busy = threading.Lock()
@@ -120,15 +121,9 @@ class Session:
     def fill(
         self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
     ) -> list[FillResult]:
-        """Fill the sentinels of texts.
+        """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
-        Args:
-            texts: Texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
-            options: How to generate; greedy by default.
-            first_id: The id of the first result; the others follow.
-
-        Returns:
-            One result for each text, in order.
+        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on.
 
         Raises:
             InputError: A text cannot be filled.
@@ -157,7 +152,7 @@ class Session:
             fill_seconds=totals.fill_seconds,
             ttft_seconds=totals.ttft_seconds / totals.inputs if totals.inputs else None,
             itl_seconds=totals.later_seconds / totals.later_tokens if totals.later_tokens else None,
-            experts=expert_counts(tiers),
+            experts=_expert_counts(tiers),
             wait_seconds=total(tiers).wait_seconds,
         )
 
@@ -210,24 +205,24 @@ class Session:
             pad_id=self._tokenizer.pad_id,
             # Else the same text on two lines would get the same answer twice.
             seed=options.seed + first_id,
-            on_layer=lambda done, layers: self._show("encode", done, layers),
+            on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
         end = time.perf_counter()
-        experts = expert_counts(since(self.engine.tiers.counters(), before))
+        experts = _expert_counts(since(self.engine.tiers.counters(), before))
+        self._totals.fill_seconds += end - start
         results = []
-        for row, (text, output) in enumerate(zip(batch, outputs, strict=True)):
-            tokens = TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped)
-            later = tokens.output - 1
+        for number, (text, output) in enumerate(zip(batch, outputs, strict=True), start=first_id):
+            later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
-            results.append(self._result(first_id + row, text, output, tokens, timing, experts))
-            self._totals.add(tokens, timing)
-        self._totals.fill_seconds += end - start
+            result = self._result(number, text, output, timing, experts)
+            self._totals.add(result)
+            results.append(result)
         return results
 
     def _result(
-        self, number: int, text: Encoded, output: RawOutput, tokens: TokenCounts, timing: Timing, experts: ExpertCounts
+        self, number: int, text: Encoded, output: RawOutput, timing: Timing, experts: ExpertCounts
     ) -> FillResult:
         spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode)
         return FillResult(
@@ -238,20 +233,17 @@ class Session:
             output_ids=output.ids,
             spans=spans,
             finish_reason="stop" if output.finished else "length",
-            tokens=tokens,
+            tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
             timing=timing,
             experts=experts,
             memory=self.engine.memory_peak(),
             model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
         )
 
-    def _show_open(self, done: int, total_bytes: int) -> None:
+    def _show(self, stage: Stage, done: int, most: int, load_bytes: int | None = None) -> None:
         if self._progress is not None:
-            self._progress(Progress("open", done, total_bytes, load_bytes=0))
-
-    def _show(self, stage: Stage, done: int, most: int) -> None:
-        if self._progress is not None:
-            self._progress(Progress(stage, done, most, self.engine.cache.counters().load_bytes))
+            loaded = self.engine.cache.counters().load_bytes if load_bytes is None else load_bytes
+            self._progress(Progress(stage, done, most, loaded))
 
 
 def open_session(
@@ -267,8 +259,8 @@ def open_session(
     Args:
         options: What to open, and how.
         progress: Called while the session works.
-        warn: Called with warnings, from any thread; they are logged if it is None.
-        started: `time.perf_counter()` when opening began; now if None.
+        warn: Called with warnings, from any thread; None logs them.
+        started: `time.perf_counter()` when opening began; None is now.
         import_libraries: Imports them, in the caller's own way.
 
     Raises:
@@ -288,16 +280,16 @@ class _Totals:
         self.inputs = self.output_tokens = self.later_tokens = 0
         self.fill_seconds = self.ttft_seconds = self.later_seconds = 0.0
 
-    def add(self, tokens: TokenCounts, timing: Timing) -> None:
+    def add(self, result: FillResult) -> None:
         self.inputs += 1
-        self.output_tokens += tokens.output
-        self.ttft_seconds += timing.ttft_seconds
-        if timing.itl_seconds is not None:
-            self.later_tokens += tokens.output - 1
-            self.later_seconds += timing.itl_seconds * (tokens.output - 1)
+        self.output_tokens += result.tokens.output
+        self.ttft_seconds += result.timing.ttft_seconds
+        if result.timing.itl_seconds is not None:
+            self.later_tokens += result.tokens.output - 1
+            self.later_seconds += result.timing.itl_seconds * (result.tokens.output - 1)
 
 
-def expert_counts(tiers: Mapping[str, CacheCounters]) -> ExpertCounts:
+def _expert_counts(tiers: Mapping[str, CacheCounters]) -> ExpertCounts:
     """Return the counters that a record has; see `ExpertTiers.counters`."""
     together = total(tiers)
     return ExpertCounts(

@@ -20,13 +20,7 @@ _MAX_CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text that can be filled, ready for the model.
-
-    Attributes:
-        text: The text, with sentinels.
-        ids: Its tokens, the end mark included.
-        sentinels: The ids of its sentinels, in order.
-    """
+    """A text that can be filled, the ids of its tokens, the end mark included, and those of its sentinels, in order."""
 
     text: str
     ids: tuple[int, ...]
@@ -34,12 +28,7 @@ class Encoded:
 
 
 class Tokenizer:
-    """Turns texts into ids and ids into texts.
-
-    Args:
-        tokenizer: A transformers tokenizer, with `<extra_id_0>` among its tokens.
-        most_tokens: The longest input that the model takes.
-    """
+    """Turns texts into ids and ids into texts; `most_tokens` is the longest input that the model takes."""
 
     def __init__(self, tokenizer: Any, most_tokens: int) -> None:
         self._tokenizer = tokenizer

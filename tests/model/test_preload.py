@@ -30,7 +30,7 @@ def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatc
     planned = plan_model(OpenOptions(model=model))
     preload = DensePreload(planned.checkpoint, planned.plan)
     threads = preload._reader._way.threads
-    assert len(preload.kept) + len(preload.staged) > threads + 1
+    assert len(preload.landings) > threads + 1
     closing = threading.Thread(target=preload.close)
     closing.start()
     while preload._reader._pool._work_queue.qsize() > 1:  # what wakes the threads stays
