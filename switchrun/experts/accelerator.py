@@ -31,11 +31,7 @@ def device_type() -> str | None:
 
 
 def check_gpus(numbers: Sequence[int]) -> None:
-    """Refuse GPUs that this machine does not have, and wake those that it has.
-
-    Raises:
-        UsageError: A GPU is not there, or the driver is too old for this torch, or broken.
-    """
+    """Refuse GPUs that this machine does not have, or a driver that does not suit torch, and wake the others."""
     if not numbers:
         return
     _check_driver()

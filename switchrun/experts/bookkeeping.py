@@ -17,13 +17,9 @@ if TYPE_CHECKING:
 class CacheCounters:
     """What a cache did since it was made.
 
-    Attributes:
-        requests: Experts asked for, once for each layer and step that needs one.
-        hits: Of those, the ones that were in memory.
-        loads: Experts brought from the slower tier.
-        load_bytes: Bytes brought for them; of reads, alignment included.
-        load_seconds: Time in which at least one read was under way.
-        wait_seconds: Time in which the model stood still for a read, or for a copy.
+    An expert is requested once for each layer and step that needs it. A hit was in memory, a load is brought from the
+    slower tier; `load_bytes` of reads include alignment. In `load_seconds` at least one read was under way, in
+    `wait_seconds` the model stood still for a read, or for a copy.
     """
 
     requests: int = 0

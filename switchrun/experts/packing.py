@@ -59,10 +59,6 @@ class ExpertPacker:
 
         Whatever is raised, also by `on_bytes` or a signal's handler, experts that were begun are finished before, so
         the store is as good as after any other end.
-
-        Raises:
-            CorruptCheckpointError: The checkpoint cannot be read.
-            StorageError: The store cannot be written.
         """
         counts: Counter[_Outcome] = Counter()
         results: SimpleQueue[_Outcome | BaseException] = SimpleQueue()

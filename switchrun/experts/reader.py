@@ -48,12 +48,11 @@ class Segment:
 
 
 class FileReader:
-    """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
-
-    It owns its threads and file descriptors until `close`.
+    """Reads segments into memory on its own threads; owns those and its file descriptors until `close`.
 
     `direct` leaves nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where the
-    filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read.
+    filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read. What cannot be read
+    is a `CorruptCheckpointError`.
     """
 
     def __init__(self, direct: bool, way: Way | None = None) -> None:
@@ -104,15 +103,15 @@ class FileReader:
         needed = offset + nbytes - start
         return Segment(file, start, -(-needed // PAGE) * PAGE, 0, needed)
 
-    def read(self, segments: Iterable[Segment], buffer: memoryview) -> None:
-        """Read segments into a buffer; blocks until they are there.
-
-        Raises:
-            CorruptCheckpointError: They cannot be read.
-        """
+    def begin(self, segments: Iterable[Segment], buffer: memoryview, new: bool = False) -> Future[None]:
+        """Start reading as `submit` does; the future ends with the reads, or with their first error."""
         end: Future[None] = Future()
-        self.submit(segments, buffer, partial(settle, end))
-        end.result()
+        self.submit(segments, buffer, partial(_settle, end), new)
+        return end
+
+    def read(self, segments: Iterable[Segment], buffer: memoryview) -> None:
+        """Read segments into a buffer; blocks until they are there."""
+        self.begin(segments, buffer).result()
 
     def wait(self) -> None:
         """Block until every `done` of what was submitted has been called."""
@@ -178,8 +177,7 @@ class FileReader:
         self._files.close()
 
 
-def settle(end: Future[None], error: BaseException | None) -> None:
-    """End a future with the outcome that `FileReader.submit` hands to `done`."""
+def _settle(end: Future[None], error: BaseException | None) -> None:
     if error is None:
         end.set_result(None)
     else:
@@ -225,10 +223,7 @@ class OpenFile:
 
 
 class OpenFiles:
-    """The files that a reader has open, by path; those used longest ago are closed first.
-
-    It owns the descriptors until `close`. Any thread may call it.
-    """
+    """The files that a reader has open, by path; those used longest ago are closed first. For any thread."""
 
     def __init__(self) -> None:
         #: The one used last is the last.
@@ -242,11 +237,7 @@ class OpenFiles:
         return self._opened == {True}
 
     def acquire(self, path: Path, direct: bool) -> OpenFile:
-        """Return a file, opened if need be, past the page cache if `direct` and possible; the caller releases it.
-
-        Raises:
-            CorruptCheckpointError: It cannot be opened.
-        """
+        """Return a file, opened if need be, past the page cache if `direct` and possible; the caller releases it."""
         with self._lock:
             file = self._files.pop(path, None)
             if file is not None and file.direct and not direct:

@@ -66,12 +66,8 @@ def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: Exper
     transformers would make every expert a module: 61,440 of them take minutes to build for switch-c-2048. So the
     model is built with one expert a layer; then the routers get their real width and the experts are swapped out.
 
-    Returns:
-        A `SwitchTransformersForConditionalGeneration` in eval mode that computes in the precision's compute dtype,
-        routers in float32; its dense weights are still on the meta device.
-
-    Raises:
-        ModelError: transformers does not accept the configuration.
+    Returns a `SwitchTransformersForConditionalGeneration` in eval mode that computes in the precision's compute dtype,
+    routers in float32. Raises a `ModelError` if transformers does not accept the configuration.
     """
     config = _config(checkpoint)
     if config.dense_act_fn not in ACT2FN:

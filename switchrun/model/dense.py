@@ -50,7 +50,6 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         self._scales: dict[str, torch.Tensor] = {}
         self._reader = reader
         self._preload = preload
-        self._converted: dict[str, dict[str, torch.Tensor]] = {}
         names = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
         self.aliases = {name: "shared.weight" for name in names if name not in slices}
 
@@ -65,17 +64,11 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             self._scales = tensors
         return result
 
-    def convert_staged(self) -> None:
-        """Convert what was read ahead, but not to stay, to the form in which it is kept."""
-        for name in self._preload.staged:
-            self._converted[name] = self._kept(name, self._stored(name))
-        self._preload.drop_staged()
-
     def _stored(self, name: str) -> _Stored:
         """Return a tensor as it is stored; on any thread."""
         name = self.aliases.get(name, name)
         stored = self.slices[name]
-        tensor = self._read(stored, self._preload.landings.get(name))
+        tensor = self._read(stored, self._preload.take(name))
         return tensor, None if stored.scales is None else self._read(stored.scales)
 
     def _read(self, stored: TensorSlice, landing: Landing | None = None) -> torch.Tensor:
@@ -103,16 +96,10 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         return {name: tensor.float() if is_router(name) else tensor}
 
     def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield each tensor's name, and what is kept for it by its names; in any order."""
-        left = []
-        for name in names:
-            if name in self._converted:
-                yield name, self._converted.pop(name)
-            else:
-                left.append(name)
+        """Yield each tensor's name, and what is kept for it by its names."""
         with ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(left), _READERS):
-                some = left[start : start + _READERS]
+            for start in range(0, len(names), _READERS):
+                some = names[start : start + _READERS]
                 for name, stored in zip(some, pool.map(self._stored, some), strict=True):
                     yield name, self._kept(name, stored)
 

@@ -88,14 +88,8 @@ class Engine:
             rss_bytes = ram.rss_bytes() - preload.nbytes
             self.plan = plan = fit_to_runtime(planned.plan, checkpoint, rss_bytes, planned.own_bytes)
 
-            # 4. Convert what was read into the room of the experts, before they take it.
+            # 4. The cache. Its threads offer experts to the writer, which is closed later and writes what still waits.
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else None
-            reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
-            stack.callback(reader.close)
-            weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
-            weights.convert_staged()
-
-            # 5. The cache. Its threads offer experts to the writer, which is closed later and writes what still waits.
             store = _open_store(planned, warn)
             writer = None
             if store is not None:
@@ -104,9 +98,12 @@ class Engine:
             self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
             self.tiers = stack.enter_context(ExpertTiers(self.cache))
 
-            # 6. The model, its dense weights placed; then what GPUs have left is for experts.
+            # 5. The model, its dense weights placed; then what GPUs have left is for experts.
+            reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
+            stack.callback(reader.close)
             self.model = build_model(checkpoint, plan.precision, self.tiers, self.context)
             stack.callback(drop_weights, self.model)
+            weights = DenseWeights(checkpoint.dense, plan.precision, reader, preload)
             place_dense_weights(self.model, weights, plan.device_map, note_read)
             for number in plan.gpus:
                 self._add_gpu_cache(number)

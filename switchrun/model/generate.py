@@ -31,14 +31,10 @@ CACHE_ARGUMENT = (
 
 @dataclass(frozen=True, slots=True)
 class RawOutput:
-    """What came out for one row of a batch.
+    """What came out for one row of a batch; times are `time.perf_counter()`.
 
-    Attributes:
-        ids: The start token, the generated ids, and the end of sequence if it was reached; no padding after it.
-        finished: Whether it was reached.
-        first_token_at: `time.perf_counter()` at the first generated token.
-        last_token_at: The same at the row's last token.
-        dropped: Tokens over an expert's capacity.
+    `ids` are the start token, the generated ids, and the end of sequence if it was reached (`finished`); no padding.
+    `dropped` are tokens over an expert's capacity.
     """
 
     ids: tuple[int, ...]

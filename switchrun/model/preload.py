@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from functools import partial
 from importlib import import_module
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.reader import FileReader, settle
+from switchrun.experts.reader import FileReader
 from switchrun.experts.ways import known_way
 from switchrun.planning import Plan, memory
 from switchrun.planning.device_map import tier_of
@@ -25,18 +23,14 @@ ImportLibraries = Callable[[Plan], None]
 
 
 class Landing:
-    """A tensor on its way into memory of its own, whole pages; reading begins at once.
-
-    `touch` takes the pages before: an import on another thread is held up less.
-    """
+    """A tensor on its way into whole pages of its own, which may be touched first; reading begins at once."""
 
     def __init__(self, reader: FileReader, tensor: TensorSlice, touch: bool = False) -> None:
         read = reader.segment(tensor.file, tensor.offset, tensor.nbytes)
         self.position = tensor.offset - read.offset
         # Read once: huge pages would cost more than they save.
         self.buffer = Buffers(1, -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE, huge=False)[0]
-        self._end: Future[None] = Future()
-        reader.submit([read], self.buffer.data, partial(settle, self._end), new=touch)
+        self._end = reader.begin([read], self.buffer.data, new=touch)
 
     def wait(self) -> None:
         """Block until the tensor is there."""
@@ -47,14 +41,10 @@ class DensePreload:
     """Reads the dense weights that belong into CPU memory ahead of everything else.
 
     Weights that are kept as they are stored stay where they are read to. The others, which are converted or packed when
-    torch is there, are read ahead as far as they fit into the room of the expert slots, which are made later; they are
-    dropped with `drop_staged` before that.
+    torch is there, are read ahead as far as they fit into the room of the expert slots, which are filled later: they go
+    when they are taken.
 
     Owns its threads and files until `close`, which waits for reads under way. A context manager.
-
-    Attributes:
-        landings: The weights by name, those that stay first.
-        staged: Names of those that do not.
     """
 
     def __init__(self, checkpoint: SwitchCheckpoint, plan: Plan) -> None:
@@ -73,24 +63,19 @@ class DensePreload:
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
         self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
         self.landings = {name: Landing(self._reader, each, touch=True) for name, each in (kept | staged).items()}
-        self.staged = tuple(staged)
+        self._staged = set(staged)
 
     @property
     def nbytes(self) -> int:
         """Memory that is resident once every weight is there."""
         return sum(landing.buffer.size for landing in self.landings.values())
 
-    def drop_staged(self) -> None:
-        """Drop the weights that do not stay: their memory goes with the last view of it."""
-        for name in self.staged:
-            del self.landings[name]
-        self.staged = ()
+    def take(self, name: str) -> Landing | None:
+        """Return where a weight lands, if it is read ahead and was not taken already."""
+        return self.landings.pop(name, None) if name in self._staged else self.landings.get(name)
 
     def close(self) -> None:
-        """Wait for reads under way, drop the others, end the threads and close the files; may be called again.
-
-        What was dropped never lands: only weights that were there before are to be waited for.
-        """
+        """Wait for reads under way, drop the others, which never land, and close the files; may be called again."""
         self._reader.close(drop=True)
 
     def __enter__(self) -> DensePreload:

@@ -157,11 +157,7 @@ class Session:
         )
 
     def close(self) -> None:
-        """Close files, end threads and give the memory back; closing twice does nothing.
-
-        Raises:
-            UsageError: Another thread is filling with this session.
-        """
+        """Close files, end threads and give the memory back; closing twice does nothing. Not while it fills."""
         with self._one_thread():
             self.engine.close()
 
@@ -256,16 +252,11 @@ def open_session(
 ) -> Session:
     """Open a model; torch and transformers are imported while its dense weights are being read.
 
-    Args:
-        options: What to open, and how.
-        progress: Called while the session works.
-        warn: Called with warnings, from any thread; None logs them.
-        started: `time.perf_counter()` when opening began; None is now.
-        import_libraries: Imports them, in the caller's own way.
+    `progress` is called while the session works, `warn` with warnings, from any thread; without it they are logged.
+    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way.
 
     Raises:
-        SwitchrunError: One of its kinds; see `switchrun.errors`. A wrong model or budget is noticed before torch is
-            imported.
+        SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
     """
     started = time.perf_counter() if started is None else started
     planned = plan_model(options)

@@ -80,11 +80,7 @@ class Tokenizer:
         return None if found is None or found == self._tokenizer.unk_token_id else int(found)
 
     def encode(self, text: str) -> Encoded:
-        """Make a text ready for the model.
-
-        Raises:
-            InputError: It has no sentinels, or not in order, or it is too long, or the vocabulary has fewer.
-        """
+        """Make a text ready for the model; see `Session.encode`."""
         sentinels = []
         for number in range(check_sentinels(text)):
             found = self.sentinel_id(number)
