@@ -139,7 +139,7 @@ class PageLocks:
     Each is locked when it is first copied from: locking takes all of its pages from the system, and for a large memory
     that would take longer than opening may. Other makers' GPUs copy from memory as it is.
 
-    `place` is a GPU that is used: CUDA locks memory for all, but wakes the one that it is told of, the first if none.
+    `place` is a GPU that is used: CUDA locks memory for all, but wakes the current one, which is the first by default.
     """
 
     def __init__(self, buffers: Buffers, place: torch.device) -> None:

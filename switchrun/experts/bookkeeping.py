@@ -44,10 +44,7 @@ def since(tiers: Mapping[str, CacheCounters], earlier: Mapping[str, CacheCounter
 
 
 def total(tiers: Mapping[str, CacheCounters]) -> CacheCounters:
-    """Return the counters of all tiers as one cache's: a hit is an expert that was in memory, a load one that was read.
-
-    `tiers` is what `ExpertTiers.counters` or `since` returns.
-    """
+    """Return the counters of all tiers as one cache's: a hit was in some memory, a load was read from disk."""
     cpu = tiers["cpu"]
     hits = sum(counters.hits for tier, counters in tiers.items() if tier != "cpu")
     return CacheCounters(

@@ -39,13 +39,11 @@ class ExpertCache:
 
     `slots`, at least one, hold the experts that are kept; `staging` those on their way that must be converted. The
     cache owns the reader from now on.
-
-    Attributes:
-        on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
     """
 
     def __init__(self, expert_format: Format, slots: Buffers, staging: Buffers, reader: FileReader) -> None:
         self.slots = slots
+        #: Called with each expert that is about to be read and with its reads, in order; for measurements.
         self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
         self._format = expert_format
         self._staging = staging
@@ -76,10 +74,8 @@ class ExpertCache:
         """Yield different experts, each as soon as it is in memory: first those that are, then arrivals.
 
         Reads of missing experts are submitted now, as far as there are slots; when there are fewer slots than experts,
-        each slot is used again as soon as its expert has been computed. Blocks while nothing has arrived yet.
-
-        Raises:
-            CorruptCheckpointError: An expert cannot be read.
+        each slot is used again as soon as its expert has been computed. Blocks while nothing has arrived yet. An expert
+        that cannot be read is a `CorruptCheckpointError`.
         """
         stream = self._visit(keys)
         next(stream)

@@ -61,11 +61,7 @@ class Format(ABC):
         return True
 
     def place(self, load: Load, slot: Buffer) -> ExpertWeights:
-        """Return views of what was read into a slot.
-
-        Raises:
-            DamagedExpertError: It is not what it should be.
-        """
+        """Return views of what was read into a slot; a `DamagedExpertError` if it is not what it should be."""
         return self._as_stored(load, slot)
 
     @abstractmethod
@@ -106,10 +102,7 @@ class PlainFormat(Format):
 
 
 class Int8Format(Format):
-    """Experts of a checkpoint in 8 bit, read in place; what is plain among them is packed each time it is read.
-
-    `layout` is how an expert that is packed lies in a slot.
-    """
+    """Experts of a checkpoint in 8 bit, read in place; what is plain among them is packed by `layout` at each read."""
 
     def __init__(self, slices: Mapping[ExpertKey, ExpertSlices], direct: bool, layout: Layout) -> None:
         super().__init__(slices, direct)
@@ -128,15 +121,11 @@ class Int8Format(Format):
 class PackedFormat(Format):
     """Experts in few bits: from the store, or packed out of the checkpoint and offered to the store.
 
-    Whatever is wrong with the store costs time and nothing else. Nothing is written if there is no writer.
+    Whatever is wrong with the store costs time and nothing else.
     """
 
     def __init__(
-        self,
-        slices: Mapping[ExpertKey, ExpertSlices],
-        direct: bool,
-        store: ExpertStore,
-        writer: BackgroundWriter | None,
+        self, slices: Mapping[ExpertKey, ExpertSlices], direct: bool, store: ExpertStore, writer: BackgroundWriter
     ) -> None:
         super().__init__(slices, direct)
         self._store = store
@@ -165,9 +154,8 @@ class PackedFormat(Format):
         weights = self._views(load.key, slot)
         quantise(self._as_stored(load, staging), weights)
         self._failed.discard(load.key)
-        if self._writer is not None:
-            self._clear_padding(slot)
-            self._writer.offer(load.key, self._packed(slot))
+        self._clear_padding(slot)
+        self._writer.offer(load.key, self._packed(slot))
         return weights
 
     def give_up(self, load: Load, error: BaseException) -> bool:
@@ -193,10 +181,7 @@ class PackedFormat(Format):
 
 
 def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
-    """Lay out the reads of one expert; tensors that are neighbours in a file share one.
-
-    `direct` aligns everything to pages, for `O_DIRECT`.
-    """
+    """Lay out the reads of one expert, aligned if `direct`; tensors that are neighbours in a file share one."""
     page = PAGE if direct else 64
     groups: list[list[TensorSlice]] = []
     for tensor in sorted(slices.ranges, key=lambda tensor: (str(tensor.file), tensor.offset)):

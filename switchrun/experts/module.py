@@ -81,12 +81,9 @@ class OffloadedExperts(nn.Module):
     ) -> None:
         """Run each expert once over all tokens that chose it; blocks while experts are read.
 
-        Args:
-            hidden_states: `[tokens, d_model]`.
-            tokens_of: For each expert that is wanted the rows of its tokens, each once, ascending.
-            routing_weights: `[tokens, 1]`.
-            output: `[tokens, d_model]`, written at those rows; may be `hidden_states` itself.
-            most_rows: Tokens to run an expert with at a time, if scratch memory must be bounded.
+        `tokens_of` has for each expert that is wanted the rows of its tokens, each once, ascending. `hidden_states` and
+        `output`, which is written at those rows and may be the same, are `[tokens, d_model]`, `routing_weights`
+        `[tokens, 1]`. `most_rows` are the tokens to run an expert with at a time, if scratch memory must be bounded.
         """
         keys = [ExpertKey(self._stack, self._block, expert) for expert in sorted(tokens_of)]
         tokens_of = _brought(tokens_of, hidden_states.device)

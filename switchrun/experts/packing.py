@@ -84,10 +84,7 @@ class ExpertPacker:
         return PreparedCounts(counts["written"] + counts["rebuilt"], counts["skipped"], counts["rebuilt"])
 
     def packing_seconds(self, key: ExpertKey) -> float:
-        """Measure what packing takes for one expert, with all jobs at work; blocks for about half a second.
-
-        The expert is read, and packed again and again. Nothing is stored.
-        """
+        """Measure what packing takes for one expert, with all jobs at work; blocks for half a second."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(self._jobs))
             reader = FileReader(self._direct)
@@ -192,10 +189,7 @@ def _is_first(folder: Path, stack: contextlib.ExitStack) -> bool:
 
 @contextmanager
 def _few_threads(jobs: int) -> Iterator[None]:
-    """Share torch's threads among the jobs: each would start as many as there are cores.
-
-    The setting belongs to the whole process, so it is put back.
-    """
+    """Share torch's threads, in the whole process, among the jobs: each would start as many as there are cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // max(1, jobs)))
     try:

@@ -28,11 +28,8 @@ class GpuCache:
     the slot's last expert was given to the GPU to compute, and computing waits for the copy. The slot in CPU memory is
     released once its copy is made. So while one expert is computed, the next is copied.
 
-    The slots are allocated now. `source`, the cache in CPU memory, and `locks`, which page-locks its slots, stay the
-    caller's.
-
-    Raises:
-        torch.OutOfMemoryError: The GPU has less memory.
+    The slots are allocated now, or it is a `torch.OutOfMemoryError`. `source`, the cache in CPU memory, and `locks`,
+    which page-locks its slots, stay the caller's.
     """
 
     def __init__(
@@ -144,11 +141,9 @@ class GpuCache:
 
 
 class ExpertTiers:
-    """The cache of each device. A context manager: leaving it gives the GPUs' slots up.
+    """The cache in CPU memory, which stays the caller's, and those of the GPUs that share it, by their numbers.
 
-    Attributes:
-        cpu: The cache in CPU memory, which all GPUs share; it stays the caller's.
-        gpus: The caches on GPUs, by their numbers.
+    A context manager: leaving it gives the GPUs' slots up.
     """
 
     def __init__(self, cpu: ExpertCache) -> None:

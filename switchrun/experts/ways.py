@@ -20,7 +20,6 @@ from switchrun.units import MIB
 
 #: One of them was the best on every disk that was tried; the first is taken until another has shown that it is better.
 WAYS = (Way(), Way(1, 32 * MIB), Way(2, 16 * MIB), Way(8, 2 * MIB), Way(4, 4 * MIB, direct=False))
-
 #: Trying ends after this time, whatever the disk.
 PROBE_SECONDS = 0.25
 #: So much of a matrix is read at a time: enough for several threads, little enough for a slow disk.

@@ -33,11 +33,7 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
     bitsandbytes computes in float32 whatever the dtype, and so does this. It takes about 2 MiB of scratch memory.
     A row whose magnitudes are all zero, or too small for 127 / SCB to be finite, gets zero codes, as there.
 
-    `weight` is `[out, in]`, floating, finite, on the CPU. Written are `codes`, int8 `[out, in]`, and `scb`, float32
-    `[out]`.
-
-    Raises:
-        ValueError: Shapes or dtypes do not fit together.
+    `weight` is `[out, in]`, floating, finite, on the CPU. Written are int8 `codes` and float32 `scb`, `[out]`.
     """
     if codes.shape != weight.shape or scb.shape != weight.shape[:1]:
         raise ValueError(f"codes {list(codes.shape)} and SCB {list(scb.shape)} do not fit {list(weight.shape)}")

@@ -114,10 +114,7 @@ def moved(weights: ExpertWeights, move: Callable[[torch.Tensor], torch.Tensor]) 
 
 
 def quantise(stored: ExpertWeights, into: ExpertWeights) -> None:
-    """Pack an expert into a slot; blocks while it computes, and takes a few MiB of scratch memory.
-
-    What is stored is on the CPU: plain matrices of any floating dtype, or int8, which is copied into int8.
-    """
+    """Pack plain matrices on the CPU, or copy int8 ones, into a slot; takes a few MiB of scratch memory."""
     for weight, target in ((stored.wi, into.wi), (stored.wo, into.wo)):
         assert not isinstance(target, torch.Tensor)
         if isinstance(weight, Int8Matrix) and isinstance(target, Int8Matrix):

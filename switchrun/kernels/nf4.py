@@ -51,9 +51,6 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
 
     Takes about 10 MiB of scratch memory. `weight` is `[out, in]`, floating, finite, on the CPU. Written are `packed`,
     uint8 `[ceil(out × in / 2)]`, and `absmax`, float32 `[ceil(out × in / 64)]`.
-
-    Raises:
-        ValueError: Shapes or dtypes do not fit together.
     """
     shape = (weight.shape[0], weight.shape[1])
     _check_storage(packed, absmax, shape)
@@ -152,11 +149,10 @@ def _scale_to_one(values: torch.Tensor, absmax: torch.Tensor) -> None:
 
 
 class _Search:
-    """Finds the code nearest to each value in [-1, 1]: what `torch.bucketize` finds, several times faster.
+    """Finds the codes nearest to at most `size` values in [-1, 1], as `torch.bucketize` does, several times faster.
 
     A grid stands in for the search. Each of its cells has one midpoint nearest to it, and no other is near any value in
-    the cell; so a value's code is that midpoint's number, plus 1 if the value is beyond it. At most `size` values are
-    searched for at once.
+    the cell; so a value's code is that midpoint's number, plus 1 if the value is beyond it.
     """
 
     def __init__(self, size: int) -> None:
@@ -277,10 +273,7 @@ def linear_tiled(x: torch.Tensor, tiles: torch.Tensor, absmax: torch.Tensor, sha
 
 @cache
 def tiled_product_works() -> bool:
-    """Try bitsandbytes' product on a small matrix: it is there on some processors only, and nothing promises its order.
-
-    Imports bitsandbytes.
-    """
+    """Try bitsandbytes' product on a small matrix: only some processors have it, and nothing promises its order."""
     generator = torch.Generator().manual_seed(0)
     shape = (2 * NF4_TILE_ROWS, 3 * NF4_BLOCK // 2)
     codes = torch.randint(16, (shape[0] * shape[1],), dtype=torch.uint8, generator=generator)

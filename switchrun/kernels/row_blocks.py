@@ -23,21 +23,14 @@ Unpack = Callable[[slice, torch.Tensor], None]
 
 
 def rows_of(x: torch.Tensor, length: int) -> torch.Tensor:
-    """Return `x` `[..., in]` as `[rows, in]`.
-
-    Raises:
-        ValueError: `in` is not the length of the matrix's rows.
-    """
+    """Return `x` `[..., in]` as `[rows, in]`; a `ValueError` if `in` is not the length of the matrix's rows."""
     if x.shape[-1] != length:
         raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {length}")
     return x.reshape(-1, length)
 
 
 def row_blocks(shape: tuple[int, int], multiple: int = 1, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Cut the rows of a matrix into blocks of about `elements` elements, in order.
-
-    Every block but the last has a multiple of `multiple` rows.
-    """
+    """Cut the rows of a matrix into blocks of about `elements`; all but the last have a multiple of `multiple` rows."""
     step = _rows_in_a_block(shape[1], multiple, elements)
     for start in range(0, shape[0], step):
         yield slice(start, min(start + step, shape[0]))

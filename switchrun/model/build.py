@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,39 @@ from switchrun.experts.tiers import ExpertTiers
 from switchrun.kernels.int8 import use_int8
 from switchrun.kernels.plain import use_fast_products
 from switchrun.planning import Plan, memory
-from switchrun.store import BackgroundWriter, ExpertStore
+from switchrun.planning.opening import PlannedModel
+from switchrun.store import BackgroundWriter, open_checkpoint_store
 
 _log = logging.getLogger(__name__)
 
 
-def build_cache(
-    checkpoint: SwitchCheckpoint,
-    plan: Plan,
-    way: Way | None,
-    store: ExpertStore | None,
-    writer: BackgroundWriter | None,
+def open_cache(
+    planned: PlannedModel, plan: Plan, way: Way | None, warn: Callable[[str], None] | None, stack: ExitStack
 ) -> ExpertCache:
-    """Make the expert cache that a plan asks for, on a disk that is read in this way; the caller closes it.
-
-    `store` is where packed experts may lie, None if experts are not packed or are so in the checkpoint. `writer`, which
-    writes there, stays the caller's.
-    """
-    packed, direct = plan.precision.packed, memory.reads_directly(checkpoint)
+    """Open the expert cache that the final plan asks for; the stack closes it."""
+    checkpoint, options, packed = planned.checkpoint, planned.options, plan.precision.packed
+    experts, direct = checkpoint.experts, memory.reads_directly(checkpoint)
     expert_format: Format
-    if packed is not None and checkpoint.has_int8_experts:
-        expert_format = Int8Format(checkpoint.experts, direct, memory.packed_layout(checkpoint, packed))
-    elif store is not None:
-        expert_format = PackedFormat(checkpoint.experts, direct, store, writer)
+    if packed is None:
+        expert_format = PlainFormat(experts, direct, getattr(torch, plan.precision.compute.torch_name))
+    elif checkpoint.has_int8_experts:
+        expert_format = Int8Format(experts, direct, memory.packed_layout(checkpoint, packed))
     else:
-        expert_format = PlainFormat(checkpoint.experts, direct, getattr(torch, plan.precision.compute.torch_name))
+        store = open_checkpoint_store(
+            options.folder, checkpoint, packed.value, limit_bytes=options.limit_bytes, warn=warn
+        )
+        # Closed after the cache, whose threads offer it experts; then it writes what still waits.
+        writer = stack.enter_context(BackgroundWriter(store, memory.writer_buffers(checkpoint, plan.precision)))
+        expert_format = PackedFormat(experts, direct, store, writer)
     use = plan.tier("cpu")
     staging = memory.staging_bytes(checkpoint, plan.precision) // memory.STAGING_BUFFERS
-    return ExpertCache(
+    cache = ExpertCache(
         expert_format,
         slots=Buffers(use.expert_slots, use.slot_bytes),
         staging=Buffers(memory.STAGING_BUFFERS if staging else 0, staging),
         reader=FileReader(direct, way),
     )
+    return stack.enter_context(cache)
 
 
 def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: ExpertTiers, context: RoutingContext) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TypeVar
 
 import torch
 
@@ -16,7 +15,7 @@ from switchrun.experts.reader import FileReader
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.experts.ways import reading_way
 from switchrun.machine import disks, ram
-from switchrun.model.build import build_cache, build_model
+from switchrun.model.build import build_model, open_cache
 from switchrun.model.dense import DenseWeights, drop_weights, input_device, place_dense_weights
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.preload import DensePreload
@@ -25,12 +24,9 @@ from switchrun.planning import memory
 from switchrun.planning.opening import PlannedModel
 from switchrun.planning.plan import DISK, Plan, TierUse, gpu_tier
 from switchrun.planning.planner import fit_to_runtime
-from switchrun.store import BackgroundWriter, ExpertStore, open_checkpoint_store
 from switchrun.units import MIB, format_bytes, format_count
 
 _log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 #: So many bytes read are a fair measurement of the disk.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
@@ -42,12 +38,9 @@ _OF_BUDGET = 0.75
 class Engine:
     """A Switch model at work; owns its cache, threads and files. A context manager and not thread-safe.
 
-    Args:
-        planned: The checkpoint and its plan.
-        on_dense_bytes: Called after each dense weight that was read, with the bytes done and in all.
-        warn: Called with what the user should know of the offload folder, a sentence each, from any thread. Without
-            it, that is logged.
-        preload: Dense weights that are being read already; None starts reading now. The engine closes it.
+    `on_dense_bytes` is called after each dense weight that was read, with the bytes done and in all; `warn` with what
+    the user should know, a sentence each, from any thread. Without it, that is logged. `preload` reads dense weights
+    already; the engine closes it.
 
     Attributes:
         plan: What went where.
@@ -88,14 +81,9 @@ class Engine:
             rss_bytes = ram.rss_bytes() - preload.nbytes
             self.plan = plan = fit_to_runtime(planned.plan, checkpoint, rss_bytes, planned.own_bytes)
 
-            # 4. The cache. Its threads offer experts to the writer, which is closed later and writes what still waits.
+            # 4. The cache, in slots that are filled later.
             way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else None
-            store = _open_store(planned, warn)
-            writer = None
-            if store is not None:
-                buffers = memory.writer_buffers(checkpoint, plan.precision)
-                writer = stack.enter_context(BackgroundWriter(store, buffers))
-            self.cache = stack.enter_context(build_cache(checkpoint, plan, way, store, writer))
+            self.cache = open_cache(planned, plan, way, warn, stack)
             self.tiers = stack.enter_context(ExpertTiers(self.cache))
 
             # 5. The model, its dense weights placed; then what GPUs have left is for experts.
@@ -152,43 +140,27 @@ class Engine:
             if passed <= layers:
                 on_layer(passed, layers)
 
+        def once() -> list[RawOutput]:
+            ids, attention_mask = input_ids.to(self.device), mask.long().to(self.device)
+            return generate_batch(self.model, self.context, ids, attention_mask, options, on_token, seed=seed)
+
         self.context.on_layer = count_layer
-        return self.run(
-            lambda: generate_batch(
-                self.model,
-                self.context,
-                input_ids.to(self.device),
-                mask.long().to(self.device),
-                options,
-                on_token=on_token,
-                seed=seed,
-            )
-        )
-
-    def memory_peak(self) -> MemoryPeak:
-        """Return the peaks of this process so far, those of the GPUs that it uses added up: no other is asked."""
-        gpus = self.plan.gpus
-        return MemoryPeak(ram.peak_rss_bytes(), sum(map(accelerator.peak_bytes, gpus)) if gpus else None)
-
-    def run(self, work: Callable[[], T]) -> T:
-        """Do some work with the model; if the memory of a GPU runs out, once more with half of the GPUs' slots, if any.
-
-        Raises:
-            BudgetError: The memory runs out again.
-        """
-        if not self.plan.gpus:
-            return work()
         try:
-            return work()
+            return once()
         except RuntimeError as error:
-            if not accelerator.is_out_of_memory(error):
+            if not self.plan.gpus or not accelerator.is_out_of_memory(error):
                 raise
         # Only here has the error given up what had been computed.
         with gpu_memory_as_budget(self.plan):
             if self.tiers.shrink():
                 self._note_fewer_slots()
             accelerator.release_unused()
-            return work()
+            return once()
+
+    def memory_peak(self) -> MemoryPeak:
+        """Return the peaks of this process so far, those of the GPUs that it uses added up: no other is asked."""
+        gpus = self.plan.gpus
+        return MemoryPeak(ram.peak_rss_bytes(), sum(map(accelerator.peak_bytes, gpus)) if gpus else None)
 
     def _note_fewer_slots(self) -> None:
         """Warn of what GPUs have given up, and put it into the plan."""
@@ -241,16 +213,6 @@ def _dense_progress(planned: PlannedModel, on_dense_bytes: Callable[[int, int], 
             on_dense_bytes(done, total)
 
     return note_read
-
-
-def _open_store(planned: PlannedModel, warn: Callable[[str], None] | None) -> ExpertStore | None:
-    """Open the store for a plan with packed experts; None if it has none, or has them in the checkpoint itself."""
-    checkpoint, packed = planned.checkpoint, planned.plan.precision.packed
-    if packed is None or checkpoint.has_int8_experts:
-        return None
-    return open_checkpoint_store(
-        planned.options.folder, checkpoint, packed.value, limit_bytes=planned.options.limit_bytes, warn=warn
-    )
 
 
 @contextmanager

@@ -96,17 +96,11 @@ def read_while_importing(planned: PlannedModel, import_libraries: ImportLibrarie
 def import_model(plan: Plan) -> None:
     """Import the model's code and the libraries that a plan needs; blocks for seconds."""
     import_module("switchrun.model.engine")
-    if _uses_bitsandbytes(plan):
-        # Else the first product would wait for it.
-        import_module("switchrun.kernels.bitsandbytes_ops").operations()
-
-
-def _uses_bitsandbytes(plan: Plan) -> bool:
-    """A GPU does for int8 and nf4, a CPU for nf4 if it is fast there."""
-    from switchrun.kernels.matrices import TORCH_DTYPES
-    from switchrun.kernels.nf4 import bitsandbytes_unpacks
+    from switchrun.kernels import bitsandbytes_ops, matrices, nf4
 
     packed, compute = plan.precision.packed, plan.precision.compute
     if packed is None:
-        return False
-    return bool(plan.gpus) or (packed == "nf4" and bitsandbytes_unpacks(TORCH_DTYPES[compute.stored]))
+        return
+    fast_on_cpu = packed == "nf4" and nf4.bitsandbytes_unpacks(matrices.TORCH_DTYPES[compute.stored])
+    if plan.gpus or fast_on_cpu:
+        bitsandbytes_ops.operations()  # else the first product would wait for it
