@@ -60,7 +60,8 @@ def evaluate(
 ) -> None:
     """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
     from switchrun import folders
-    from switchrun.bench.eval_run import Evaluation, as_error
+    from switchrun.bench.child_process import as_error
+    from switchrun.bench.evaluation import Evaluation
 
     dtypes = options.dtype_list(dtype)
     chosen = dtypes[0] if reference is None else options.dtype_list(reference, "--reference")[0]
@@ -94,7 +95,7 @@ def evaluate(
 
 
 def _entries(text: str) -> Iterable[Entry]:
-    """Give the lines of the text.
+    """Yield the lines of the text.
 
     Raises:
         UsageError: There is no such file.
@@ -110,7 +111,7 @@ def _entries(text: str) -> Iterable[Entry]:
 
 
 def _readable(name: str, entries: Iterable[Entry]) -> list[str]:
-    """Give the lines; a loss over those that happen to be readable would not be that of the text.
+    """Return the lines; a loss over those that happen to be readable would not be that of the text.
 
     Raises:
         InputError: A line is not text, or there is none.

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 
 from switchrun._plan import prepare
-from switchrun.bench import page_cache, synthetic, synthetic_model
-from switchrun.bench.measure import Probe
-from switchrun.bench.synthetic_model import make_synthetic
-from switchrun.bench.workload import make_inputs
+from switchrun.bench import raw_disk, synthetic
+from switchrun.bench.measure import make_inputs
+from switchrun.bench.probe import Probe
+from switchrun.bench.synthetic import make_synthetic
 from switchrun.errors import BudgetError, UsageError
 from switchrun.model.engine import Engine
 
@@ -71,8 +71,8 @@ def test_what_cannot_be_made(tmp_path: Path, spec: str, materialize: str | None,
 
 
 def test_the_disk_is_asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = synthetic_model.shutil.disk_usage(tmp_path)._replace(free=10_000)
-    monkeypatch.setattr(synthetic_model.shutil, "disk_usage", lambda _: usage)
+    usage = synthetic.shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(BudgetError, match="free, the synthetic checkpoint takes"):
         make_synthetic("tiny-8", None, tmp_path, lambda _: None)
     assert not (tmp_path / "synthetic").exists()
@@ -82,19 +82,18 @@ def test_the_size_that_is_foretold(tmp_path: Path) -> None:
     for name in ("tiny-8", "all-8"):
         made = make_synthetic(name, "1GiB", tmp_path, lambda _: None)
         size = sum(file.stat().st_size for file in made.path.glob("*.safetensors"))
-        geometry = synthetic_model._parse(name)[1]
-        layers = 2 * sum(map(geometry.sparse, range(geometry.num_layers)))
-        foretold = synthetic_model._dense_bytes(geometry) + 8 * layers * geometry.expert_bytes
+        geometry = synthetic.parse_geometry(name)[1]
+        foretold = synthetic.real_bytes(geometry, 8)
         assert 0.9 * size < foretold <= size
 
 
 def test_files_leave_the_page_cache(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(1_000_000))
-    if not page_cache.cached_pages(file):
+    if not raw_disk.cached_pages(file):
         pytest.skip("the system does not tell what is cached")
-    if not page_cache.drop_page_cache([file]):
+    if not raw_disk.drop_page_cache([file]):
         pytest.skip("this filesystem keeps its pages")
-    assert page_cache.cached_pages(file) == 0
+    assert raw_disk.cached_pages(file) == 0
     (tmp_path / "empty").touch()
-    assert page_cache.drop_page_cache([tmp_path / "empty"])
+    assert raw_disk.drop_page_cache([tmp_path / "empty"])

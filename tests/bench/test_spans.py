@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from switchrun.model.spans import LEAST_TOKENS, MEAN_SPAN, NOISE, Passage, corrupt, make_passages, span_starts
+from switchrun.bench.spans import LEAST_TOKENS, MEAN_SPAN, NOISE, Passage, corrupt, make_passages, span_starts
 
 EOS = 1
 SENTINELS = range(999, 899, -1)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from switchrun import GenerationOptions, Session
+from switchrun.bench.loss_pass import Batch, PassResult, hidden_bytes, make_batches, score_passages, split_passes
+from switchrun.bench.spans import Passage, corrupt
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.model.evaluate import Batch, PassResult, evaluate, hidden_bytes, make_batches, split_passes
-from switchrun.model.spans import Passage, corrupt
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.sessions import open_with_slots, oracle_for, small_process
 
@@ -46,7 +46,8 @@ def saved(folder: Path, **settings: Any) -> Any:
 def run(session: Session, passages: list[Passage], passes: int = 1, most_rows: int = 64) -> PassResult:
     batches = make_batches(passages, 3, pad=0)
     share = -(-len(batches) // passes)
-    return evaluate(session.engine.model, [batches[at : at + share] for at in range(0, len(batches), share)], most_rows)
+    passes_of = [batches[at : at + share] for at in range(0, len(batches), share)]
+    return score_passages(session.engine.model, passes_of, most_rows)
 
 
 @torch.no_grad()
@@ -130,7 +131,7 @@ def test_passes_are_cut_where_the_memory_ends() -> None:
 
 def test_the_hidden_states_take_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """States, and the tokens that go to the experts, of a whole pass are within the stated bytes."""
-    from switchrun.model import evaluate as module
+    from switchrun.bench import loss_pass as module
 
     saved(tmp_path)
     most = 0

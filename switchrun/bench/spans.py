@@ -1,4 +1,4 @@
-"""Span corruption, T5's pre-training task: passages with spans taken out, and what is to be said for them. No torch.
+"""Span corruption, T5's pre-training task: passages with spans taken out, and the targets that name them. No torch.
 
 After Raffel et al. 2020 (https://arxiv.org/abs/1910.10683), section 3.1.4: 15 % of a passage's tokens, in spans of 3 on
 average, each replaced by a sentinel. The target is each sentinel and its span, one more sentinel, and the end.
@@ -20,7 +20,7 @@ _MAX_CHARACTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One corrupted passage, as ids: what the encoder reads and what the decoder shall say, each with its end mark."""
+    """One corrupted passage, as ids: what the encoder reads and what the decoder should say, each with its end mark."""
 
     inputs: tuple[int, ...]
     target: tuple[int, ...]
@@ -28,13 +28,7 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class Passages:
-    """A text made ready.
-
-    Attributes:
-        usable: Its passages, in order.
-        skipped: Lines that were too short for a span.
-        cut: Lines that were longer than the model takes.
-    """
+    """A text's passages in order; `skipped` lines were too short for a span, `cut` ones longer than the model takes."""
 
     usable: tuple[Passage, ...]
     skipped: int
@@ -42,15 +36,9 @@ class Passages:
 
 
 def span_starts(count: int, rng: random.Random, most: int | None = None) -> list[tuple[int, int]]:
-    """Choose the spans to take out of `count` tokens, at least 2.
+    """Choose the spans to take out of `count` tokens, at least 2, as (start, length) from left to right.
 
-    Args:
-        count: Tokens of the passage.
-        rng: Decides.
-        most: Most spans, where sentinels are few; the spans are longer then.
-
-    Returns:
-        (start, length) of each span, from left to right; no two touch.
+    No two touch. Where sentinels are few, `most` bounds the spans, which are longer then.
     """
     noise = max(1, round(count * NOISE))
     spans = max(1, round(noise / MEAN_SPAN))
@@ -69,14 +57,7 @@ def span_starts(count: int, rng: random.Random, most: int | None = None) -> list
 
 
 def corrupt(ids: Sequence[int], sentinels: Sequence[int], eos: int, rng: random.Random) -> Passage:
-    """Take spans out of one passage.
-
-    Args:
-        ids: Its tokens without an end mark, at least 2.
-        sentinels: Ids of the sentinels in order, at least 2.
-        eos: The end mark.
-        rng: Decides which spans.
-    """
+    """Take spans out of one passage: at least 2 ids without an end mark, and at least 2 sentinels in order."""
     inputs: list[int] = []
     target: list[int] = []
     position = used = 0
@@ -99,7 +80,7 @@ def make_passages(
 
     Args:
         texts: The lines.
-        tokenise: Gives the ids of a line, without special tokens.
+        tokenise: Returns the ids of a line, without special tokens.
         sentinels: Ids of the sentinels in order.
         eos: The end mark.
         limit: Most tokens of an input.

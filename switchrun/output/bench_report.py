@@ -1,14 +1,19 @@
-"""Pictures of benchmark records: where the time went, bytes and hits, memory over time, which experts were used."""
+"""Benchmark records as pictures, and as a page: one HTML file that needs nothing else.
+
+The pictures show where the time went, bytes and hits, memory over time, and which experts were used.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from switchrun.errors import SwitchrunError, UsageError
+from switchrun.output.bench_tables import Section, sections
 from switchrun.units import GIB, MIB
 
 Record = dict[str, Any]
@@ -19,6 +24,28 @@ _STAGES = (
     ("expert_seconds", "computing experts"),
     ("dense_seconds", "dense and other"),
 )
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>switchrun bench</title>
+<style>
+body {{ font: 15px/1.4 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; margin: 0 0 2rem; }}
+caption {{ font-weight: bold; text-align: left; padding: .5rem 0; }}
+th, td {{ text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid #ddd; vertical-align: top; }}
+.number {{ text-align: right; white-space: nowrap; }}
+svg {{ max-width: 100%; height: auto; }}
+</style>
+</head>
+<body>
+<h1>switchrun bench</h1>
+{body}
+</body>
+</html>
+"""
 
 
 def check_matplotlib() -> None:
@@ -45,8 +72,14 @@ def draw(records: Sequence[Record], path: Path) -> None:
             raise SwitchrunError(f"cannot write {path}: {error.strerror}") from error
 
 
-def draw_svg(records: Sequence[Record]) -> str:
-    """Give the same picture as an SVG element; empty if no cell was measured."""
+def render_page(records: Sequence[dict[str, Any]]) -> str:
+    """Return the page: the tables of the command line, and the pictures."""
+    tables = "\n".join(map(_table, sections(records)))
+    return _PAGE.format(body=f"{_draw_svg(records)}\n{tables}")
+
+
+def _draw_svg(records: Sequence[Record]) -> str:
+    """Return the picture as an SVG element; empty if no cell was measured."""
     figure = _figure(records)
     if figure is None:
         return ""
@@ -54,6 +87,22 @@ def draw_svg(records: Sequence[Record]) -> str:
     figure.savefig(text, format="svg")
     # Without the XML head, which has no place inside a page.
     return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def _table(section: Section) -> str:
+    lines = [f"<table><caption>{escape(section.title)}</caption>"]
+    if any(section.head):
+        lines.append(_row("th", section.head, section.text_columns))
+    lines += [_row("td", row, section.text_columns) for row in section.rows]
+    return "\n".join([*lines, "</table>"])
+
+
+def _row(tag: str, cells: Sequence[str], text_columns: int) -> str:
+    parts = []
+    for position, cell in enumerate(cells):
+        kind = ' class="number"' if position >= text_columns else ""
+        parts.append(f"<{tag}{kind}>{escape(cell)}</{tag}>")
+    return f"<tr>{''.join(parts)}</tr>"
 
 
 def _figure(records: Sequence[Record]) -> Any:

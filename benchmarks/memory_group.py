@@ -8,38 +8,30 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-
-from switchrun.errors import UsageError
 
 _ROOT = Path("/sys/fs/cgroup")
-_HINT = (
-    "run as root, in a container with a writable /sys/fs/cgroup, or under "
-    "systemd-run --user --scope -p MemoryMax=8G without --memory-limit"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
     limit: str
-    peak: str
     swap: str
 
 
-_V1 = _Version("memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.memsw.limit_in_bytes")
-_V2 = _Version("memory.max", "memory.peak", "memory.swap.max")
+_V1 = _Version("memory.limit_in_bytes", "memory.memsw.limit_in_bytes")
+_V2 = _Version("memory.max", "memory.swap.max")
 
 
 class MemoryGroup:
-    """A control group with a memory limit; leaving the context kills nothing and removes the group.
+    """A control group with a memory limit; leaving the context removes it.
 
     Args:
         limit_bytes: What its processes and their page cache may take together.
         root: Where control groups are mounted.
-        membership: The file that tells which groups this process is in.
+        membership: The file that lists the groups of this process.
 
     Raises:
-        UsageError: No place was found where a group can be made.
+        OSError: No place was found where a group can be made: run as root, or where /sys/fs/cgroup is writable.
     """
 
     def __init__(self, limit_bytes: int, root: Path = _ROOT, membership: Path = Path("/proc/self/cgroup")) -> None:
@@ -59,36 +51,22 @@ class MemoryGroup:
                 _remove(folder)
                 refusals.append(f"{parent}: {error.strerror}")
                 continue
-            self._folder, self._version = folder, version
+            self._folder = folder
             # Where swap is counted apart it would be a way round the limit.
             with contextlib.suppress(OSError):
                 (folder / version.swap).write_text(str(limit_bytes) if version is _V1 else "0")
             return
         reason = refusals[0] if refusals else "there is no memory controller"
-        raise UsageError(f"--memory-limit: no control group can be made here ({reason})", _HINT)
+        raise OSError(f"no control group can be made here ({reason})")
 
     def add(self, pid: int) -> None:
-        """Put a process into the group; what it took before stays where it was counted.
-
-        Raises:
-            UsageError: The system does not let us.
-        """
-        try:
-            (self._folder / "cgroup.procs").write_text(str(pid))
-        except OSError as error:
-            raise UsageError(f"--memory-limit: {self._folder} takes no process: {error.strerror}", _HINT) from error
-
-    @property
-    def peak_file(self) -> Path:
-        """Holds the most that the group took so far, page cache included; not there in older kernels' version 2."""
-        return self._folder / self._version.peak
+        """Put a process into the group; what it took before stays where it was counted."""
+        (self._folder / "cgroup.procs").write_text(str(pid))
 
     def __enter__(self) -> MemoryGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _remove(self._folder)
 
 

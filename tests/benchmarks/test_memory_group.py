@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import memory_group
 import pytest
-
-from switchrun.bench import cgroup
-from switchrun.bench.cgroup import MemoryGroup
-from switchrun.errors import UsageError
+from memory_group import MemoryGroup
 
 V1, V2 = "memory.limit_in_bytes", "memory.max"
 
@@ -26,7 +24,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     monkeypatch.setattr(
-        cgroup, "_remove", lambda folder: [each.unlink() for each in folder.iterdir()] + [folder.rmdir()]
+        memory_group, "_remove", lambda folder: [each.unlink() for each in folder.iterdir()] + [folder.rmdir()]
     )
 
 
@@ -64,9 +62,9 @@ def test_without_a_controller_it_is_said_so(tree: Path, tmp_path: Path) -> None:
     membership = tmp_path / "membership"
     # Version 2 without `kernel`: the limit's file is missing, as where the controller is not handed down.
     membership.write_text("0::/slice/scope\n")
-    with pytest.raises(UsageError, match="no control group can be made here"):
+    with pytest.raises(OSError, match="no control group can be made here"):
         MemoryGroup(1, tree, membership)
     assert not list(tree.rglob("switchrun-bench-*"))
     membership.write_text("1:cpu:/\n")
-    with pytest.raises(UsageError, match="there is no memory controller"):
+    with pytest.raises(OSError, match="there is no memory controller"):
         MemoryGroup(1, tree, membership)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from switchrun.bench.spans import Passage
 from switchrun.checkpoint.types import ExpertKey, Stack
-from switchrun.model.spans import Passage
 
 #: The scores of so many tokens are in memory at a time: a few vocabularies' worth, less than a batch's attention takes.
 _HEAD_TOKENS = 64
@@ -33,8 +33,8 @@ class Batch:
         rows: Their positions in the text.
         input_ids: `[rows, tokens]`.
         labels: `[rows, target tokens]`, -100 for padding.
-        read: Boolean, like `input_ids`: no padding.
-        said: Boolean, like `labels`: no padding.
+        read: Like `input_ids`, true where there is no padding.
+        said: Like `labels`, true where there is no padding.
     """
 
     rows: tuple[int, ...]
@@ -59,10 +59,10 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """The scores of all passages in the order of the text, and what computing them took.
+    """What a text's passages score, and what computing that took.
 
     Attributes:
-        scores: One for each passage.
+        scores: One for each passage, in the order of the text.
         passes: How often the model was gone through.
         hidden_bytes: Memory that the hidden states of the largest pass took.
         experts: Different experts that were used.
@@ -89,7 +89,7 @@ def make_batches(passages: Sequence[Passage], batch_size: int, pad: int) -> list
 
 
 def hidden_bytes(batches: Sequence[Batch], d_model: int, itemsize: int) -> int:
-    """Give the memory that the hidden states of a pass over these batches take, at most.
+    """Return the memory that the hidden states of a pass over these batches take, at most.
 
     The encoder's lie there twice while its experts compute: the states and what goes to the experts. Then the
     decoder's do, beside the encoder's last ones.
@@ -114,7 +114,7 @@ def split_passes(batches: Sequence[Batch], d_model: int, itemsize: int, allowed_
 
 
 @torch.no_grad()
-def evaluate(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int) -> PassResult:
+def score_passages(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int) -> PassResult:
     """Score all passages with the decoder given the right tokens so far (teacher forcing).
 
     Args:
@@ -222,7 +222,7 @@ def _feed_forward(
 
 
 def _score(model: Any, batch: Batch, state: torch.Tensor) -> Iterator[tuple[int, Score]]:
-    """Give the losses of a batch's passages; scores of all tokens at once would be the largest tensor by far."""
+    """Yield the losses of a batch's passages; scores of all tokens at once would be the largest tensor by far."""
     if model.config.tie_word_embeddings:
         state = state * model.model_dim**-0.5
     for at, row in enumerate(batch.rows):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate_child import complete_checkpoint
 from transformers import SwitchTransformersForConditionalGeneration
 
-from switchrun.bench.complete import complete_checkpoint
 from switchrun.checkpoint import open_checkpoint
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 

@@ -1,0 +1,276 @@
+"""Evaluates dtypes one after another, each in a process of its own so that its peak is its own, and compares them.
+
+The process is `python -m switchrun.bench.evaluation`, so this file imports torch only inside functions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from switchrun import hardware
+from switchrun.bench.child_process import Answer, ChildError, Task, answer_task, as_error, open_engine, run_child
+from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
+from switchrun.errors import BudgetError, InputError
+
+if TYPE_CHECKING:
+    from switchrun._plan import Prepared
+    from switchrun.bench.loss_pass import Batch
+    from switchrun.checkpoint.types import SwitchCheckpoint
+    from switchrun.experts.slot_table import CacheCounters
+    from switchrun.model.engine import Engine
+
+SCHEMA_VERSION = 1
+#: What is wrong with these is wrong with them in every dtype.
+_COMMON = ("usage", "input", "model", "network")
+#: What a row has as the process answered it.
+_MEASURED = (
+    "passes", "hidden_bytes", "experts_used", "open_seconds", "loss_pass", "generation", "peak_rss_bytes",
+    "expert_slots", "slot_bytes",
+)  # fmt: skip
+#: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
+_HIDDEN_SHARE = 0.5
+_EVERYTHING = 1 << 50
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What to evaluate.
+
+    Attributes:
+        model: As `--model` has it.
+        text: What the text is called in messages and records.
+        lines: Its lines.
+        cpu_memory: Bytes for each process; None is most of what is free.
+        offload_folder: Where switchrun writes.
+        offload_limit: As `--offload-limit` has it.
+        tokenizer: As `--tokenizer` has it.
+        seed: Decides the spans.
+        batch_size: Passages that attend and generate together.
+        max_new_tokens: Most tokens to generate for each passage; 0 generates nothing.
+    """
+
+    model: str | None
+    text: str
+    lines: Sequence[str]
+    cpu_memory: int | None
+    offload_folder: str | None
+    offload_limit: str | None
+    tokenizer: str | None
+    seed: int
+    batch_size: int
+    max_new_tokens: int
+
+    def run(self, dtypes: Sequence[str], reference: str, tell: Callable[[str], None]) -> Record:
+        """Evaluate and compare; a dtype that fails has its error in its row.
+
+        Args:
+            dtypes: What to compute in, in the order of the rows.
+            reference: The one among them that the others are held against.
+            tell: Called with a line for a human now and then.
+
+        Raises:
+            SwitchrunError: Something is wrong that is so in every dtype, or every dtype failed.
+        """
+        answers: dict[str, Answer] = {}
+        failures: dict[str, Record] = {}
+        for number, dtype in enumerate(dtypes, 1):
+            tell(f"{dtype}, {number} of {len(dtypes)}")
+            try:
+                answers[dtype] = run_child("switchrun.bench.evaluation", asdict(self) | {"dtype": dtype})
+            except ChildError as error:
+                if error.record["kind"] in _COMMON:
+                    raise as_error(error.record) from error
+                failures[dtype] = error.record
+                continue
+            for warning in answers[dtype]["warnings"]:
+                tell(f"warning: {dtype}: {warning}")
+        if not answers:
+            raise as_error(next(iter(failures.values())))
+        first = next(iter(answers.values()))
+        for repair in first["repairs"]:
+            tell(f"note: {repair}")
+        base = answers.get(reference)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "model": first["model"],
+            "text": {"name": self.text, "lines": len(self.lines), **first["text"]},
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+            "reference": reference,
+            "rows": [
+                _row(dtype, answers[dtype], base)
+                if dtype in answers
+                else {"name": dtype, "status": "failed", "error": failures[dtype]}
+                for dtype in dtypes
+            ],
+        }
+
+
+def _row(dtype: str, answer: Answer, base: Answer | None) -> Record:
+    return {
+        "name": dtype,
+        "status": "ok",
+        "dtype": answer["dtype"],
+        "compute_dtype": answer["compute_dtype"],
+        "loss": answer["loss"],
+        "loss_difference": None if base is None else answer["loss"] - base["loss"],
+        "token_agreement": None
+        if base is None
+        else _agreement(_flat(answer["predictions"]), _flat(base["predictions"])),
+        "output_agreement": None if base is None else _agreement(answer["outputs"], base["outputs"]),
+        **{key: answer[key] for key in _MEASURED},
+        "error": None,
+    }
+
+
+def _agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
+    """Return the share of places that hold the same; None if there are none."""
+    same = [one == other for one, other in zip(ours, theirs, strict=True)]
+    return sum(same) / len(same) if same else None
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> list[int]:
+    return [token for row in rows for token in row]
+
+
+def evaluate_dtype(task: Task) -> Answer:
+    """Score an evaluation's lines in the task's dtype, then generate for each; the work of the process."""
+    from switchrun.bench import loss_pass
+    from switchrun.model.tokenizer import load_tokenizer
+    from switchrun.planning import memory
+
+    prepared = _prepare(task, task["cpu_memory"])
+    checkpoint, use = prepared.checkpoint, prepared.plan.tier("cpu")
+    text = _passages(task, load_tokenizer(checkpoint, task["tokenizer"]), checkpoint)
+    batches = loss_pass.make_batches(text.usable, task["batch_size"], int(checkpoint.config.get("pad_token_id") or 0))
+    sizes = (int(checkpoint.config["d_model"]), prepared.plan.precision.compute.itemsize)
+    fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes
+    allowed = int(((use.budget_bytes or 0) - fixed) * _HIDDEN_SHARE)
+    groups = loss_pass.split_passes(batches, *sizes, allowed)
+    reserved = min(allowed, max(loss_pass.hidden_bytes(group, *sizes) for group in groups))
+    prepared = _prepare(task, (use.budget_bytes or 0) - reserved)
+    warnings: list[str] = []
+    with open_engine(prepared, warnings.append) as engine:
+        opened = hardware.process_age_seconds()
+        start = time.perf_counter()
+        most_rows = task["batch_size"] * memory.max_input_tokens(checkpoint)
+        result = loss_pass.score_passages(engine.model, groups, most_rows)
+        scored = time.perf_counter()
+        counters = engine.cache.counters()
+        outputs = _generate(engine, batches, task["max_new_tokens"])
+        generated = time.perf_counter()
+        target_tokens = sum(len(passage.target) for passage in text.usable)
+        return {
+            "model": {"id": checkpoint.id, "revision": checkpoint.revision, "stored_dtype": checkpoint.stored_dtype},
+            "text": {
+                "passages": len(text.usable),
+                "skipped": text.skipped,
+                "cut": text.cut,
+                "input_tokens": sum(len(passage.inputs) for passage in text.usable),
+                "target_tokens": target_tokens,
+            },
+            "dtype": prepared.plan.dtype,
+            "compute_dtype": prepared.plan.compute_dtype,
+            "loss": sum(score.loss for score in result.scores) / target_tokens,
+            "predictions": [score.predictions for score in result.scores],
+            "outputs": outputs,
+            "passes": result.passes,
+            "hidden_bytes": result.hidden_bytes,
+            "experts_used": result.experts,
+            "open_seconds": opened,
+            "loss_pass": _work(scored - start, counters),
+            "generation": _work(generated - scored, engine.cache.counters().since(counters)) if outputs else None,
+            "peak_rss_bytes": hardware.peak_rss_bytes(),
+            "expert_slots": engine.cache.num_slots,
+            "slot_bytes": use.slot_bytes,
+            "warnings": warnings,
+            "repairs": list(checkpoint.repairs),
+        }
+
+
+def _work(seconds: float, counters: CacheCounters) -> Answer:
+    return {"seconds": seconds, "expert_loads": counters.loads, "load_bytes": counters.load_bytes}
+
+
+def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
+    """Plan with all dense weights in memory.
+
+    Raises:
+        BudgetError: They and a slot do not fit.
+    """
+    from switchrun.planning.budgets import resolve_budgets
+    from switchrun.units import MIB, format_bytes
+
+    allowed = resolve_budgets(cpu_memory, 0).cpu_bytes
+    try:
+        return _plan(task, allowed)
+    except BudgetError as error:
+        use = _plan(task, _EVERYTHING).plan.tier("cpu")
+        least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
+        raise BudgetError(
+            f"eval keeps all dense weights in memory and needs {least} MiB, {format_bytes(allowed)} is allowed",
+            f"use --cpu-memory {least}MiB or more",
+        ) from error
+
+
+def _plan(task: Task, cpu_bytes: int) -> Prepared:
+    from switchrun._plan import prepare
+
+    return prepare(
+        task["model"],
+        dtype=task["dtype"],
+        cpu_memory=cpu_bytes,
+        gpu_memory=0,
+        offload_folder=task["offload_folder"],
+        offload_limit=task["offload_limit"],
+        # Blocks are run one by one, past the hooks that would bring weights in from disk.
+        device_map={"": "cpu"},
+        batch_size=task["batch_size"],
+        output_tokens=max(1, task["max_new_tokens"]),
+    )
+
+
+def _passages(task: Task, tokenizer: Any, checkpoint: SwitchCheckpoint) -> Passages:
+    from switchrun.model.sentinels import NUM_SENTINELS, sentinel
+    from switchrun.planning.memory import max_input_tokens
+
+    ids = [tokenizer.convert_tokens_to_ids(sentinel(number)) for number in range(NUM_SENTINELS)]
+    eos = tokenizer.eos_token_id
+    text = make_passages(
+        task["lines"],
+        lambda line: tokenizer(line, add_special_tokens=False).input_ids,
+        [each for each in ids if each is not None and each != tokenizer.unk_token_id],
+        int(checkpoint.config.get("eos_token_id") or 1) if eos is None else eos,
+        max_input_tokens(checkpoint),
+        task["seed"],
+    )
+    if not text.usable:
+        raise InputError(f"no line of {task['text']} is long enough for a span", f"{LEAST_TOKENS} tokens are the least")
+    return text
+
+
+def _generate(engine: Engine, batches: Sequence[Batch], max_new_tokens: int) -> list[list[int]]:
+    """Return the greedily generated ids of each passage, in order; none if no token is wanted."""
+    from switchrun.model.generate import generate_batch
+    from switchrun.model.records import GenerationOptions
+
+    if not max_new_tokens:
+        return []
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    found: dict[int, list[int]] = {}
+    for batch in batches:
+        outputs = generate_batch(
+            engine.model, engine.context, batch.input_ids, batch.attention_mask, options, lambda _: None
+        )
+        found |= {row: list(output.ids) for row, output in zip(batch.rows, outputs, strict=True)}
+    return [found[row] for row in sorted(found)]
+
+
+if __name__ == "__main__":
+    answer_task(evaluate_dtype)
