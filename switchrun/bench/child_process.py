@@ -54,8 +54,8 @@ def run_child(
     """Run a module with a task; blocks until it ends. Whatever happens, the child is gone then.
 
     Args:
-        module: Its name; it calls `answer_task`.
-        task: Goes to its stdin.
+        module: It calls `answer_task`.
+        task: What to do.
         timeout: Seconds before it is killed.
         folder: Where it runs, and where modules are looked for first.
         on_start: Called with the child's process id before the child imports anything large.
@@ -81,20 +81,12 @@ def run_child(
         if child.poll() is None:
             child.kill()
         child.communicate()
-    answer = _parse(output)
-    if child.returncode or answer is None:
+    if child.returncode or not output:
         raise _crash(child.returncode, errors.decode("utf-8", "replace"))
+    answer: Answer = json.loads(output)
     if "error" in answer:
         raise ChildError(**answer["error"])
     return answer
-
-
-def _parse(output: bytes) -> Answer | None:
-    try:
-        answer = json.loads(output)
-    except ValueError:
-        return None
-    return answer if isinstance(answer, dict) else None
 
 
 def _crash(code: int, errors: str) -> ChildError:
@@ -102,7 +94,7 @@ def _crash(code: int, errors: str) -> ChildError:
         return ChildError("the process was killed (perhaps out of memory)", "lower --cpu-memory", "killed", 6)
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     tail = " | ".join(lines[-_STDERR_LINES:]) or "it said nothing"
-    return ChildError(f"the process ended with {code}: {tail}", exit_code=SwitchrunError.exit_code)
+    return ChildError(f"the process ended with {code}: {tail}")
 
 
 def answer_task(work: Callable[[Task], Answer]) -> None:

@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 #: What is wrong with these is wrong with them in every dtype.
 _COMMON = ("usage", "input", "model", "network")
-#: What a row has as the process answered it.
-_MEASURED = (
-    "passes", "hidden_bytes", "experts_used", "open_seconds", "loss_pass", "generation", "peak_rss_bytes",
-    "expert_slots", "slot_bytes",
-)  # fmt: skip
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
 _EVERYTHING = 1 << 50
@@ -39,20 +34,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What to evaluate.
-
-    Attributes:
-        model: As `--model` has it.
-        text: What the text is called in messages and records.
-        lines: Its lines.
-        cpu_memory: Bytes for each process; None is most of what is free.
-        offload_folder: Where switchrun writes.
-        offload_limit: As `--offload-limit` has it.
-        tokenizer: As `--tokenizer` has it.
-        seed: Decides the spans.
-        batch_size: Passages that attend and generate together.
-        max_new_tokens: Most tokens to generate for each passage; 0 generates nothing.
-    """
+    """What to evaluate: `lines` of what is called `text`, and options as `switchrun eval` has them."""
 
     model: str | None
     text: str
@@ -71,7 +53,7 @@ class Evaluation:
         Args:
             dtypes: What to compute in, in the order of the rows.
             reference: The one among them that the others are held against.
-            tell: Called with a line for a human now and then.
+            tell: Called with a line for a human.
 
         Raises:
             SwitchrunError: Something is wrong that is so in every dtype, or every dtype failed.
@@ -116,15 +98,12 @@ def _row(dtype: str, answer: Answer, base: Answer | None) -> Record:
     return {
         "name": dtype,
         "status": "ok",
-        "dtype": answer["dtype"],
-        "compute_dtype": answer["compute_dtype"],
-        "loss": answer["loss"],
-        "loss_difference": None if base is None else answer["loss"] - base["loss"],
+        "loss_difference": None if base is None else answer["row"]["loss"] - base["row"]["loss"],
         "token_agreement": None
         if base is None
         else _agreement(_flat(answer["predictions"]), _flat(base["predictions"])),
         "output_agreement": None if base is None else _agreement(answer["outputs"], base["outputs"]),
-        **{key: answer[key] for key in _MEASURED},
+        **answer["row"],
         "error": None,
     }
 
@@ -175,20 +154,22 @@ def evaluate_dtype(task: Task) -> Answer:
                 "input_tokens": sum(len(passage.inputs) for passage in text.usable),
                 "target_tokens": target_tokens,
             },
-            "dtype": prepared.plan.dtype,
-            "compute_dtype": prepared.plan.compute_dtype,
-            "loss": sum(score.loss for score in result.scores) / target_tokens,
+            "row": {
+                "dtype": prepared.plan.dtype,
+                "compute_dtype": prepared.plan.compute_dtype,
+                "loss": sum(score.loss for score in result.scores) / target_tokens,
+                "passes": result.passes,
+                "hidden_bytes": result.hidden_bytes,
+                "experts_used": result.experts,
+                "open_seconds": opened,
+                "loss_pass": _work(scored - start, counters),
+                "generation": _work(generated - scored, engine.cache.counters().since(counters)) if outputs else None,
+                "peak_rss_bytes": hardware.peak_rss_bytes(),
+                "expert_slots": engine.cache.num_slots,
+                "slot_bytes": use.slot_bytes,
+            },
             "predictions": [score.predictions for score in result.scores],
             "outputs": outputs,
-            "passes": result.passes,
-            "hidden_bytes": result.hidden_bytes,
-            "experts_used": result.experts,
-            "open_seconds": opened,
-            "loss_pass": _work(scored - start, counters),
-            "generation": _work(generated - scored, engine.cache.counters().since(counters)) if outputs else None,
-            "peak_rss_bytes": hardware.peak_rss_bytes(),
-            "expert_slots": engine.cache.num_slots,
-            "slot_bytes": use.slot_bytes,
             "warnings": warnings,
             "repairs": list(checkpoint.repairs),
         }

@@ -31,10 +31,8 @@ class Batch:
 
     Attributes:
         rows: Their positions in the text.
-        input_ids: `[rows, tokens]`.
-        labels: `[rows, target tokens]`, -100 for padding.
-        read: Like `input_ids`, true where there is no padding.
-        said: Like `labels`, true where there is no padding.
+        input_ids: `[rows, tokens]`; `read` is true where there is no padding.
+        labels: `[rows, target tokens]`, -100 for padding; `said` is true where there is none.
     """
 
     rows: tuple[int, ...]
@@ -59,14 +57,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a text's passages score, and what computing that took.
-
-    Attributes:
-        scores: One for each passage, in the order of the text.
-        passes: How often the model was gone through.
-        hidden_bytes: Memory that the hidden states of the largest pass took.
-        experts: Different experts that were used.
-    """
+    """What a text's passages score, in its order; the largest pass's hidden states, and different experts used."""
 
     scores: list[Score]
     passes: int
@@ -128,8 +119,11 @@ def score_passages(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int
     used: set[ExpertKey] = set()
     scores: dict[int, Score] = {}
     for batches in passes:
-        encoded = _encode(model, batches, most_rows, used)
-        decoded = _decode(model, batches, encoded, most_rows, used)
+        encoded = [model.encoder.embed_tokens(batch.input_ids) for batch in batches]
+        _run_stack(model.encoder, "encoder", batches, encoded, None, most_rows, used)
+        # transformers' own shift: the start token, then the target without its last token.
+        decoded = [model.decoder.embed_tokens(model._shift_right(batch.labels)) for batch in batches]
+        _run_stack(model.decoder, "decoder", batches, decoded, encoded, most_rows, used)
         del encoded
         for batch in batches:
             scores |= _score(model, batch, decoded.pop(0))
@@ -142,44 +136,33 @@ def _hidden_bytes(encoder: int, decoder: int, state_bytes: int) -> int:
     return max(2 * encoder, encoder + 2 * decoder) * state_bytes + (encoder + decoder) * _TOKEN_BYTES
 
 
-def _encode(model: Any, batches: Sequence[Batch], most_rows: int, used: set[ExpertKey]) -> list[torch.Tensor]:
-    stack = model.encoder
-    states = [stack.embed_tokens(batch.input_ids) for batch in batches]
+def _run_stack(
+    stack: Any,
+    name: Stack,
+    batches: Sequence[Batch],
+    states: list[torch.Tensor],
+    encoded: Sequence[torch.Tensor] | None,
+    most_rows: int,
+    used: set[ExpertKey],
+) -> None:
+    """Take the embedded tokens of all batches through a stack, in place; `encoded` is None for the encoder."""
     for number, block in enumerate(stack.block):
         for at, batch in enumerate(batches):
-            mask = _additive(batch.read[:, None, None, :], states[at].dtype)
-            states[at] = _attend(stack, block.layer[0], states[at], mask)
-        _feed_forward(block.layer[-1], "encoder", number, states, [b.read for b in batches], most_rows, used)
+            state, length = states[at], states[at].shape[1]
+            mask = read = _additive(batch.read[:, None, None, :], state.dtype)
+            if encoded is not None:
+                # A target's padding is on its right, so that the causal mask hides it from all that counts.
+                mask = _additive(torch.ones(length, length, dtype=torch.bool).tril()[None, None], state.dtype)
+            # All blocks use the first one's bias. One kept for each batch would take more than the hidden states.
+            bias = stack.block[0].layer[0].SelfAttention.compute_bias(length, length)
+            state = block.layer[0](state, attention_mask=mask, position_bias=bias)[0]
+            if encoded is not None:
+                state = block.layer[1](state, key_value_states=encoded[at], attention_mask=read)[0]
+            states[at] = state
+        live = [batch.read if encoded is None else batch.said for batch in batches]
+        _feed_forward(block.layer[-1], name, number, states, live, most_rows, used)
     for at in range(len(states)):
         states[at] = stack.final_layer_norm(states[at])
-    return states
-
-
-def _decode(
-    model: Any, batches: Sequence[Batch], encoded: Sequence[torch.Tensor], most_rows: int, used: set[ExpertKey]
-) -> list[torch.Tensor]:
-    stack = model.decoder
-    # transformers' own shift: the start token, then the target without its last token.
-    states = [stack.embed_tokens(model._shift_right(batch.labels)) for batch in batches]
-    for number, block in enumerate(stack.block):
-        for at, batch in enumerate(batches):
-            length = batch.labels.shape[1]
-            # A target's padding is on its right, so that the causal mask hides it from all that counts.
-            causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-            state = _attend(stack, block.layer[0], states[at], _additive(causal, states[at].dtype))
-            cross = _additive(batch.read[:, None, None, :], state.dtype)
-            states[at] = block.layer[1](state, key_value_states=encoded[at], attention_mask=cross)[0]
-        _feed_forward(block.layer[-1], "decoder", number, states, [b.said for b in batches], most_rows, used)
-    for at in range(len(states)):
-        states[at] = stack.final_layer_norm(states[at])
-    return states
-
-
-def _attend(stack: Any, layer: Any, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    # All blocks use the first one's bias. Keeping one for each batch would take more memory than the hidden states.
-    bias = stack.block[0].layer[0].SelfAttention.compute_bias(state.shape[1], state.shape[1])
-    attended: torch.Tensor = layer(state, attention_mask=mask, position_bias=bias)[0]
-    return attended
 
 
 def _feed_forward(

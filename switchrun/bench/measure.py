@@ -26,7 +26,7 @@ _SMALL_VOCABULARY = 1024
 
 def measure(task: Task) -> Answer:
     """Open the model, fill as often as the task says, and replay each fill's reads without a model."""
-    with MemoryTimeline() as timeline:
+    with contextlib.closing(MemoryTimeline()) as timeline:
         from switchrun._plan import prepare
         from switchrun.planning.memory import max_input_tokens
 
@@ -59,7 +59,7 @@ def measure(task: Task) -> Answer:
                     seed = task["seed"] + number
                     rows = make_inputs(prepared.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
                     fill = probe.fill(rows, task["output_tokens"])
-                    timeline.stop()
+                    timeline.close()
                     beside = {"raw": replay_all(probe.reads), "expert_use": used_experts(probe.use)}
                     answer["fills"].append(asdict(fill) | beside)
                     _reset_peak_rss()
@@ -67,15 +67,9 @@ def measure(task: Task) -> Answer:
 
 
 def make_inputs(config: Mapping[str, Any], batch_size: int, input_tokens: int, seed: int) -> list[list[int]]:
-    """Draw a batch of sequences, each of them words at random and the end of sequence.
+    """Draw a batch of sequences of random words, each with the end of sequence: lengths are exact without a tokenizer.
 
-    So no tokenizer is needed and lengths are exact. A larger batch begins with the smaller one's rows.
-
-    Args:
-        config: The model's; `vocab_size` and `eos_token_id` are used.
-        batch_size: Sequences.
-        input_tokens: Tokens of each, the end included.
-        seed: Decides the ids.
+    A larger batch begins with the smaller one's rows.
     """
     vocabulary = int(config["vocab_size"])
     top = vocabulary - _LEFT_OUT if vocabulary > _SMALL_VOCABULARY else vocabulary
@@ -87,35 +81,25 @@ def make_inputs(config: Mapping[str, Any], batch_size: int, input_tokens: int, s
     return rows
 
 
-class MemoryTimeline:
-    """Notes the resident set ten times a second, on a thread of its own, for as long as the block runs.
-
-    Attributes:
-        points: (age of the process in seconds, resident bytes).
-    """
+class MemoryTimeline(threading.Thread):
+    """Notes (age of the process in seconds, resident bytes) in `points`, ten times a second until it is closed."""
 
     def __init__(self) -> None:
+        super().__init__(daemon=True)
         self.points: list[tuple[float, int]] = []
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._closed = threading.Event()
+        self.start()
 
-    def _run(self) -> None:
-        while True:
+    def run(self) -> None:
+        """Note them; the thread's own."""
+        while not self._closed.is_set():
             self.points.append((round(hardware.process_age_seconds(), 2), hardware.rss_bytes()))
-            if self._end.wait(_INTERVAL_SECONDS):
-                return
+            self._closed.wait(_INTERVAL_SECONDS)
 
-    def stop(self) -> None:
-        """End the thread; stopping twice does nothing."""
-        self._end.set()
-        self._thread.join()
-
-    def __enter__(self) -> MemoryTimeline:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
+    def close(self) -> None:
+        """End the thread; closing twice does nothing."""
+        self._closed.set()
+        self.join()
 
 
 def _reset_peak_rss() -> None:

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,36 +27,21 @@ from switchrun.model.totals import memory_peak
 
 @dataclass(slots=True)
 class StageTimes:
-    """What the encoder step, or all decoder steps together, took.
+    """What the encoder step, or all decoder steps together, took; `gpus` counts the cache's levels on GPUs alone."""
 
-    Attributes:
-        seconds: From its start to its end.
-        expert_layer_seconds: Of that, spent in sparse layers after the router: waiting, and computing experts.
-        counters: What the expert cache did meanwhile, all its levels together.
-        gpus: What those on GPUs did.
-    """
-
-    seconds: float = 0.0
-    expert_layer_seconds: float = 0.0
-    counters: CacheCounters = field(default_factory=CacheCounters)
-    gpus: CacheCounters = field(default_factory=CacheCounters)
+    seconds: float
+    #: In sparse layers after the router: waiting, and computing experts.
+    expert_layer_seconds: float
+    counters: CacheCounters
+    gpus: CacheCounters
 
 
 @dataclass(slots=True)
 class Measured:
-    """One fill.
-
-    Attributes:
-        seconds: All of it.
-        token_seconds: When each token was there, from the start on.
-        stages: The encoder step and the decoder steps.
-        output_ids: What was generated, for each row.
-        io_read_bytes: What the process read from disks meanwhile, by the system's count.
-        peak_rss_bytes: The process's peak so far.
-        peak_gpu_bytes: The same of GPU memory; None without a GPU.
-    """
+    """One fill; the peaks are those of the process so far."""
 
     seconds: float
+    #: When each token was there, from the start on.
     token_seconds: list[float]
     stages: dict[Stack, StageTimes]
     output_ids: list[list[int]]

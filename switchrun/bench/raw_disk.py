@@ -98,9 +98,9 @@ def replay(ranges: Sequence[Range], way: Way, buffer: memoryview) -> float | Non
     files = {each.file for each in ranges}
     if not files:
         return None
-    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if way.direct else 0)
     if not way.direct:
         drop_page_cache(files)
+    flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if way.direct else 0)
     descriptors: dict[Path, int] = {}
 
     def read(numbered: tuple[int, Range]) -> None:

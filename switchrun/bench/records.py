@@ -25,18 +25,8 @@ _STAGES = ("encoder", "decoder")
 _NOT_COMPARED = ("repeats", "warmup")
 
 
-def failed_record(head: Record, error: Record) -> Record:
-    """Return the record of a cell that could not be measured."""
-    return {"schema_version": SCHEMA_VERSION, "status": "failed", **head, "error": error}
-
-
 def cell_record(head: Record, answers: Sequence[Any]) -> Record:
-    """Return the record of a cell that was measured.
-
-    Args:
-        head: What it has whatever becomes of it: knobs, environment, synthetic.
-        answers: Of the measuring processes.
-    """
+    """Return the record of a cell from its processes' answers; `head` is what it has in any case."""
     fills = [fill for answer in answers for fill in answer["fills"]]
     plan = answers[0]["plan"]
     rows = [fill_metrics(fill, head["knobs"], plan) for fill in fills]
@@ -60,13 +50,7 @@ def cell_record(head: Record, answers: Sequence[Any]) -> Record:
 
 
 def fill_metrics(fill: Any, knobs: Record, plan: Record) -> dict[str, float | None]:
-    """Return one fill's figures by name.
-
-    Args:
-        fill: What `switchrun.bench.measure` answers for it.
-        knobs: The cell's settings.
-        plan: What was planned.
-    """
+    """Return the figures of one fill of an answer, by name; `knobs` are the cell's settings."""
     encoder, decoder = (fill["stages"][stage] for stage in _STAGES)
     counters, gpus = (
         {name: encoder[kind][name] + decoder[kind][name] for name in encoder[kind]} for kind in ("counters", "gpus")
@@ -158,13 +142,7 @@ def noisy(metrics: Mapping[str, Summary | None]) -> list[str]:
 
 
 def compare(records: Sequence[Record], old: Sequence[Record], name: str) -> list[Record]:
-    """Put new ÷ old into every record whose cell was measured before, with the same settings.
-
-    Args:
-        records: The new ones.
-        old: The earlier ones.
-        name: What the earlier ones are called.
-    """
+    """Put new ÷ old into every record whose cell `old` has with the same settings; `name` is the old file's."""
     before = {_compared_settings(record): record for record in old if record["status"] == "ok"}
     result = []
     for record in records:

@@ -17,7 +17,7 @@ import psutil
 from switchrun import __version__, hardware
 from switchrun.bench.child_process import Answer, ChildError, run_child
 from switchrun.bench.raw_disk import drop_page_cache
-from switchrun.bench.records import Record, cell_record, failed_record
+from switchrun.bench.records import SCHEMA_VERSION, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.store import expert_path, model_name, store_folder, stored_experts
 
@@ -30,17 +30,11 @@ class Cell:
 
     Attributes:
         model: A folder or a Hub id; None for the demo model.
-        dtype: The compute dtype; `auto` is as stored.
         cpu_memory_bytes: What the process may take; None for most of what is available.
-        gpu_memory: What may be taken on GPUs, as `--gpu-memory` has it.
-        batch_size: Sequences that run together.
-        input_tokens: Tokens of each sequence.
-        output_tokens: Tokens generated for each, no fewer and no more.
-        repeats: Measured fills.
-        warmup: Fills before them that are thrown away.
+        output_tokens: Tokens generated for each sequence, no fewer and no more.
+        warmup: Fills before the measured ones that are thrown away.
         cache: `cold`: each fill in a process of its own, and the checkpoint not in the page cache. `warm`: all fills
             in one process, which keeps its experts.
-        seed: Decides the input tokens.
     """
 
     model: str | None
@@ -72,14 +66,7 @@ def product(
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all cells share.
-
-    Attributes:
-        checkpoint: The model.
-        offload_folder: Where switchrun may write.
-        synthetic: What the weights are if they are made up: see `switchrun.bench.synthetic`.
-        tell: Called with a line for a human whenever something begins.
-    """
+    """What all cells share; `synthetic` describes weights that are made up, `tell` takes a line for a human."""
 
     checkpoint: SwitchCheckpoint
     offload_folder: Path
@@ -105,7 +92,7 @@ class Bench:
             try:
                 yield cell_record(head, self._measure(cell, label))
             except ChildError as error:
-                yield failed_record(head, error.record)
+                yield {"schema_version": SCHEMA_VERSION, "status": "failed", **head, "error": error.record}
 
     def _measure(self, cell: Cell, label: str) -> list[Answer]:
         """Run a cell's processes, and return the answers without the fills that only warm up."""
@@ -133,11 +120,7 @@ def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) 
 
 
 def describe_environment(checkpoint: Path) -> dict[str, Any]:
-    """Return what a measurement was made on, as plain values for JSON.
-
-    Args:
-        checkpoint: The folder whose disk is described.
-    """
+    """Return what a measurement was made on, as JSON has it; the disk is that of the checkpoint's folder."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {

@@ -81,8 +81,8 @@ def make_passages(
     Args:
         texts: The lines.
         tokenise: Returns the ids of a line, without special tokens.
-        sentinels: Ids of the sentinels in order.
-        eos: The end mark.
+        sentinels: Their ids, in order.
+        eos: The end mark's id.
         limit: Most tokens of an input.
         seed: Decides which spans.
     """

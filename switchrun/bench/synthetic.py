@@ -6,6 +6,8 @@ no disk time, unless they are materialised: then they are random bytes too, and 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import os
@@ -15,13 +17,13 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from switchrun.bench.raw_disk import drop_page_cache
+from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
 from switchrun.errors import BudgetError, UsageError
 from switchrun.units import format_bytes, parse_bytes
 
-Container = Literal["torch", "safetensors"]
 Shapes = dict[str, tuple[int, ...]]
 
 #: As large as the Hub's shards of switch-c-2048.
@@ -29,7 +31,7 @@ SHARD_BYTES = 9_990_000_000
 
 #: Lies beside a checkpoint that is complete.
 _MARK = "synthetic.json"
-#: Changes when the same parameters give other files.
+#: Changes when what was made before would not do any more.
 _VERSION = 1
 _SPEC = re.compile(r"(?:switch-)?([\w-]+?)(?::experts=(\d+))?")
 _HINT = "write it like switch-c-2048, base-128 or switch-c-2048:experts=16"
@@ -67,20 +69,15 @@ class Geometry:
         return 2 * 2 * self.d_model * self.d_ff
 
     def config(self) -> dict[str, Any]:
-        """Return config.json."""
+        """Return config.json; what it leaves out is as transformers has it."""
         sparse_layers = self.num_layers // self.sparse_step
         config: dict[str, Any] = {
             "d_ff": self.d_ff,
             "d_kv": self.d_kv,
             "d_model": self.d_model,
             "decoder_start_token_id": 0,
-            "dense_act_fn": "relu",
-            "dropout_rate": 0.1,
-            "eos_token_id": 1,
             "expert_capacity": self.expert_capacity,
             "is_encoder_decoder": True,
-            "is_gated_act": False,
-            "layer_norm_epsilon": 1e-06,
             "model_type": "switch_transformers",
             "num_decoder_layers": self.num_layers,
             "num_experts": self.num_experts,
@@ -88,12 +85,8 @@ class Geometry:
             "num_layers": self.num_layers,
             "num_sparse_decoder_layers": sparse_layers,
             "num_sparse_encoder_layers": sparse_layers,
-            "pad_token_id": 0,
-            "relative_attention_max_distance": 128,
             "relative_attention_num_buckets": 32,
             "router_bias": False,
-            "router_dtype": "float32",
-            "use_cache": True,
             "vocab_size": self.vocab_size,
         }
         if self.hub_faults:
@@ -117,17 +110,19 @@ GEOMETRIES: Mapping[str, Geometry] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Synthetic:
-    """A synthetic checkpoint that is there.
-
-    Attributes:
-        path: Its folder.
-        description: What stands in every record of it.
-    """
+class Synthetic(NamedTuple):
+    """A synthetic checkpoint's folder, and what stands in every record of it."""
 
     path: Path
     description: dict[str, Any]
+
+
+class Container(NamedTuple):
+    """How a checkpoint's files are called, and what writes one with holes and returns the offsets of its tensors."""
+
+    stem: str
+    suffix: str
+    write: Callable[[Path, Shapes], dict[str, int]]
 
 
 def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tell: Callable[[str], None]) -> Synthetic:
@@ -155,10 +150,17 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
     }
     folder = offload_folder / "synthetic" / f"{name}-{geometry.num_experts}-{real}"
     mark = {"version": _VERSION, "geometry": asdict(geometry), "materialized_experts": real}
-    if _read_mark(folder) == mark:
-        return Synthetic(folder, description)
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / _MARK).read_text(encoding="utf-8")) == mark:
+            return Synthetic(folder, description)
     needed = real_bytes(geometry, real)
-    _check_room(offload_folder, needed)
+    offload_folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(offload_folder).free
+    if needed > free:
+        raise BudgetError(
+            f"{offload_folder} has {format_bytes(free)} free, the synthetic checkpoint takes {format_bytes(needed)}",
+            "lower --materialize or use another --offload-folder",
+        )
     tell(f"making {folder}: {format_bytes(needed)} of random weights")
     shutil.rmtree(folder, ignore_errors=True)
     make_checkpoint(folder, geometry, real_experts=real)
@@ -216,34 +218,15 @@ def _note(real: int, count: int) -> str:
     )
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise BudgetError(
-            f"{folder} has {format_bytes(free)} free, the synthetic checkpoint takes {format_bytes(needed)}",
-            "lower --materialize or use another --offload-folder",
-        )
-
-
-def _read_mark(folder: Path) -> Any:
-    try:
-        return json.loads((folder / _MARK).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def make_checkpoint(
-    folder: Path, geometry: Geometry, container: Container = "safetensors", real_experts: int = 0
-) -> int:
+def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, container: Container | None = None) -> int:
     """Write a synthetic checkpoint.
 
     Args:
         folder: Where; made if need be.
         geometry: Which.
-        container: `torch` (as the Hub has switch-c-2048) or `safetensors`.
         real_experts: So many first experts of every layer get real bytes, and routers choose among those alone. With 0
             there are none, and routers choose among all.
+        container: Safetensors if None.
 
     Returns:
         The number of tensors.
@@ -252,8 +235,7 @@ def make_checkpoint(
         OSError: The disk is full, or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write = _write_torch if container == "torch" else _write_safetensors
-    stem, suffix = ("pytorch_model", ".bin") if container == "torch" else ("model", ".safetensors")
+    stem, suffix, write = container or Container("model", ".safetensors", _write_safetensors)
     shards = list(_split(geometry))
     weight_map: dict[str, str] = {}
     filler = _Filler(geometry, real_experts)
@@ -267,46 +249,28 @@ def make_checkpoint(
     return len(weight_map)
 
 
-def _dense_shapes(g: Geometry) -> Shapes:
-    shapes: Shapes = {"shared.weight": (g.vocab_size, g.d_model)}
-    if not g.tied:
-        shapes["decoder.lm_head.weight" if g.hub_faults else "lm_head.weight"] = (g.vocab_size, g.d_model)
-    inner = g.num_heads * g.d_kv
-    for stack, attentions in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
-        for block in range(g.num_layers):
-            for layer, attention in enumerate(attentions):
-                prefix = f"{stack}.block.{block}.layer.{layer}"
-                for matrix in "qkv":
-                    shapes[f"{prefix}.{attention}.{matrix}.weight"] = (inner, g.d_model)
-                shapes[f"{prefix}.{attention}.o.weight"] = (g.d_model, inner)
-                shapes[f"{prefix}.layer_norm.weight"] = (g.d_model,)
-            prefix = f"{stack}.block.{block}.layer.{len(attentions)}"
-            if g.sparse(block):
-                shapes[f"{prefix}.mlp.router.classifier.weight"] = (g.num_experts, g.d_model)
-            else:
-                shapes[f"{prefix}.mlp.wi.weight"] = (g.d_ff, g.d_model)
-                shapes[f"{prefix}.mlp.wo.weight"] = (g.d_model, g.d_ff)
-            shapes[f"{prefix}.layer_norm.weight"] = (g.d_model,)
-        shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, g.num_heads)
-        shapes[f"{stack}.final_layer_norm.weight"] = (g.d_model,)
+def _dense_shapes(geometry: Geometry) -> Shapes:
+    config = replace(geometry, hub_faults=False).config()
+    sparse = [block for block in range(geometry.num_layers) if geometry.sparse(block)]
+    shapes = dict(dense_tensors(config, dict.fromkeys(STACKS, sparse), geometry.tied))
+    if geometry.hub_faults and not geometry.tied:
+        shapes[DECODER_HEAD] = shapes.pop(HEAD)
     return shapes
 
 
 def _split(g: Geometry) -> Iterator[Shapes]:
     """Divide tensors into shards as the Hub does: dense weights, then all `wi` of a layer, then its `wo`."""
     yield _dense_shapes(g)
-    for stack, layer in (("encoder", 1), ("decoder", 2)):
-        for block in filter(g.sparse, range(g.num_layers)):
-            for matrix, shape in (("wi", (g.d_ff, g.d_model)), ("wo", (g.d_model, g.d_ff))):
-                prefix = f"{stack}.block.{block}.layer.{layer}.mlp.experts"
-                each = max(1, SHARD_BYTES // (g.expert_bytes // 2))
-                for start in range(0, g.num_experts, each):
-                    experts = range(start, min(start + each, g.num_experts))
-                    yield {f"{prefix}.expert_{expert}.{matrix}.weight": shape for expert in experts}
+    each = max(1, SHARD_BYTES // (g.expert_bytes // 2))
+    for stack, block in itertools.product(STACKS, filter(g.sparse, range(g.num_layers))):
+        prefix = f"{mlp_prefix(stack, block)}.experts"
+        for matrix, shape in (("wi", (g.d_ff, g.d_model)), ("wo", (g.d_model, g.d_ff))):
+            for start in range(0, g.num_experts, each):
+                experts = range(start, min(start + each, g.num_experts))
+                yield {f"{prefix}.expert_{expert}.{matrix}.weight": shape for expert in experts}
 
 
 def _write_safetensors(path: Path, shapes: Shapes) -> dict[str, int]:
-    """Write a header and a hole; return the offset of every tensor."""
     header: dict[str, dict[str, Any]] = {}
     cursor = 0
     for name, shape in shapes.items():
@@ -319,20 +283,6 @@ def _write_safetensors(path: Path, shapes: Shapes) -> dict[str, int]:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + cursor)
     return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
-
-
-def _write_torch(path: Path, shapes: Shapes) -> dict[str, int]:
-    """Write what `torch.save` writes, with holes for the data; return the offset of every tensor."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from switchrun.checkpoint.torch_file import read_torch
-
-    with FakeTensorMode():
-        fakes = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(fakes, path)
-    return {name: entry.offset for name, entry in read_torch(path).items()}
 
 
 class _Filler:
