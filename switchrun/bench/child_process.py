@@ -55,7 +55,7 @@ def run_child(
 
     Args:
         module: It calls `answer_task`.
-        task: What to do.
+        task: Goes to its stdin.
         timeout: Seconds before it is killed.
         folder: Where it runs, and where modules are looked for first.
         on_start: Called with the child's process id before the child imports anything large.

@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from switchrun import hardware
 from switchrun.bench.child_process import Answer, ChildError, Task, answer_task, as_error, open_engine, run_child
 from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
 from switchrun.errors import BudgetError, InputError
+from switchrun.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from switchrun._plan import Prepared
@@ -28,8 +31,6 @@ _COMMON = ("usage", "input", "model", "network")
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
 _EVERYTHING = 1 << 50
-
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +48,14 @@ class Evaluation:
     batch_size: int
     max_new_tokens: int
 
-    def run(self, dtypes: Sequence[str], reference: str, tell: Callable[[str], None]) -> Record:
-        """Evaluate and compare; a dtype that fails has its error in its row.
-
-        Args:
-            dtypes: What to compute in, in the order of the rows.
-            reference: The one among them that the others are held against.
-            tell: Called with a line for a human.
+    def run(self, dtypes: Sequence[str], reference: str, tell: Callable[[str], None]) -> Answer:
+        """Evaluate dtypes and hold them against one of them; a dtype that fails has its error in its row.
 
         Raises:
             SwitchrunError: Something is wrong that is so in every dtype, or every dtype failed.
         """
         answers: dict[str, Answer] = {}
-        failures: dict[str, Record] = {}
+        failures: dict[str, Answer] = {}
         for number, dtype in enumerate(dtypes, 1):
             tell(f"{dtype}, {number} of {len(dtypes)}")
             try:
@@ -94,28 +90,20 @@ class Evaluation:
         }
 
 
-def _row(dtype: str, answer: Answer, base: Answer | None) -> Record:
-    return {
-        "name": dtype,
-        "status": "ok",
-        "loss_difference": None if base is None else answer["row"]["loss"] - base["row"]["loss"],
-        "token_agreement": None
-        if base is None
-        else _agreement(_flat(answer["predictions"]), _flat(base["predictions"])),
-        "output_agreement": None if base is None else _agreement(answer["outputs"], base["outputs"]),
-        **answer["row"],
-        "error": None,
-    }
+def _row(dtype: str, answer: Answer, base: Answer | None) -> Answer:
+    compared: Answer = dict.fromkeys(("loss_difference", "token_agreement", "output_agreement"))
+    if base is not None:
+        compared["loss_difference"] = answer["row"]["loss"] - base["row"]["loss"]
+        tokens, others = (list(chain.from_iterable(each["predictions"])) for each in (answer, base))
+        compared["token_agreement"] = _agreement(tokens, others)
+        compared["output_agreement"] = _agreement(answer["outputs"], base["outputs"])
+    return {"name": dtype, "status": "ok", **answer["row"], **compared, "error": None}
 
 
 def _agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
     """Return the share of places that hold the same; None if there are none."""
     same = [one == other for one, other in zip(ours, theirs, strict=True)]
     return sum(same) / len(same) if same else None
-
-
-def _flat(rows: Sequence[Sequence[int]]) -> list[int]:
-    return [token for row in rows for token in row]
 
 
 def evaluate_dtype(task: Task) -> Answer:
@@ -180,33 +168,15 @@ def _work(seconds: float, counters: CacheCounters) -> Answer:
 
 
 def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
-    """Plan with all dense weights in memory.
-
-    Raises:
-        BudgetError: They and a slot do not fit.
-    """
+    """Plan with all dense weights in memory; a `BudgetError` says what they and a slot need."""
+    from switchrun._plan import prepare
     from switchrun.planning.budgets import resolve_budgets
-    from switchrun.units import MIB, format_bytes
 
     allowed = resolve_budgets(cpu_memory, 0).cpu_bytes
-    try:
-        return _plan(task, allowed)
-    except BudgetError as error:
-        use = _plan(task, _EVERYTHING).plan.tier("cpu")
-        least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
-        raise BudgetError(
-            f"eval keeps all dense weights in memory and needs {least} MiB, {format_bytes(allowed)} is allowed",
-            f"use --cpu-memory {least}MiB or more",
-        ) from error
-
-
-def _plan(task: Task, cpu_bytes: int) -> Prepared:
-    from switchrun._plan import prepare
-
-    return prepare(
+    plan = partial(
+        prepare,
         task["model"],
         dtype=task["dtype"],
-        cpu_memory=cpu_bytes,
         gpu_memory=0,
         offload_folder=task["offload_folder"],
         offload_limit=task["offload_limit"],
@@ -215,6 +185,15 @@ def _plan(task: Task, cpu_bytes: int) -> Prepared:
         batch_size=task["batch_size"],
         output_tokens=max(1, task["max_new_tokens"]),
     )
+    try:
+        return plan(cpu_memory=allowed)
+    except BudgetError as error:
+        use = plan(cpu_memory=_EVERYTHING).plan.tier("cpu")
+        least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
+        raise BudgetError(
+            f"eval keeps all dense weights in memory and needs {least} MiB, {format_bytes(allowed)} is allowed",
+            f"use --cpu-memory {least}MiB or more",
+        ) from error
 
 
 def _passages(task: Task, tokenizer: Any, checkpoint: SwitchCheckpoint) -> Passages:

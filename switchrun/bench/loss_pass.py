@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from switchrun.bench.spans import Passage
 from switchrun.checkpoint.types import ExpertKey, Stack
@@ -71,9 +72,11 @@ def make_batches(passages: Sequence[Passage], batch_size: int, pad: int) -> list
     batches = []
     for start in range(0, len(order), batch_size):
         rows = tuple(order[start : start + batch_size])
-        inputs = _padded([passages[row].inputs for row in rows], pad)
-        lengths = torch.tensor([len(passages[row].inputs) for row in rows])
-        labels = _padded([passages[row].target for row in rows], _IGNORED)
+        parts = [torch.tensor(passages[row].inputs) for row in rows]
+        targets = [torch.tensor(passages[row].target) for row in rows]
+        inputs = pad_sequence(parts, batch_first=True, padding_value=pad)
+        labels = pad_sequence(targets, batch_first=True, padding_value=_IGNORED)
+        lengths = torch.tensor(list(map(len, parts)))
         read = torch.arange(inputs.shape[1]) < lengths[:, None]
         batches.append(Batch(rows, inputs, labels, read, labels != _IGNORED))
     return batches
@@ -112,9 +115,6 @@ def score_passages(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int
         model: The model, with `OffloadedExperts` and all dense weights on one device.
         passes: Batches of each pass.
         most_rows: Tokens that an expert may be run with at a time.
-
-    Raises:
-        CorruptCheckpointError: An expert cannot be read.
     """
     used: set[ExpertKey] = set()
     scores: dict[int, Score] = {}
@@ -221,8 +221,3 @@ def _score(model: Any, batch: Batch, state: torch.Tensor) -> Iterator[tuple[int,
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 _INTERVAL_SECONDS = 0.1
 #: T5's vocabularies end with sentinels and unused ids; the small ones of tests have no room to leave out any.
-_LEFT_OUT = 128
-_SMALL_VOCABULARY = 1024
+_LEFT_OUT, _SMALL_VOCABULARY = 128, 1024
 
 
 def measure(task: Task) -> Answer:
@@ -62,7 +61,8 @@ def measure(task: Task) -> Answer:
                     timeline.close()
                     beside = {"raw": replay_all(probe.reads), "expert_use": used_experts(probe.use)}
                     answer["fills"].append(asdict(fill) | beside)
-                    _reset_peak_rss()
+                    with contextlib.suppress(OSError):  # the next fill's peak counts from here
+                        Path("/proc/self/clear_refs").write_text("5")
     return answer | {"timeline": timeline.points, "warnings": warnings}
 
 
@@ -100,12 +100,6 @@ class MemoryTimeline(threading.Thread):
         """End the thread; closing twice does nothing."""
         self._closed.set()
         self.join()
-
-
-def _reset_peak_rss() -> None:
-    """Have the system count this process's peak again, from what it takes now, where it can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _plan_record(engine: Engine) -> Answer:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 
-from switchrun.bench.raw_disk import Range, io_read_bytes
+from switchrun.bench.raw_disk import io_read_bytes
 from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
 from switchrun.experts.levels import since, total
@@ -69,7 +70,7 @@ class Probe:
         self._forget()
 
     def _forget(self) -> None:
-        self.reads: dict[Stack, list[Range]] = {stack: [] for stack in STACKS}
+        self.reads: dict[Stack, list[Segment]] = {stack: [] for stack in STACKS}
         self.use: Counter[ExpertKey] = Counter()
         self._inside: dict[Stack, float] = dict.fromkeys(STACKS, 0.0)
         self._encoder_end = 0.0
@@ -91,7 +92,6 @@ class Probe:
     def fill(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
         """Generate exactly so many tokens for each row of ids, all rows of one length; blocks until it is done."""
         self._forget()
-        options = GenerationOptions(max_new_tokens=output_tokens)
         times: list[float] = []
         io, before = io_read_bytes(), self._engine.levels.counters()
         start = time.perf_counter()
@@ -102,7 +102,7 @@ class Probe:
                 self._engine.context,
                 ids,
                 torch.ones_like(ids),
-                options,
+                GenerationOptions(max_new_tokens=output_tokens),
                 on_token=lambda _: times.append(time.perf_counter() - start),
                 min_new_tokens=output_tokens,
             )
@@ -134,15 +134,12 @@ class Probe:
         self._encoder_counters = self._engine.levels.counters()
 
     def _note_load(self, key: ExpertKey, segments: tuple[Segment, ...]) -> None:
-        self.reads[key.stack] += [Range(each.file, each.offset, each.length) for each in segments]
+        self.reads[key.stack] += segments
 
 
 def _stage_times(seconds: float, inside: float, levels: Mapping[str, CacheCounters]) -> StageTimes:
-    gpus = CacheCounters()
-    for tier, counters in levels.items():
-        if tier != "cpu":
-            gpus = gpus.plus(counters)
-    return StageTimes(seconds, inside, total(levels), gpus)
+    gpus = [counters for tier, counters in levels.items() if tier != "cpu"]
+    return StageTimes(seconds, inside, total(levels), reduce(CacheCounters.plus, gpus, CacheCounters()))
 
 
 def used_experts(use: Mapping[ExpertKey, int]) -> dict[str, dict[str, int]]:

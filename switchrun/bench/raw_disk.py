@@ -12,12 +12,12 @@ import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from switchrun.experts.reader import PAGE, WAYS, Way
+from switchrun.experts.reader import PAGE, WAYS, Segment, Way
 from switchrun.units import MIB
 
 #: Root may write here; it drops every file's pages, so it is done only where asking for the files alone fails.
@@ -30,11 +30,7 @@ _BUFFER_BYTES = 128 * MIB
 
 
 def drop_page_cache(files: Iterable[Path]) -> bool:
-    """Put files out of the page cache.
-
-    Returns:
-        Whether they are out now, as far as the first 64 MiB of each show.
-    """
+    """Put files out of the page cache; return whether they are out, as far as the first 64 MiB of each show."""
     files = sorted(set(files))
     for file in files:
         with open(file, "rb", buffering=0) as stream, contextlib.suppress(OSError):
@@ -72,16 +68,7 @@ def io_read_bytes() -> int | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """A read of a fill: `length` bytes of a file."""
-
-    file: Path
-    offset: int
-    length: int
-
-
-def replay_all(reads: Mapping[Any, Sequence[Range]]) -> list[dict[str, Any]]:
+def replay_all(reads: Mapping[Any, Sequence[Segment]]) -> list[dict[str, Any]]:
     """Replay the reads of each stack in every way of reading, and return the bandwidths by way and stack."""
     memory = mmap.mmap(-1, _BUFFER_BYTES)
     memory.write(bytes(_BUFFER_BYTES))  # new pages are slower than many disks
@@ -89,13 +76,12 @@ def replay_all(reads: Mapping[Any, Sequence[Range]]) -> list[dict[str, Any]]:
         return [asdict(way) | {stack: replay(reads[stack], way, buffer) for stack in reads} for way in WAYS]
 
 
-def replay(ranges: Sequence[Range], way: Way, buffer: memoryview) -> float | None:
-    """Read ranges in order, into touched memory that is used again and again; blocks until they are read.
+def replay(reads: Sequence[Segment], way: Way, buffer: memoryview) -> float | None:
+    """Do reads in order, into touched memory that is used again and again, and return bytes per second.
 
-    Returns:
-        Bytes per second; None if there is nothing to read or the filesystem refuses this way.
+    None if there is nothing to read, or the filesystem refuses this way.
     """
-    files = {each.file for each in ranges}
+    files = {each.file for each in reads}
     if not files:
         return None
     if not way.direct:
@@ -103,19 +89,19 @@ def replay(ranges: Sequence[Range], way: Way, buffer: memoryview) -> float | Non
     flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if way.direct else 0)
     descriptors: dict[Path, int] = {}
 
-    def read(numbered: tuple[int, Range]) -> None:
-        number, piece = numbered
+    def read(numbered: tuple[int, tuple[Path, int, int]]) -> None:
+        number, (file, offset, length) = numbered
         start = number % (len(buffer) // way.chunk_bytes) * way.chunk_bytes
-        os.preadv(descriptors[piece.file], [buffer[start : start + piece.length]], piece.offset)
+        os.preadv(descriptors[file], [buffer[start : start + length]], offset)
 
     try:
         for file in files:
             descriptors[file] = os.open(file, flags)
         with ThreadPoolExecutor(way.threads) as pool:
             start = perf_counter()
-            for _ in pool.map(read, enumerate(_pieces(ranges, way.chunk_bytes))):
+            for _ in pool.map(read, enumerate(_pieces(reads, way.chunk_bytes))):
                 pass
-            return sum(each.length for each in ranges) / (perf_counter() - start)
+            return sum(each.length for each in reads) / (perf_counter() - start)
     except OSError:
         return None  # tmpfs and some network filesystems refuse O_DIRECT
     finally:
@@ -125,9 +111,9 @@ def replay(ranges: Sequence[Range], way: Way, buffer: memoryview) -> float | Non
             drop_page_cache(files)
 
 
-def _pieces(ranges: Sequence[Range], chunk: int) -> Iterator[Range]:
-    """Cut ranges into page-aligned pieces of at most `chunk` bytes."""
-    for each in ranges:
+def _pieces(reads: Sequence[Segment], chunk: int) -> Iterator[tuple[Path, int, int]]:
+    """Cut reads into page-aligned pieces of at most `chunk` bytes: file, offset, length."""
+    for each in reads:
         begin, end = each.offset & -PAGE, -(-(each.offset + each.length) // PAGE) * PAGE
         for start in range(begin, end, chunk):
-            yield Range(each.file, start, min(chunk, end - start))
+            yield each.file, start, min(chunk, end - start)

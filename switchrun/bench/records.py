@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -119,7 +118,7 @@ def percentile(samples: Sequence[float], share: float) -> float | None:
         return None
     ordered = sorted(samples)
     place = share * (len(ordered) - 1)
-    low = math.floor(place)
+    low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
@@ -168,11 +167,7 @@ def _compared_settings(record: Record) -> tuple[tuple[str, Any], ...]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read records that `--export` or `--resume` wrote, as JSON or JSON lines.
-
-    Raises:
-        UsageError: The file is not there, holds something else, or was written by another version.
-    """
+    """Read records that `--export` or `--resume` wrote, as JSON or JSON lines; a `UsageError` says why not."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

@@ -76,9 +76,7 @@ class Bench:
     def run(self, cells: Sequence[Cell], finished: Sequence[Record] = ()) -> Iterator[Record]:
         """Yield the record of each cell as soon as there is one; a cell that fails has its error there.
 
-        Args:
-            cells: What to measure.
-            finished: Records of earlier runs; the cells that have one there are not run again.
+        Cells that have a record in `finished` are not run again.
         """
         for number, cell in enumerate(cells, 1):
             label, knobs = f"cell {number} of {len(cells)}", asdict(cell)
@@ -126,7 +124,7 @@ def describe_environment(checkpoint: Path) -> dict[str, Any]:
         "versions": {
             "switchrun": __version__,
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
         },
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -135,13 +133,6 @@ def describe_environment(checkpoint: Path) -> dict[str, Any]:
         "disk": _disk(checkpoint),
         "kernel": platform.release(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str | None:

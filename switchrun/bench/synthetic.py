@@ -77,7 +77,6 @@ class Geometry:
             "d_model": self.d_model,
             "decoder_start_token_id": 0,
             "expert_capacity": self.expert_capacity,
-            "is_encoder_decoder": True,
             "model_type": "switch_transformers",
             "num_decoder_layers": self.num_layers,
             "num_experts": self.num_experts,
@@ -126,15 +125,9 @@ class Container(NamedTuple):
 
 
 def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tell: Callable[[str], None]) -> Synthetic:
-    """Make a synthetic checkpoint in the offload folder, or find the one that was made before.
+    """Make what `--synthetic` and `--materialize` ask for in the offload folder, or find what was made before.
 
     Key names and config.json are transformers' own, so that plain transformers can load it too.
-
-    Args:
-        spec: A geometry's name, with or without `switch-`, and perhaps `:experts=N` for N experts in each layer.
-        materialize: How many bytes of experts shall be real, as `--materialize` has it; None is none.
-        offload_folder: Where it is made, under `synthetic/`.
-        tell: Called with a line for a human if it has to be made.
 
     Raises:
         UsageError: There is no such geometry, or less is to be real than two experts of each layer.
@@ -170,11 +163,7 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
 
 
 def parse_geometry(spec: str) -> tuple[str, Geometry]:
-    """Return the full name, and the geometry, that `--synthetic` asks for.
-
-    Raises:
-        UsageError: There is no such geometry, or it has fewer experts.
-    """
+    """Return the full name, and the geometry, that `--synthetic` asks for; a `UsageError` if there is none."""
     match = _SPEC.fullmatch(spec.strip())
     name = f"switch-{match[1]}" if match else ""
     if match is None or name not in GEOMETRIES:
@@ -212,27 +201,14 @@ def _real_experts(size: str, geometry: Geometry) -> int:
 def _note(real: int, count: int) -> str:
     if not real:
         return "the weights are synthetic, and experts are holes that cost no disk time: reading speeds mean nothing"
-    part = "all" if real == count else f"{real} of {count}"
-    return (
-        f"the weights are synthetic: random numbers in {part} experts of each layer, and what comes out means nothing"
-    )
+    part = "all experts" if real == count else f"{real} of {count} experts"
+    return f"the weights are synthetic: random numbers in {part} of each layer, and what comes out means nothing"
 
 
 def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, container: Container | None = None) -> int:
-    """Write a synthetic checkpoint.
+    """Write a synthetic checkpoint, safetensors without a container, and return the number of its tensors.
 
-    Args:
-        folder: Where; made if need be.
-        geometry: Which.
-        real_experts: So many first experts of every layer get real bytes, and routers choose among those alone. With 0
-            there are none, and routers choose among all.
-        container: Safetensors if None.
-
-    Returns:
-        The number of tensors.
-
-    Raises:
-        OSError: The disk is full, or the folder cannot be written.
+    So many first experts of every layer get real bytes, and routers choose among those alone; with 0, among all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stem, suffix, write = container or Container("model", ".safetensors", _write_safetensors)

@@ -10,10 +10,10 @@ import pytest
 
 from switchrun.bench.measure import make_inputs, measure
 from switchrun.bench.probe import used_experts
-from switchrun.bench.raw_disk import Range, replay, replay_all
+from switchrun.bench.raw_disk import replay, replay_all
 from switchrun.bench.runner import Cell
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.experts.reader import WAYS, Way
+from switchrun.experts.reader import WAYS, Segment, Way
 from tests.bench.conftest import task_of
 
 
@@ -73,12 +73,12 @@ def test_replays_read_what_they_are_told(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(os, "preadv", preadv)
     buffer = memoryview(bytearray(65536 * 3))
-    ranges = [Range(file, 5, 100_000), Range(file, 250_000, 50_000)]
-    assert replay(ranges, Way(1, 65536, False), buffer)
-    # Whole pages around the ranges, in order, in pieces.
+    reads = [Segment(file, offset, length, 0, length) for offset, length in ((5, 100_000), (250_000, 50_000))]
+    assert replay(reads, Way(1, 65536, False), buffer)
+    # Whole pages around them, in order, in pieces.
     assert read == [(0, 65536), (65536, 36864), (249856, 53248)]
     assert replay([], WAYS[0], buffer) is None
-    rates = replay_all({"encoder": ranges, "decoder": []})
+    rates = replay_all({"encoder": reads, "decoder": []})
     assert [way["threads"] for way in rates] == [way.threads for way in WAYS]
     assert all(way["decoder"] is None for way in rates)
     assert rates[-1]["encoder"] > 0
