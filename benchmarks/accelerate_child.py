@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from switchrun import hardware
 from switchrun.bench.child_process import Answer, Task, answer_task
 from switchrun.bench.measure import make_inputs
 from switchrun.bench.raw_disk import drop_page_cache, io_read_bytes
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.machine import processor, ram
 
 _SHARED = "shared.weight"
 _NAMES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -31,7 +31,7 @@ def measure(task: Task) -> Answer:
 
     from switchrun.planning.budgets import resolve_budgets
 
-    budgets = resolve_budgets(task["cpu_memory_bytes"], task["gpu_memory"])
+    budgets = resolve_budgets(task["cpu_memory_bytes"], None)
     model: Any = SwitchTransformersForConditionalGeneration.from_pretrained(
         task["model"],
         dtype=getattr(torch, task["torch_dtype"]),
@@ -39,7 +39,7 @@ def measure(task: Task) -> Answer:
         max_memory={**budgets.gpu_bytes, "cpu": budgets.cpu_bytes},
         offload_folder=task["scratch"],
     )
-    opened, open_bytes = hardware.process_age_seconds(), io_read_bytes()
+    opened, open_bytes = processor.process_age_seconds(), io_read_bytes()
     rows = make_inputs(model.config.to_dict(), task["batch_size"], task["input_tokens"], task["seed"])
     start = time.perf_counter()
     ids = torch.tensor(rows)
@@ -57,7 +57,7 @@ def measure(task: Task) -> Answer:
     fill = {
         "seconds": time.perf_counter() - start,
         "output_ids": output.tolist(),
-        "peak_rss_bytes": hardware.peak_rss_bytes(),
+        "peak_rss_bytes": ram.peak_rss_bytes(),
     }
     return {"open_seconds": opened, "open_io_read_bytes": open_bytes, "fills": [fill]}
 

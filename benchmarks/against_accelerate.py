@@ -25,8 +25,7 @@ from typing import Any
 from accelerate_child import complete_checkpoint
 from memory_group import MemoryGroup
 
-from switchrun import folders
-from switchrun.bench.child_process import Answer, ChildError, Task, run_child
+from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, run_child
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.bench.records import fill_metrics
 from switchrun.bench.runner import Cell, describe_environment, model_files
@@ -34,6 +33,7 @@ from switchrun.bench.synthetic import make_synthetic
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import resolve_dtype
+from switchrun.machine import folders
 from switchrun.units import MIB, parse_bytes
 
 HERE = Path(__file__).resolve().parent
@@ -59,7 +59,7 @@ def main() -> None:
         seed=options.seed,
     )
     # `cold` and `turn` are for older checkouts.
-    task = asdict(cell) | {"offload_folder": str(offload), "fills": 1, "cold": False, "turn": 0}
+    task = asdict(cell) | {"offload_folder": str(offload), "work": "measure", "fills": 1, "cold": False, "turn": 0}
     limit = None if options.memory_limit is None else parse_bytes(options.memory_limit)
     offload.mkdir(parents=True, exist_ok=True)
     waiting = [OURS, *options.against]
@@ -121,10 +121,8 @@ def measure(name: str, task: Task, checkpoint: SwitchCheckpoint, limit: int | No
             module, folder = "accelerate_child", HERE
         else:
             folder = HERE.parent if name == OURS else Path(name).resolve()
-            # Older checkouts have another name for it.
-            module = (
-                "switchrun.bench.cell" if (folder / "switchrun/bench/cell.py").exists() else "switchrun.bench.measure"
-            )
+            older = "switchrun.bench.cell"  # what checkouts had before they had our CHILD
+            module = older if (folder / "switchrun/bench/cell.py").exists() else CHILD
         on_start = (lambda _pid: None) if limit is None else stack.enter_context(MemoryGroup(limit)).add
         return run_child(module, task, timeout=timeout, folder=folder, on_start=on_start)
 

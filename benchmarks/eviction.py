@@ -4,7 +4,7 @@
 
 Traces come from the demo model, filling held-out sentences (tools/demo_corpus.py fetches the text, as packages), and
 from made-up geometries with independent requests. Prints a Markdown table of hit rates, and how well a layer's experts
-can be foretold by its router applied early. The results stand in docs/eviction.md.
+can be foretold by its router applied early. Results: benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ import torch
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import PAGE, WAYS, FileReader, Segment, known_way
-from switchrun.experts.slots import Buffers
 
 RUNS = 7
 TOKENS = 6

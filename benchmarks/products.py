@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from switchrun.experts.product import linear
+from switchrun.kernels.plain import linear
 
 D_MODEL, D_FF, EXPERTS, REPEATS = 2080, 6144, 6, 15
 

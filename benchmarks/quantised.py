@@ -16,9 +16,9 @@ from collections.abc import Callable
 import bitsandbytes.functional as bnb
 import torch
 
-from switchrun.experts.int8 import linear_int8, quantise_int8
-from switchrun.experts.nf4 import linear_nf4, packed_size, quantise_nf4
-from switchrun.experts.nf4_tiles import linear_tiled, quantise_tiled
+from switchrun.kernels.int8 import linear_int8, quantise_int8
+from switchrun.kernels.nf4 import linear_nf4, packed_size, quantise_nf4
+from switchrun.kernels.nf4_tiles import linear_tiled, quantise_tiled
 from switchrun.store import nf4_layout
 
 Linear = Callable[[torch.Tensor, int], torch.Tensor]

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from switchrun import hardware
-from switchrun._plan import prepare
-from switchrun.experts.slots import ExpertWeights
+from switchrun.kernels.matrices import ExpertWeights
+from switchrun.machine import ram
 from switchrun.model.engine import Engine
+from switchrun.planning.opening import plan_model
+from switchrun.planning.options import OpenOptions
 
 REPEATS = 200
 LOADS = 60
@@ -31,8 +32,8 @@ def main() -> None:
     parser.add_argument("--cpu-memory", default="4GiB")
     parser.add_argument("--offload-folder")
     options = parser.parse_args()
-    prepared = prepare(options.model, cpu_memory=options.cpu_memory, offload_folder=options.offload_folder)
-    with torch.no_grad(), Engine(prepared) as engine:
+    opening = OpenOptions(model=options.model, cpu_memory=options.cpu_memory, offload_folder=options.offload_folder)
+    with torch.no_grad(), Engine(plan_model(opening)) as engine:
         keys = list(engine.checkpoint.experts)
         slots = engine.cache.num_slots
         for key in keys[: 2 * slots]:
@@ -44,11 +45,11 @@ def main() -> None:
 def print_loads(engine: Engine, keys: list[Any]) -> None:
     """Read experts that are not in memory, one after another."""
     loads = engine.cache.counters().loads
-    faults, resident = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, hardware.rss_bytes()
+    faults, resident = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, ram.rss_bytes()
     for key in keys:
         list(engine.cache.stream([key]))
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    grown = hardware.rss_bytes() - resident
+    grown = ram.rss_bytes() - resident
     loads = engine.cache.counters().loads - loads
     pages = engine.checkpoint.expert_bytes // 4096
     print(

@@ -5,32 +5,38 @@
     with Session.open("google/switch-base-8", cpu_memory="6GiB") as session:
         print(session.fill(["A <extra_id_0> walks into a bar."])[0].text)
 
-Importing this package imports neither torch nor transformers; opening a session does.
+Importing this package, and `Session` from it, imports neither torch nor transformers; opening a session does.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from switchrun._plan import plan
-
 if TYPE_CHECKING:
     from switchrun.model.records import FillResult, GenerationOptions
     from switchrun.model.session import Session
+    from switchrun.planning.opening import plan
 
 __version__ = "0.1.0"
 
 __all__ = ["FillResult", "GenerationOptions", "Session", "__version__", "plan"]
 
+#: Where each name is imported from when it is first asked for (PEP 562).
+_HOMES = {
+    "FillResult": "switchrun.model.records",
+    "GenerationOptions": "switchrun.model.records",
+    "Session": "switchrun.model.session",
+    "plan": "switchrun.planning.opening",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what needs torch only when it is asked for (PEP 562)."""
-    if name == "Session":
-        from switchrun.model.session import Session
+    if name not in _HOMES:
+        raise AttributeError(f"module 'switchrun' has no attribute '{name}'")
+    from importlib import import_module
 
-        return Session
-    if name in ("FillResult", "GenerationOptions"):
-        from switchrun.model import records
+    return getattr(import_module(_HOMES[name]), name)
 
-        return getattr(records, name)
-    raise AttributeError(f"module 'switchrun' has no attribute '{name}'")
+
+def __dir__() -> list[str]:
+    return __all__

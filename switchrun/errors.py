@@ -15,6 +15,9 @@ Exit code 3 (some inputs failed, others were answered) and those of signals (130
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
 
 class SwitchrunError(Exception):
     """The base of every error that switchrun raises on purpose.
@@ -37,10 +40,25 @@ class SwitchrunError(Exception):
 
 
 class UsageError(SwitchrunError):
-    """Options or arguments that cannot be used together, or that have no meaning."""
+    """Options or arguments that cannot be used together, or that have no meaning.
+
+    Args:
+        message: As of the base class.
+        hint: The same.
+        option: The argument that it is about, such as `cpu_memory`; the message begins with it.
+    """
 
     exit_code = 2
     kind = "usage"
+
+    def __init__(self, message: str, hint: str = "", option: str = "") -> None:
+        super().__init__(message, hint)
+        self.option = option
+
+    def on_command_line(self) -> str:
+        """Return the text with the option as it is called there: `--cpu-memory`."""
+        flag = f"--{self.option.replace('_', '-')}" if self.option else ""
+        return flag + str(self).removeprefix(self.option)
 
 
 class InputError(SwitchrunError):
@@ -83,3 +101,29 @@ class StorageError(SwitchrunError):
 
     exit_code = 9
     kind = "storage"
+
+
+def command(
+    *words: str, model: str | None = None, dtype: str | None = None, offload_folder: str | Path | None = None
+) -> str:
+    """Give a command of switchrun with the user's own options, quoted for the shell.
+
+    Args:
+        words: What comes after `switchrun`.
+        model: As `--model` has it; None, as of the others, leaves it out.
+        dtype: As `--dtype` has it.
+        offload_folder: As `--offload-folder` has it.
+    """
+    given = (("--model", model), ("--dtype", dtype), ("--offload-folder", offload_folder))
+    options = [word for option, value in given if value is not None for word in (option, str(value))]
+    return shlex.join(["switchrun", *words, *options])
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is not a whole number above 0.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if type(value) is not int or value < 1:
+        raise UsageError(f"{name}: {value!r} is not a whole number above 0", option=name)

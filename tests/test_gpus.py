@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from switchrun import gpus
-from switchrun.gpus import Gpu
+from switchrun.machine import gpus
+from switchrun.machine.gpus import Gpu
 from switchrun.units import GIB
 
 NO_DEVICE = 100
@@ -247,8 +247,12 @@ def test_torch_agrees_on_what_it_is_built_for() -> None:
 
 
 def test_the_probe_needs_no_torch() -> None:
-    program = (
-        "import sys; import switchrun.gpus as g; g.visible_gpus(); g.driver_too_old(); print('torch' in sys.modules)"
-    )
+    program = """
+import sys
+from switchrun.machine import gpus
+gpus.visible_gpus()
+gpus.driver_too_old()
+print("torch" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -1,68 +1,122 @@
-"""Write docs/cli.md from the live command line, or check that it is fresh.
+"""Write docs/cli.md and docs/environment.md from the live command line, or check that they are fresh.
 
-python tools/cli_reference.py            writes the file
-python tools/cli_reference.py --check    exits with 1 if the file is stale
+python tools/cli_reference.py            writes both files
+python tools/cli_reference.py --check    exits with 1 if one of them is stale
 """
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer.main
 from typer import Context
 
 from switchrun.cli.app import app
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
-_HEAD = """# Command line
+_SHARED = "Options of several commands"
+
+_CLI_HEAD = """# Command line
 
 Written by `tools/cli_reference.py` from the program itself; do not edit.
 
-Exit codes: 0 all inputs answered; 1 a bug in switchrun, or the answer could not be written; 2 usage; 3 some inputs
-failed, the others were answered; 4 no input could be answered; 5 model not found, or not a supported Switch model;
-6 does not fit the memory allowed; 7 damaged checkpoint or offload data; 8 network; 9 the offload folder cannot be
-written; 130, 141, 143 for SIGINT, a broken pipe and SIGTERM.
+Answers go to stdout, everything else to stderr. Defaults are in brackets. Options that are only named are
+explained [at the end](#options-of-several-commands). See also the [exit codes](exit-codes.md), and the
+[environment variables](environment.md) that stand for options.
+"""
 
-`SWITCHRUN_DEBUG=1` shows the traceback of an error and what the libraries say.
+_ENVIRONMENT_HEAD = """# Environment variables
+
+Written by `tools/cli_reference.py` from the program itself; do not edit.
+
+## Instead of options
+
+An option on the command line wins over its variable. The [Python API](python-api.md) reads none of these.
+"""
+
+# What is read without an option: by switchrun itself, or by a library that it uses.
+_OTHER_VARIABLES = {
+    "Without an option": {
+        "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache.",
+        "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",
+    },
+    "The Hub": {
+        "HF_HOME": "where downloads are kept, by default `~/.cache/huggingface`. Name a large disk.",
+        "HF_HUB_CACHE": "the same, for downloaded models alone.",
+        "HF_TOKEN": "your token, for gated and private models.",
+        "HF_HUB_OFFLINE": "`1` uses only what is in the local cache.",
+        "HTTPS_PROXY": "a proxy for downloads.",
+    },
+    "The terminal": {
+        "NO_COLOR": "no colours in tables.",
+        "COLUMNS": "the width of tables; by default the terminal's, or 80.",
+        "TERM": "`dumb` means no progress line.",
+        "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
+    },
+    "Processors": {
+        "OMP_NUM_THREADS": "how many threads torch computes with; by default one a core.",
+        "CUDA_VISIBLE_DEVICES": "the GPUs to use, as for any program.",
+    },
+}
+
+_ENVIRONMENT_TAIL = """`huggingface_hub` reads its variables itself;
+[its documentation](https://huggingface.co/docs/huggingface_hub/package_reference/environment_variables) lists them all.
+Unless `SWITCHRUN_DEBUG` is set, the command line sets these where they are unset, to keep stderr its own:
+`HF_HUB_DISABLE_PROGRESS_BARS`, `HF_HUB_VERBOSITY`, `TRANSFORMERS_VERBOSITY`, `TRANSFORMERS_NO_ADVISORY_WARNINGS`,
+`TORCH_CPP_LOG_LEVEL`.
 """
 
 
-def reference() -> str:
-    """Give the page as Markdown."""
+class Option(NamedTuple):
+    """An option or argument, as both pages show it."""
+
+    name: str
+    value: str
+    variable: str
+    default: str
+    help: str
+
+
+class Command(NamedTuple):
+    """What a command says of itself."""
+
+    help: str
+    usage: str
+    options: list[Option]
+
+
+def commands() -> dict[str, Command]:
+    """Return every command by its name, those of groups by both words."""
     group: Any = typer.main.get_command(app)
-    parts = [_HEAD]
     with Context(group, info_name="switchrun") as context:
-        for name in group.list_commands(context):
-            parts += _command(group.get_command(context, name), context, name)
-    return "\n".join(parts)
+        return dict(_commands(group, context, ""))
 
 
-def _command(command: Any, parent: Any, name: str) -> Iterator[str]:
-    with Context(command, info_name=name.rpartition(" ")[2], parent=parent) as context:
-        if hasattr(command, "list_commands"):
-            for each in command.list_commands(context):
-                yield from _command(command.get_command(context, each), context, f"{name} {each}")
-            return
-        usage = " ".join(command.collect_usage_pieces(context))
-        yield f"## switchrun {name}\n\n    switchrun {name} {usage}\n\n{_escape(command.help)}\n"
-        yield "| option | environment variable | default | what it does |\n| --- | --- | --- | --- |"
-        for parameter in command.params:
-            yield _row(parameter, context)
-        yield ""
+def _commands(group: Any, context: Any, prefix: str) -> Iterator[tuple[str, Command]]:
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        with Context(command, info_name=name, parent=context) as inner:
+            if hasattr(command, "list_commands"):
+                yield from _commands(command, inner, f"{prefix}{name} ")
+            else:
+                usage = " ".join(command.collect_usage_pieces(inner))
+                options = [_option(parameter, inner) for parameter in command.params]
+                yield f"{prefix}{name}", Command(_escape(command.help), usage, options)
 
 
-def _row(parameter: Any, context: Any) -> str:
+def _option(parameter: Any, context: Any) -> Option:
+    variable, text = parameter.envvar or "", _escape(parameter.help)
     if parameter.param_type_name == "argument":
-        name, default = f"`{parameter.metavar}`", ""
-    else:
-        value = "" if parameter.is_flag else f" {parameter.metavar or parameter.display_type(context)}"
-        name, default = f"`{', '.join(parameter.opts)}{value}`", _default(parameter)
-    cells = (name, f"`{parameter.envvar}`" if parameter.envvar else "", default, _escape(parameter.help))
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return Option(parameter.metavar, "", variable, "", text)
+    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.display_type(context)}"
+    name = "/".join(filter(None, (", ".join(parameter.opts), *parameter.secondary_opts)))
+    return Option(name, value, variable, _default(parameter), text)
 
 
 def _default(parameter: Any) -> str:
@@ -73,19 +127,91 @@ def _default(parameter: Any) -> str:
     return str(getattr(parameter.default, "value", parameter.default))
 
 
+def reference() -> str:
+    """Return docs/cli.md."""
+    found = commands()
+    shared = _shared(found)
+    parts = [_CLI_HEAD]
+    for name, command in found.items():
+        parts.append(f"## switchrun {name}\n\n    switchrun {name} {command.usage}\n\n{command.help}\n")
+        own = [option for option in command.options if option not in shared]
+        if own:
+            parts += [*_option_list(own), ""]
+        if len(own) < len(command.options):
+            names = ", ".join(f"`{_long(option)}`" for option in command.options if option in shared)
+            parts.append(f"{'Also' if own else 'Takes'} {names}.\n")
+    return "\n".join([*parts, f"## {_SHARED}\n", *_option_list(shared), ""])
+
+
+def _shared(found: dict[str, Command]) -> list[Option]:
+    """Return the options that two commands or more take in the same form; of each name the commonest form."""
+    counts = Counter(option for command in found.values() for option in command.options)
+    forms: dict[str, Option] = {}
+    for option, count in counts.most_common():
+        if count > 1:
+            forms.setdefault(_long(option), option)
+    return list(forms.values())
+
+
+def environment() -> str:
+    """Return docs/environment.md."""
+    parts = [_ENVIRONMENT_HEAD, *_table("variable", "option", "commands", "default")]
+    takers: dict[str, dict[str, Option]] = {}
+    for name, command in commands().items():
+        for option in command.options:
+            if option.variable:
+                takers.setdefault(option.variable, {})[name] = option
+    for variable, by_command in takers.items():
+        names = dict.fromkeys(f"`{_long(option)}`" for option in by_command.values())
+        parts.append(_row(f"`{variable}`", ", ".join(names), ", ".join(by_command), _defaults(by_command)))
+    for title, variables in _OTHER_VARIABLES.items():
+        parts += [f"\n## {title}\n", *(f"- `{name}`: {text}" for name, text in variables.items())]
+    return "\n".join([*parts, "", _ENVIRONMENT_TAIL])
+
+
+def _defaults(by_command: dict[str, Option]) -> str:
+    """Return the default that most commands have, then those that differ from it."""
+    usual = Counter(option.default for option in by_command.values()).most_common(1)[0][0]
+    others = [f"{name}: {option.default}" for name, option in by_command.items() if option.default != usual]
+    return "; ".join([usual, *others])
+
+
+def _long(option: Option) -> str:
+    return re.split("[,/]", option.name)[0]
+
+
 def _escape(text: str) -> str:
     return text.replace("<", "&lt;")
 
 
+def _option_list(options: list[Option]) -> Iterator[str]:
+    for option in options:
+        default = f" ({option.default})" if option.default else ""
+        yield f"- `{option.name}{option.value}`{default}: {option.help}"
+
+
+def _table(*titles: str) -> Iterator[str]:
+    yield _row(*titles)
+    yield _row(*["---"] * len(titles))
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+PAGES = {"cli.md": reference, "environment.md": environment}
+
+
 def main() -> int:
-    """Write the page, or check it if the first argument is `--check`."""
-    if sys.argv[1:] == ["--check"]:
-        if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == reference():
-            return 0
-        print("docs/cli.md is stale; run: python tools/cli_reference.py", file=sys.stderr)
-        return 1
-    TARGET.write_text(reference(), encoding="utf-8")
-    return 0
+    """Write the pages, or check them if the first argument is `--check`."""
+    if sys.argv[1:] != ["--check"]:
+        for name, page in PAGES.items():
+            (DOCS / name).write_text(page(), encoding="utf-8")
+        return 0
+    stale = [name for name, page in PAGES.items() if (DOCS / name).read_text(encoding="utf-8") != page()]
+    for name in stale:
+        print(f"docs/{name} is stale; run: python tools/cli_reference.py", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Fetches the text, trains the vocabulary and the model, evaluates what it wrote with plain transformers, and
 fills switchrun/demo. A run that was stopped goes on where it was. Nothing of the text enters the repository.
 
-Stages: all (the default), corpus, train, export, evaluate, card, leaks.
+Stages: all (the default), corpus, train, export, evaluate, leaks, record.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def export_checkpoint(work: Path, folder: Path) -> None:
 def main() -> None:
     """Run one stage or all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("all", "corpus", "train", "export", "evaluate", "card", "leaks")
+    stages = ("all", "corpus", "train", "export", "evaluate", "leaks", "record")
     parser.add_argument("stage", nargs="?", default="all", choices=stages)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "switchrun-demo")
     parser.add_argument("--out", type=Path, default=DEMO)
@@ -118,10 +118,10 @@ def main() -> None:
         found = demo_corpus.leaks(load_corpus(options.work), ROOT)
         (options.work / "leaks.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
         log(f"{len(found)} training sentences are quoted in README, docs or tests: {found[:10]}")
-    if options.stage in ("all", "card"):
-        from demo_card import write_card
+    if options.stage in ("all", "record"):
+        from demo_record import write_record
 
-        write_card(options.work, options.out, ROOT / "docs")
+        write_record(options.work, options.out, ROOT / "docs")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 from switchrun.errors import SwitchrunError
 
 if TYPE_CHECKING:
-    from switchrun._plan import Prepared
     from switchrun.model.engine import Engine
+    from switchrun.model.preload import ImportLibraries
+    from switchrun.planning.opening import PlannedModel
 
 Task = dict[str, Any]
 Answer = dict[str, Any]
+
+#: The process that measures. It belongs to the command line, whose start-up is measured too.
+CHILD = "switchrun.cli.child"
 
 _STDERR_LINES = 3
 
@@ -112,14 +116,14 @@ def answer_task(work: Callable[[Task], Answer]) -> None:
 
 
 @contextmanager
-def open_engine(prepared: Prepared, warn: Callable[[str], None]) -> Generator[Engine, None, None]:
-    """Open the model in a child as `switchrun fill` does: dense weights are read while libraries are imported."""
-    from switchrun.model.imports import import_libraries
-    from switchrun.model.preload import DensePreload
+def open_engine(
+    planned: PlannedModel, warn: Callable[[str], None], import_libraries: ImportLibraries
+) -> Iterator[Engine]:
+    """Open a model without a tokenizer, as `switchrun fill` does: libraries are imported while weights are read."""
+    from switchrun.model.preload import read_while_importing
 
-    with DensePreload(prepared) as preload:  # left early, it drops the reads that wait
-        import_libraries(prepared.plan)
+    with read_while_importing(planned, import_libraries) as preload:
         from switchrun.model.engine import Engine
 
-        with Engine(prepared, warn=warn, preload=preload) as engine:
+        with Engine(planned, warn=warn, preload=preload) as engine:
             yield engine

@@ -1,28 +1,33 @@
 """Evaluates dtypes one after another, each in a process of its own so that its peak is its own, and compares them.
 
-The process is `python -m switchrun.bench.evaluation`, so this file imports torch only inside functions.
+The process runs `evaluate_dtype`, so this file imports torch only inside functions.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from switchrun import hardware
-from switchrun.bench.child_process import Answer, ChildError, Task, answer_task, as_error, open_engine, run_child
+from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
 from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
 from switchrun.errors import BudgetError, InputError
+from switchrun.machine import processor, ram
+from switchrun.model.preload import ImportLibraries, import_model
+from switchrun.model.sentinels import NUM_SENTINELS
+from switchrun.model.tokenizer import Tokenizer
+from switchrun.planning import memory
+from switchrun.planning.budgets import resolve_budgets
+from switchrun.planning.opening import PlannedModel, plan_model
+from switchrun.planning.options import OpenOptions
 from switchrun.units import MIB, format_bytes
 
 if TYPE_CHECKING:
-    from switchrun._plan import Prepared
     from switchrun.bench.loss_pass import Batch
     from switchrun.checkpoint.types import SwitchCheckpoint
-    from switchrun.experts.slot_table import CacheCounters
+    from switchrun.experts.counters import CacheCounters
     from switchrun.model.engine import Engine
 
 SCHEMA_VERSION = 1
@@ -59,7 +64,7 @@ class Evaluation:
         for number, dtype in enumerate(dtypes, 1):
             tell(f"{dtype}, {number} of {len(dtypes)}")
             try:
-                answers[dtype] = run_child("switchrun.bench.evaluation", asdict(self) | {"dtype": dtype})
+                answers[dtype] = run_child(CHILD, asdict(self) | {"work": "evaluate", "dtype": dtype})
             except ChildError as error:
                 if error.record["kind"] in _COMMON:
                     raise as_error(error.record) from error
@@ -106,25 +111,23 @@ def _agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
     return sum(same) / len(same) if same else None
 
 
-def evaluate_dtype(task: Task) -> Answer:
+def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model) -> Answer:
     """Score an evaluation's lines in the task's dtype, then generate for each; the work of the process."""
     from switchrun.bench import loss_pass
-    from switchrun.model.tokenizer import load_tokenizer
-    from switchrun.planning import memory
 
-    prepared = _prepare(task, task["cpu_memory"])
-    checkpoint, use = prepared.checkpoint, prepared.plan.tier("cpu")
-    text = _passages(task, load_tokenizer(checkpoint, task["tokenizer"]), checkpoint)
+    planned = _plan(task, task["cpu_memory"])
+    checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
+    text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)
     batches = loss_pass.make_batches(text.usable, task["batch_size"], int(checkpoint.config.get("pad_token_id") or 0))
-    sizes = (int(checkpoint.config["d_model"]), prepared.plan.precision.compute.itemsize)
+    sizes = (int(checkpoint.config["d_model"]), planned.plan.precision.compute.itemsize)
     fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes
     allowed = int(((use.budget_bytes or 0) - fixed) * _HIDDEN_SHARE)
     groups = loss_pass.split_passes(batches, *sizes, allowed)
     reserved = min(allowed, max(loss_pass.hidden_bytes(group, *sizes) for group in groups))
-    prepared = _prepare(task, (use.budget_bytes or 0) - reserved)
+    planned = _plan(task, (use.budget_bytes or 0) - reserved)
     warnings: list[str] = []
-    with open_engine(prepared, warnings.append) as engine:
-        opened = hardware.process_age_seconds()
+    with open_engine(planned, warnings.append, import_libraries) as engine:
+        opened = processor.process_age_seconds()
         start = time.perf_counter()
         most_rows = task["batch_size"] * memory.max_input_tokens(checkpoint)
         result = loss_pass.score_passages(engine.model, groups, most_rows)
@@ -143,8 +146,8 @@ def evaluate_dtype(task: Task) -> Answer:
                 "target_tokens": target_tokens,
             },
             "row": {
-                "dtype": prepared.plan.dtype,
-                "compute_dtype": prepared.plan.compute_dtype,
+                "dtype": planned.plan.dtype,
+                "compute_dtype": planned.plan.precision.compute.value,
                 "loss": sum(score.loss for score in result.scores) / target_tokens,
                 "passes": result.passes,
                 "hidden_bytes": result.hidden_bytes,
@@ -152,7 +155,7 @@ def evaluate_dtype(task: Task) -> Answer:
                 "open_seconds": opened,
                 "loss_pass": _work(scored - start, counters),
                 "generation": _work(generated - scored, engine.cache.counters().since(counters)) if outputs else None,
-                "peak_rss_bytes": hardware.peak_rss_bytes(),
+                "peak_rss_bytes": ram.peak_rss_bytes(),
                 "expert_slots": engine.cache.num_slots,
                 "slot_bytes": use.slot_bytes,
             },
@@ -167,28 +170,26 @@ def _work(seconds: float, counters: CacheCounters) -> Answer:
     return {"seconds": seconds, "expert_loads": counters.loads, "load_bytes": counters.load_bytes}
 
 
-def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
+def _plan(task: Task, cpu_memory: int | None) -> PlannedModel:
     """Plan with all dense weights in memory; a `BudgetError` says what they and a slot need."""
-    from switchrun._plan import prepare
-    from switchrun.planning.budgets import resolve_budgets
-
-    allowed = resolve_budgets(cpu_memory, 0).cpu_bytes
-    plan = partial(
-        prepare,
-        task["model"],
+    allowed = resolve_budgets(cpu_memory, {}).cpu_bytes
+    options = OpenOptions(
+        model=task["model"],
         dtype=task["dtype"],
+        cpu_memory=allowed,
         gpu_memory=0,
         offload_folder=task["offload_folder"],
         offload_limit=task["offload_limit"],
         # Blocks are run one by one, past the hooks that would bring weights in from disk.
         device_map={"": "cpu"},
+        tokenizer=task["tokenizer"],
         batch_size=task["batch_size"],
-        output_tokens=max(1, task["max_new_tokens"]),
+        max_new_tokens=max(1, task["max_new_tokens"]),
     )
     try:
-        return plan(cpu_memory=allowed)
+        return plan_model(options)
     except BudgetError as error:
-        use = plan(cpu_memory=_EVERYTHING).plan.tier("cpu")
+        use = plan_model(replace(options, cpu_memory=_EVERYTHING)).plan.tier("cpu")
         least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
         raise BudgetError(
             f"eval keeps all dense weights in memory and needs {least} MiB, {format_bytes(allowed)} is allowed",
@@ -196,18 +197,14 @@ def _prepare(task: Task, cpu_memory: int | None) -> Prepared:
         ) from error
 
 
-def _passages(task: Task, tokenizer: Any, checkpoint: SwitchCheckpoint) -> Passages:
-    from switchrun.model.sentinels import NUM_SENTINELS, sentinel
-    from switchrun.planning.memory import max_input_tokens
-
-    ids = [tokenizer.convert_tokens_to_ids(sentinel(number)) for number in range(NUM_SENTINELS)]
-    eos = tokenizer.eos_token_id
+def _passages(task: Task, tokenizer: Tokenizer, checkpoint: SwitchCheckpoint) -> Passages:
+    eos = tokenizer.eos_id
     text = make_passages(
         task["lines"],
-        lambda line: tokenizer(line, add_special_tokens=False).input_ids,
-        [each for each in ids if each is not None and each != tokenizer.unk_token_id],
+        tokenizer.plain_ids,
+        [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None],
         int(checkpoint.config.get("eos_token_id") or 1) if eos is None else eos,
-        max_input_tokens(checkpoint),
+        memory.max_input_tokens(checkpoint),
         task["seed"],
     )
     if not text.usable:
@@ -230,7 +227,3 @@ def _generate(engine: Engine, batches: Sequence[Batch], max_new_tokens: int) -> 
         )
         found |= {row: list(output.ids) for row, output in zip(batch.rows, outputs, strict=True)}
     return [found[row] for row in sorted(found)]
-
-
-if __name__ == "__main__":
-    answer_task(evaluate_dtype)

@@ -1,4 +1,4 @@
-"""The process that measures fills: `python -m switchrun.bench.measure`, with a task of `switchrun.bench.runner`."""
+"""What a measuring process does: opens a model, fills, and reads the same again. No torch until it opens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from switchrun import hardware
-from switchrun.bench.child_process import Answer, Task, answer_task, open_engine
+from switchrun.bench.child_process import Answer, Task, open_engine
 from switchrun.bench.raw_disk import io_read_bytes, replay_all
 from switchrun.errors import InputError
+from switchrun.machine import processor, ram
+from switchrun.model.preload import ImportLibraries, import_model
+from switchrun.planning.memory import max_input_tokens
+from switchrun.planning.opening import plan_model
+from switchrun.planning.options import OpenOptions
 
 if TYPE_CHECKING:
     from switchrun.model.engine import Engine
@@ -23,29 +27,26 @@ _INTERVAL_SECONDS = 0.1
 _LEFT_OUT, _SMALL_VOCABULARY = 128, 1024
 
 
-def measure(task: Task) -> Answer:
+def measure(task: Task, import_libraries: ImportLibraries = import_model) -> Answer:
     """Open the model, fill as often as the task says, and replay each fill's reads without a model."""
     with contextlib.closing(MemoryTimeline()) as timeline:
-        from switchrun._plan import prepare
-        from switchrun.planning.memory import max_input_tokens
-
-        prepared = prepare(
-            task["model"],
+        options = OpenOptions(
+            model=task["model"],
             dtype=task["dtype"],
             cpu_memory=task["cpu_memory_bytes"],
             gpu_memory=task["gpu_memory"],
             offload_folder=task["offload_folder"],
             batch_size=task["batch_size"],
-            input_tokens=task["input_tokens"],
-            output_tokens=task["output_tokens"],
+            max_new_tokens=task["output_tokens"],
         )
-        longest = max_input_tokens(prepared.checkpoint)
+        planned = plan_model(options, input_tokens=task["input_tokens"])
+        longest = max_input_tokens(planned.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
         warnings: list[str] = []
-        with open_engine(prepared, warnings.append) as engine:
+        with open_engine(planned, warnings.append, import_libraries) as engine:
             answer: Answer = {
-                "open_seconds": hardware.process_age_seconds(),
+                "open_seconds": processor.process_age_seconds(),
                 "open_io_read_bytes": io_read_bytes(),
                 "plan": _plan_record(engine),
                 "fills": [],
@@ -56,7 +57,7 @@ def measure(task: Task) -> Answer:
                 for number in range(task["fills"]):
                     # Later fills of a process meet new words, as a user's second sentence does.
                     seed = task["seed"] + number
-                    rows = make_inputs(prepared.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
+                    rows = make_inputs(planned.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
                     fill = probe.fill(rows, task["output_tokens"])
                     timeline.close()
                     beside = {"raw": replay_all(probe.reads), "expert_use": used_experts(probe.use)}
@@ -93,7 +94,7 @@ class MemoryTimeline(threading.Thread):
     def run(self) -> None:
         """Note them; the thread's own."""
         while not self._closed.is_set():
-            self.points.append((round(hardware.process_age_seconds(), 2), hardware.rss_bytes()))
+            self.points.append((round(processor.process_age_seconds(), 2), ram.rss_bytes()))
             self._closed.wait(_INTERVAL_SECONDS)
 
     def close(self) -> None:
@@ -118,7 +119,3 @@ def _plan_record(engine: Engine) -> Answer:
         "cpu_budget_bytes": use.budget_bytes,
         "repairs": list(plan.repairs),
     }
-
-
-if __name__ == "__main__":
-    answer_task(measure)

@@ -15,15 +15,12 @@ import torch
 from switchrun.bench.raw_disk import io_read_bytes
 from switchrun.checkpoint.names import STACKS
 from switchrun.checkpoint.types import ExpertKey, Stack
-from switchrun.experts.levels import since, total
+from switchrun.experts.counters import CacheCounters, since, total
 from switchrun.experts.module import OffloadedExperts
 from switchrun.experts.reader import Segment
-from switchrun.experts.slot_table import CacheCounters
-from switchrun.model.engine import Engine
+from switchrun.model.engine import Engine, told_as_budget
 from switchrun.model.generate import generate_batch
-from switchrun.model.gpu_memory import told_as_budget
 from switchrun.model.records import GenerationOptions
-from switchrun.model.totals import memory_peak
 
 
 @dataclass(slots=True)
@@ -118,7 +115,7 @@ class Probe:
             },
             output_ids=[list(output.ids) for output in outputs],
             io_read_bytes=None if io is None or io_after is None else io_after - io,
-            **asdict(memory_peak(self._engine.plan.gpus)),
+            **asdict(self._engine.memory_peak()),
         )
 
     def _enter(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:

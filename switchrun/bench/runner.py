@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import psutil
 
-from switchrun import __version__, hardware
-from switchrun.bench.child_process import Answer, ChildError, run_child
+from switchrun import __version__
+from switchrun.bench.child_process import CHILD, Answer, ChildError, run_child
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.bench.records import SCHEMA_VERSION, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.machine import disks, ram
 from switchrun.store import expert_path, model_name, store_folder, stored_experts
 
 _PACKAGES = ("torch", "transformers", "accelerate")
@@ -99,8 +100,8 @@ class Bench:
         for turn in range(fills if cold else 1):
             self.tell(f"{label}: {cell}, {f'process {turn + 1} of {fills}' if cold else f'{fills} fills'}")
             dropped = drop_page_cache(model_files(self.checkpoint, self.offload_folder, cell.dtype)) if cold else None
-            task = asdict(cell) | {"offload_folder": str(self.offload_folder), "fills": 1 if cold else fills}
-            answer = run_child("switchrun.bench.measure", task) | {"page_cache_dropped": dropped}
+            task = {"work": "measure", "fills": 1 if cold else fills, "offload_folder": str(self.offload_folder)}
+            answer = run_child(CHILD, asdict(cell) | task) | {"page_cache_dropped": dropped}
             for warning in answer["warnings"]:
                 self.tell(f"warning: {label}: {warning}")
             answers.append(answer)
@@ -129,7 +130,7 @@ def describe_environment(checkpoint: Path) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": int(psutil.virtual_memory().total),
-        "available_memory_bytes": hardware.available_memory_bytes(),
+        "available_memory_bytes": ram.available_memory_bytes(),
         "disk": _disk(checkpoint),
         "kernel": platform.release(),
     }
@@ -143,11 +144,11 @@ def _cpu_model() -> str | None:
 
 
 def _disk(path: Path) -> dict[str, str | None]:
-    device = hardware.device_of(path)
+    device = disks.device_of(path)
     block = Path("/sys/dev/block") / device
     name = block.resolve().name if block.exists() else None
     model = next((text for place in (block, block.parent) if (text := _read(place / "device" / "model"))), None)
-    return {"number": device, "name": name, "model": model, "filesystem": hardware.filesystem_of(path)}
+    return {"number": device, "name": name, "model": model, "filesystem": disks.filesystem_of(path)}
 
 
 def _read(file: Path) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from switchrun.checkpoint.files import open_weights, read_exactly
 from switchrun.checkpoint.names import scales_of
-from switchrun.checkpoint.table import TensorTable
-from switchrun.checkpoint.types import TensorSlice
+from switchrun.checkpoint.types import TensorSlice, TensorTable
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import CorruptCheckpointError, ModelError
 

@@ -6,18 +6,21 @@ missing in its configuration, and its copies elsewhere have other names.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.checks import check_int8, check_rows, check_tensor, missing_tensor, with_scales
 from switchrun.checkpoint.experts import Experts
-from switchrun.checkpoint.files import read_json_object
-from switchrun.checkpoint.head import find_head
+from switchrun.checkpoint.files import open_weights, read_exactly, read_json_object
 from switchrun.checkpoint.index import CONFIG, Index
+from switchrun.checkpoint.index_cache import fingerprint
 from switchrun.checkpoint.locate import Location
 from switchrun.checkpoint.names import (
     BLOCK_NAME,
+    DECODER_HEAD,
     EMBEDDINGS,
     EXPERT_NAME,
     HEAD,
@@ -29,13 +32,9 @@ from switchrun.checkpoint.names import (
     mlp_layer,
     mlp_prefix,
 )
-from switchrun.checkpoint.repairs import Repairs
-from switchrun.checkpoint.sparsity import configured_step, find_step
-from switchrun.checkpoint.stamps import fingerprint
-from switchrun.checkpoint.table import TensorTable
-from switchrun.checkpoint.types import Stack, SwitchCheckpoint, TensorSlice
+from switchrun.checkpoint.types import Stack, SwitchCheckpoint, TensorSlice, TensorTable
 from switchrun.dtypes import WEIGHT_DTYPES
-from switchrun.errors import ModelError
+from switchrun.errors import CorruptCheckpointError, ModelError
 
 _MODEL_TYPE = "switch_transformers"
 _GATED_EXPERT = re.compile(r"\.mlp\.experts\.expert_\d+\.wi_[01]\.weight")
@@ -221,3 +220,151 @@ def _count(number: int, noun: str) -> str:
 
 def _list(blocks: Iterable[int]) -> str:
     return ", ".join(map(str, blocks)) or "none"
+
+
+#: transformers' own values for what a config.json leaves out (SwitchTransformersConfig, 5.23).
+_DEFAULTS = {
+    "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_heads": 12, "expert_capacity": 64,
+    "num_experts": 8, "num_layers": 12, "num_decoder_layers": 12, "relative_attention_num_buckets": 32,
+    "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3,
+}  # fmt: skip
+#: What may be zero: transformers takes it for "one sparse block, or none".
+_MAY_BE_ZERO = frozenset({"num_sparse_encoder_layers", "num_sparse_decoder_layers"})
+
+
+class Repairs:
+    """A copy of `config.json` and what was changed in it.
+
+    Attributes:
+        config: The configuration so far.
+        sentences: What was wrong, one sentence each.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+        self.sentences: list[str] = []
+        if "torch_dtype" in self.config:  # the key's name until transformers 4.56
+            self.config.setdefault("dtype", self.config.pop("torch_dtype"))
+        self._given = frozenset(self.config)
+        if self.config.get("num_decoder_layers", 0) is None:  # transformers: as many as the encoder has
+            self.config["num_decoder_layers"] = self.config.get("num_layers", _DEFAULTS["num_layers"])
+        for key, default in _DEFAULTS.items():
+            value = self.config.setdefault(key, default)
+            if type(value) is not int or value < (0 if key in _MAY_BE_ZERO else 1):
+                raise CorruptCheckpointError(f"{path}: {key} is {ascii(value)[:50]}, not a positive whole number")
+
+    def fill(self, **values: Any) -> None:
+        """Set what is absent or null, where that cannot change what the checkpoint means."""
+        for key, value in values.items():
+            if self.config.get(key) is None:
+                self.config[key] = value
+
+    def change(self, key: str, value: Any, why: str) -> None:
+        """Set a value; it is a repair if plain transformers would have taken another one."""
+        old = self.config.get(key)
+        if old == value and type(old) is type(value):
+            return
+        shown = f" {json.dumps(old)}" if key in self._given else ""
+        self.sentences.append(f"{key}{shown} → {json.dumps(value)}: {why}")
+        self.config[key] = value
+
+    def note(self, sentence: str) -> None:
+        """Report a repair of something other than the configuration."""
+        self.sentences.append(sentence)
+
+
+def configured_step(config: Mapping[str, Any], stack: Stack, num_layers: int) -> int:
+    """The step that transformers would take: the configuration's own key, or else what it computes.
+
+    Source: SwitchTransformersConfig.__post_init__, where unknown keys override what has been computed. Its edges are
+    kept: no sparse layers gives a step of `num_layers`, more sparse layers than layers gives 0.
+    """
+    own = config.get(f"{stack}_sparse_step")
+    if type(own) is int and own >= 0:
+        return own
+    num_sparse: int = config[f"num_sparse_{stack}_layers"]
+    return num_layers // num_sparse if num_sparse > 0 else num_layers
+
+
+def sparse_blocks(num_layers: int, step: int) -> tuple[int, ...]:
+    """The blocks that transformers builds with experts (SwitchTransformersStack.__init__)."""
+    if step == 0:
+        return ()
+    return tuple(i for i in range(num_layers) if step == 1 or i % step == 1)
+
+
+def find_step(num_layers: int, blocks: tuple[int, ...], own: int) -> int | None:
+    """Find the step that makes transformers build just these blocks with experts.
+
+    Args:
+        num_layers: Blocks of the stack.
+        blocks: The numbers of those with experts, ascending.
+        own: The step by the configuration as it is; kept if it will do.
+
+    Returns:
+        The step, or None if transformers cannot build this pattern.
+    """
+    if not blocks:
+        guess = 0
+    elif blocks[0] == 0:
+        guess = 1
+    else:
+        guess = blocks[1] - blocks[0] if len(blocks) > 1 else num_layers
+    return next((step for step in (own, guess) if sparse_blocks(num_layers, step) == blocks), None)
+
+
+_TIE = "tie_word_embeddings"
+_SAMPLES = 8
+_SAMPLE_BYTES = 4096
+
+
+def find_head(tensors: TensorTable, shared: str, repairs: Repairs) -> str | None:
+    """Decide from the tensors whether the head is tied, and put the answer into the configuration.
+
+    It matters beyond the matrix itself: with a tied head the decoder's output is scaled by d_model^-0.5.
+
+    Args:
+        tensors: The checkpoint's tensors.
+        shared: The shared embedding's name among them.
+        repairs: The configuration.
+
+    Returns:
+        The name of the head's tensor, or None if the head is tied.
+    """
+    says_tied = repairs.config.get(_TIE) is not False
+    if HEAD not in tensors and DECODER_HEAD in tensors:
+        repairs.note(f"{DECODER_HEAD} → {HEAD}: transformers knows the head by this name")
+        repairs.change(_TIE, False, "the checkpoint has a head of its own")
+        return DECODER_HEAD
+    if HEAD not in tensors:
+        if not says_tied:
+            repairs.change(_TIE, True, "the checkpoint has no head of its own")
+        repairs.config[_TIE] = True
+        return None
+    if says_tied and _same(tensors[HEAD], tensors[shared]):
+        repairs.config[_TIE] = True
+        return None
+    repairs.change(_TIE, False, f"{HEAD} differs from {shared}")
+    return HEAD
+
+
+def _same(head: TensorSlice, shared: TensorSlice) -> bool:
+    """Whether two matrices are one, or copies; judged by samples, for they may be large."""
+    if head == shared:
+        return True
+    if (head.dtype, head.shape, head.transposed) != (shared.dtype, shared.shape, shared.transposed):
+        return False
+    return _samples(head) == _samples(shared)
+
+
+def _samples(tensor: TensorSlice) -> list[bytes]:
+    length = min(_SAMPLE_BYTES, tensor.nbytes)
+    last = tensor.nbytes - length
+    try:
+        with open_weights(tensor.file) as file:
+            return [
+                read_exactly(file, tensor.offset + last * number // (_SAMPLES - 1), length)
+                for number in range(_SAMPLES)
+            ]
+    except EOFError:
+        raise CorruptCheckpointError(f"{tensor.file}: the file is truncated", "download it again") from None

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from switchrun.checkpoint.checks import check_int8, check_tensor, missing_tensor, with_scales
 from switchrun.checkpoint.names import STACKS, mlp_prefix, scales_of
-from switchrun.checkpoint.table import TensorTable
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Stack
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Stack, TensorTable
 from switchrun.errors import CorruptCheckpointError
 
 

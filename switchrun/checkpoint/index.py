@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from switchrun.checkpoint.cache import default_cache_dir, read_cache, write_cache
 from switchrun.checkpoint.files import read_json_object, unreadable
+from switchrun.checkpoint.index_cache import FileStamp, default_cache_dir, read_cache, stamp, write_cache
 from switchrun.checkpoint.safetensors_file import read_safetensors
-from switchrun.checkpoint.stamps import FileStamp, stamp
-from switchrun.checkpoint.table import Entry, Kind, Row, TensorTable
 from switchrun.checkpoint.torch_file import read_torch
+from switchrun.checkpoint.types import Entry, Kind, Row, TensorTable
 from switchrun.errors import CorruptCheckpointError, ModelError
 
 CONFIG = "config.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.files import open_weights, read_exactly
-from switchrun.checkpoint.table import Entry, plausible
+from switchrun.checkpoint.types import Entry, plausible
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from switchrun.checkpoint.files import open_weights, read_exactly
-from switchrun.checkpoint.table import Entry, plausible
+from switchrun.checkpoint.types import Entry, plausible
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError
 

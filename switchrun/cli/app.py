@@ -13,11 +13,11 @@ from switchrun.cli.bench import bench
 from switchrun.cli.doctor import doctor
 from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
-from switchrun.cli.libraries import debugging
 from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
 from switchrun.cli.signals import SIGNALS, Interrupted
+from switchrun.cli.startup import debugging
 from switchrun.cli.streams import drop_stdout, prepare_output, report, write_answer
 from switchrun.errors import BudgetError, SwitchrunError, UsageError
 
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
         return error.exit_code
     except SwitchrunError as error:
         _show_traceback()
-        report(str(error))
+        report(error.on_command_line() if isinstance(error, UsageError) else str(error))
         return error.exit_code
     except Exception as error:
         _show_traceback()

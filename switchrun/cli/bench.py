@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from switchrun.cli import options
-from switchrun.cli.fill_run import EXIT_SOME_FAILED
+from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import report, write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.output.bench_tables import BenchFormat, format_records
@@ -99,22 +99,24 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
 ) -> None:
     """Measure how fast a model runs here: every combination of the lists is a cell, in processes of its own."""
-    from switchrun import folders
     from switchrun.bench.records import compare as compare_records
     from switchrun.bench.records import read_records
     from switchrun.bench.runner import Bench, Cell, product
     from switchrun.bench.synthetic import make_synthetic
     from switchrun.checkpoint import open_checkpoint
+    from switchrun.machine import folders
+    from switchrun.planning.budgets import parse_gpu_memory, parse_size
 
     if model is not None and synthetic is not None:
         raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
     if materialize is not None and synthetic is None:
         raise UsageError("--materialize does nothing without --synthetic", "add --synthetic NAME")
     dtypes = options.dtype_list(dtype)
-    sizes = [None] if cpu_memory is None else options.words("--cpu-memory", cpu_memory)
-    for size in sizes:
-        options.check_memory(size, gpu_memory)
-    memories = [options.memory_bytes(size) for size in sizes]
+    memories: list[int | None] = [None]
+    if cpu_memory is not None:
+        memories = [parse_size("cpu_memory", size) for size in options.words("--cpu-memory", cpu_memory)]
+    if gpu_memory is not None:
+        parse_gpu_memory(gpu_memory)
     batches = [_batch(word) for word in options.words("--batch-size", batch_size)]
     first = Cell(
         model,

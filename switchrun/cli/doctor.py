@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from switchrun import folders
 from switchrun.cli import options
-from switchrun.cli.libraries import quieten_libraries
+from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import write_answer
+from switchrun.machine import folders
 
 
 class DoctorFormat(StrEnum):
@@ -37,8 +37,9 @@ def doctor(
     from switchrun.doctor import Questions, examine, exit_code
     from switchrun.output.doctor_tables import checks_record, render_checks
     from switchrun.output.sinks import format_record
+    from switchrun.planning import resolve_budgets
 
-    options.check_memory(cpu_memory, gpu_memory)
+    resolve_budgets(cpu_memory, 0 if gpu_memory is None else gpu_memory)  # refuses what is not a size
     quieten_libraries()
     checks = examine(Questions(folders.offload_folder(offload_folder), model, cpu_memory, gpu_memory, online))
     if style is DoctorFormat.JSON:

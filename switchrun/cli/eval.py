@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from switchrun.cli import options
-from switchrun.cli.fill_run import EXIT_SOME_FAILED
+from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import Entry, read_lines, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.output.eval_tables import EvalFormat, format_evaluation
@@ -59,16 +59,18 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
 ) -> None:
     """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
-    from switchrun import folders
     from switchrun.bench.child_process import as_error
     from switchrun.bench.evaluation import Evaluation
+    from switchrun.machine import folders
+    from switchrun.planning.budgets import parse_size
 
     dtypes = options.dtype_list(dtype)
     chosen = dtypes[0] if reference is None else options.dtype_list(reference, "--reference")[0]
     if chosen not in dtypes:
         raise UsageError(f"--reference: '{reference}' is not one of --dtype", "add it there, or leave --reference out")
-    options.check_memory(cpu_memory, None)
-    options.check_offload_limit(offload_limit)
+    cpu_bytes = None if cpu_memory is None else parse_size("cpu_memory", cpu_memory)
+    if offload_limit is not None:
+        parse_size("offload_limit", offload_limit)
     name = "stdin" if text == "-" else text
     lines = _readable(name, islice(_entries(text), limit))
     tell: Callable[[str], Any] = (lambda _: None) if quiet else report
@@ -76,7 +78,7 @@ def evaluate(
         model=model,
         text=name,
         lines=lines,
-        cpu_memory=options.memory_bytes(cpu_memory),
+        cpu_memory=cpu_bytes,
         offload_folder=str(folders.offload_folder(offload_folder)),
         offload_limit=offload_limit,
         tokenizer=tokenizer,

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from switchrun._plan import prepare
 from switchrun.cli import options
-from switchrun.cli.fill_run import FillRequest, FillRun
-from switchrun.cli.libraries import quieten_libraries
-from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines
+from switchrun.cli.startup import import_libraries, quieten_libraries
+from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
 from switchrun.dtypes import DtypeChoice
-from switchrun.errors import UsageError
-from switchrun.model.records import GenerationOptions
-from switchrun.model.sentinels import replace_blanks
+from switchrun.errors import InputError, UsageError
+from switchrun.machine import processor
+from switchrun.model.records import FillResult, GenerationOptions
+from switchrun.model.sentinels import check_sentinels, replace_blanks
 from switchrun.output.progress import ProgressLine
-from switchrun.output.sinks import FillFormat
+from switchrun.output.sinks import FillFormat, format_failure, format_result
+from switchrun.planning.options import OpenOptions
 
 if TYPE_CHECKING:
     from switchrun.model.session import Session
+    from switchrun.model.tokenizer import Encoded
+
 
 _DEFAULTS = GenerationOptions()
 _SAMPLING = "Only with --sample."
@@ -98,10 +100,18 @@ def fill(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")] = False,
 ) -> None:
     """Fill in the sentinels of each TEXT: <extra_id_0>, <extra_id_1> and so on."""
-    options.check_memory(cpu_memory, gpu_memory)
-    options.check_offload_limit(offload_limit)
-    map_path = options.device_map_path(
-        device_map, model=model, dtype=None if dtype is DtypeChoice.AUTO else dtype, offload_folder=offload_folder
+    opening = OpenOptions(
+        model=model,
+        dtype=dtype.value,
+        cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
+        offload_folder=offload_folder,
+        offload_limit=offload_limit,
+        device_map=device_map,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
     )
     if blank is not None:
         replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
@@ -109,67 +119,41 @@ def fill(
     arguments = _arguments(texts or [])
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
     progress = ProgressLine(sys.stderr, wanted=not quiet)
-    run = FillRun(FillRequest(generation, batch_size, style, blank, label), progress.clear)
+    answers = _Answers(style, progress.clear, several=label is not None)
+    run = FillRun(FillRequest(generation, batch_size, blank, label), answers)
 
     entries: Iterable[Entry]
-    if arguments:
-        entries = list(run.check(read_arguments(arguments)))
-        if all(entry.error for entry in entries):
+    entries = list(run.check(read_arguments(arguments))) if arguments else run.check(stdin_lines())
+    quieten_libraries()
+    with answers:
+        if isinstance(entries, list) and all(entry.error for entry in entries):
             run.fill_none(entries)
             raise typer.Exit(run.exit_code)
-    else:
-        entries = run.check(stdin_lines())
-
-    quieten_libraries()
-    try:
-        with open_session(
-            model,
-            dtype=dtype.value,
-            cpu_memory=cpu_memory,
-            gpu_memory=gpu_memory,
-            offload_folder=offload_folder,
-            offload_limit=offload_limit,
-            device_map=map_path,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            num_beams=num_beams,
-            output_tokens=max_new_tokens,
-            progress=progress,
-            warn=partial(_warn, None if quiet else progress),
-        ) as session:
-            progress.clear()
-            if not quiet:
-                _tell_notes(
-                    (*session.checkpoint.repairs, *session.plan.notes),
-                    from_terminal=not arguments and sys.stdin.isatty(),
-                )
-            run.fill(session, entries)
-            if stats:
-                from switchrun.output.stats_tables import render_stats
-
+        try:
+            with open_session(opening, progress, partial(_warn, None if quiet else progress)) as session:
                 progress.clear()
-                report_lines(render_stats(session.stats()))
-    finally:
-        progress.clear()
+                if not quiet:
+                    _show_notes(
+                        (*session.checkpoint.repairs, *session.plan.notes),
+                        from_terminal=not arguments and sys.stdin.isatty(),
+                    )
+                run.fill(session, entries)
+                if stats:
+                    from switchrun.output.stats_tables import render_stats
+
+                    progress.clear()
+                    report_lines(render_stats(session.stats()))
+        finally:
+            progress.clear()
     raise typer.Exit(run.exit_code)
 
 
-def open_session(model: str | None, **settings: Any) -> Session:
-    """Open the model; only here is torch imported. The tests put a session of their own in the place of this."""
-    from switchrun import hardware
+def open_session(opening: OpenOptions, progress: ProgressLine, warn: Callable[[str], None]) -> Session:
+    """Open the model. The tests put a session of their own in the place of this."""
+    from switchrun.model.session import open_session as open_it
 
-    started = time.perf_counter() - hardware.process_age_seconds()
-    own = {name: settings.pop(name) for name in ("tokenizer", "progress", "warn")}
-    # A wrong model or budget is told before torch is imported, which takes seconds.
-    prepared = prepare(model, **settings)
-    from switchrun.model.imports import import_libraries
-    from switchrun.model.preload import DensePreload
-
-    with DensePreload(prepared) as preload:
-        import_libraries(prepared.plan)
-        from switchrun.model.session import Session
-
-        return Session(prepared, started=started, preload=preload, **own)
+    started = time.perf_counter() - processor.process_age_seconds()
+    return open_it(opening, progress=progress, warn=warn, started=started, import_libraries=import_libraries)
 
 
 def _arguments(texts: list[str]) -> list[str]:
@@ -193,24 +177,189 @@ def _generation_options(
     given: dict[str, Any] = {name: value for name, value in sampling.items() if value is not None}
     if given and not sample:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} does nothing without --sample", "add --sample")
-    if temperature is not None and not 0 < temperature < math.inf:
-        raise UsageError(
-            f"--temperature must be above 0, not {temperature:g}", "1 leaves the probabilities as they are"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UsageError(f"--top-p must be above 0 and at most 1, not {top_p:g}", "1 draws from all tokens")
     return GenerationOptions(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, **given)
 
 
 def _warn(progress: ProgressLine | None, warning: str) -> None:
-    """Tell a warning, from any thread; nothing if there is no progress line, which is so if quiet is asked for."""
+    """Show a warning, from any thread; nothing if there is no progress line, which is so if quiet is asked for."""
     if progress is not None:
         progress.clear()
         report(f"warning: {warning}")
 
 
-def _tell_notes(notes: Iterable[str], *, from_terminal: bool) -> None:
+def _show_notes(notes: Iterable[str], *, from_terminal: bool) -> None:
     for note in notes:
         report(f"note: {note}")
     if from_terminal:
         report("type one input a line; Ctrl-D ends")
+
+
+EXIT_SOME_FAILED = 3
+
+#: So many unreadable entries may wait for a batch to be full: each may be as long as a line can be.
+_MOST_UNREADABLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FillRequest:
+    """What `fill` does with its inputs.
+
+    Attributes:
+        options: How to generate.
+        batch_size: Inputs filled together.
+        blank: What the texts have in the place of a sentinel; None if they have sentinels.
+        label: What an input is called in messages (`line`, `text`); None if there is only one.
+    """
+
+    options: GenerationOptions
+    batch_size: int
+    blank: str | None
+    label: str | None
+
+
+class FillRun:
+    """Fills inputs in order and counts what came of them.
+
+    Args:
+        request: What to do.
+        answers: Writes what comes of it.
+    """
+
+    def __init__(self, request: FillRequest, answers: _Answers) -> None:
+        self._request = request
+        self._answers = answers
+        self.answered = 0
+        self.failed = 0
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all inputs were answered, 3 if some were not, 4 if none was."""
+        if not self.failed:
+            return 0
+        return EXIT_SOME_FAILED if self.answered else InputError.exit_code
+
+    def check(self, entries: Iterable[Entry]) -> Iterator[Entry]:
+        """Put sentinels in the place of blanks, and mark the entries whose sentinels are wrong; needs no model."""
+        for entry in entries:
+            if entry.error is None:
+                try:
+                    if self._request.blank is not None:
+                        entry = replace(entry, text=replace_blanks(entry.text, self._request.blank))
+                    check_sentinels(entry.text)
+                except InputError as error:
+                    entry = replace(entry, error=error)
+            yield entry
+
+    def fill_none(self, entries: Iterable[Entry]) -> None:
+        """Answer entries all of which have an error."""
+        for entry in entries:
+            if entry.error is not None:
+                self._write_failure(entry, entry.error)
+
+    def fill(self, session: Session, entries: Iterable[Entry]) -> None:
+        """Fill checked entries, a batch at a time; each batch's answers are written before the next is read.
+
+        Args:
+            session: The open model.
+            entries: Checked entries; reading the next may block, as a person types.
+
+        Raises:
+            SwitchrunError: The model failed, not an input; nothing more can be answered.
+        """
+        waiting: list[_Ready] = []
+        readable = 0
+        for entry in entries:
+            ready = _encode(session, entry)
+            waiting.append(ready)
+            readable += not isinstance(ready.text, InputError)
+            # An unreadable entry is answered at once, unless answers of earlier entries must come first.
+            if readable in (0, self._request.batch_size) or len(waiting) == self._request.batch_size + _MOST_UNREADABLE:
+                self._answer(session, waiting)
+                waiting, readable = [], 0
+        self._answer(session, waiting)
+
+    def _answer(self, session: Session, waiting: Sequence[_Ready]) -> None:
+        texts = [ready.text for ready in waiting if not isinstance(ready.text, InputError)]
+        results = iter(session.fill(texts, self._request.options, first_id=waiting[0].entry.id) if texts else ())
+        for ready in waiting:
+            if isinstance(ready.text, InputError):
+                self._write_failure(ready.entry, ready.text)
+            else:
+                self._answers.write_result(replace(next(results), id=ready.entry.id))
+                self.answered += 1
+
+    def _write_failure(self, entry: Entry, error: InputError) -> None:
+        self.failed += 1
+        label = self._request.label
+        self._answers.report(f"{label} {entry.id + 1}: {error}" if label else str(error))
+        if label is not None:
+            self._answers.write_failure(entry, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """An entry, and what the model gets of it; the error if it cannot be filled."""
+
+    entry: Entry
+    text: Encoded | InputError
+
+
+def _encode(session: Session, entry: Entry) -> _Ready:
+    if entry.error is not None:
+        return _Ready(entry, entry.error)
+    try:
+        return _Ready(entry, session.encode(entry.text))
+    except InputError as error:
+        return _Ready(entry, error)
+
+
+class _Answers:
+    """Writes answers to stdout in one format; in `json` all of them are one document, an array if there are several.
+
+    A context manager, whose end ends the document, also after an error or a signal.
+
+    Args:
+        style: The format.
+        clear_progress: Called before anything is written, so that the progress line never mixes with it.
+        several: Whether there may be several inputs.
+    """
+
+    def __init__(self, style: FillFormat, clear_progress: Callable[[], None], several: bool) -> None:
+        self._style = style
+        self._several = several
+        self._clear_progress = clear_progress
+        self._count = 0
+        #: The first record, until it is known whether there is another.
+        self._first = ""
+
+    def report(self, message: str) -> None:
+        self._clear_progress()
+        report(message)
+
+    def write_result(self, result: FillResult) -> None:
+        self._write(format_result(result, self._style))
+
+    def write_failure(self, entry: Entry, error: InputError) -> None:
+        self._write(format_failure(entry.id, entry.text, error, self._style))
+
+    def _write(self, lines: str) -> None:
+        self._clear_progress()
+        self._count += 1
+        if self._style is not FillFormat.JSON:
+            write_answer(lines)
+        elif self._count == 1:
+            self._first = lines
+        else:
+            begin = f"[\n{self._first.rstrip()}" if self._count == 2 else ""
+            write_answer(f"{begin},\n{lines.rstrip()}")
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if self._style is not FillFormat.JSON:
+            return
+        if self._count:
+            write_answer(self._first if self._count == 1 else "\n]\n")
+        elif self._several and error is None:
+            write_answer("[]\n")

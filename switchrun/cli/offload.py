@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchrun import folders
 from switchrun.cli import options
 from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
-from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
-from switchrun.hints import command
+from switchrun.errors import CorruptCheckpointError, StorageError, UsageError, command
+from switchrun.machine import folders
 from switchrun.output.byte_progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
 from switchrun.units import format_bytes, format_count

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
-from switchrun.hints import command
+
+
+def named(option: str) -> Callable[[str], str]:
+    """Return a parser that refuses an empty name: an unset variable of a script must not mean the current folder."""
+
+    def parse(name: str) -> str:
+        if not name:
+            raise UsageError(f"--{option}: the name is empty", "name one, or leave the option out")
+        return name
+
+    return parse
+
 
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
+        parser=named("model"),
         envvar="SWITCHRUN_MODEL",
         metavar="PATH|ID[@REVISION]",
         show_default="the demo model",
@@ -53,18 +64,11 @@ GpuMemory = Annotated[
 ]
 
 
-def _folder(name: str) -> Path:
-    if not name:
-        # Path("") is the current folder: an unset variable of a script must not fill that with experts.
-        raise UsageError("--offload-folder: the name is empty", "name a folder, or leave the option out")
-    return Path(name)
-
-
 OffloadFolder = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--offload-folder",
-        parser=_folder,
+        parser=named("offload-folder"),
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
         show_default="./offload if it exists, else in the user's cache",
@@ -95,6 +99,7 @@ Tokenizer = Annotated[
     str | None,
     typer.Option(
         "--tokenizer",
+        parser=named("tokenizer"),
         envvar="SWITCHRUN_TOKENIZER",
         metavar="PATH|ID",
         show_default="the model's own",
@@ -119,63 +124,6 @@ NumBeams = Annotated[
         help="Beams of the search; 1 is greedy.",
     ),
 ]
-
-
-def device_map_path(value: str, **given: Any) -> Path | None:
-    """Give the file that `--device-map` names; None for `auto`.
-
-    Args:
-        value: As `--device-map` has it.
-        given: The user's `model`, `dtype` and `offload_folder`, for the hint.
-
-    Raises:
-        UsageError: There is no such file.
-    """
-    if value == "auto":
-        return None
-    path = Path(value)
-    if not path.is_file():
-        plan = f"{command('plan', '--format', 'json', **given)} > {shlex.quote(value)}"
-        raise UsageError(f"--device-map: there is no file '{value}'", f"write one with: {plan}")
-    return path
-
-
-def check_memory(cpu_memory: str | None, gpu_memory: str | None) -> None:
-    """Refuse what is not a size before anything slow is done.
-
-    Raises:
-        UsageError: One of them is not a size.
-    """
-    from switchrun.planning.budgets import resolve_budgets
-
-    gpus = 0 if gpu_memory is None else gpu_memory
-    for option, sizes in (("--cpu-memory", (cpu_memory, 0)), ("--gpu-memory", (0, gpus))):
-        try:
-            resolve_budgets(*sizes)
-        except UsageError as error:
-            raise UsageError(f"{option}: {error.message}", error.hint) from None
-
-
-def check_offload_limit(limit: str | None) -> None:
-    """Refuse what is not a size before anything slow is done.
-
-    Raises:
-        UsageError: It is not one.
-    """
-    from switchrun._plan import offload_limit_bytes
-
-    option = "--offload-limit"
-    try:
-        offload_limit_bytes(limit)
-    except UsageError as error:
-        raise UsageError(f"{option}: {error.message}", error.hint) from None
-
-
-def memory_bytes(cpu_memory: str | None) -> int | None:
-    """Give the bytes of a checked `--cpu-memory`; None if it is not given."""
-    from switchrun.units import parse_bytes
-
-    return None if cpu_memory is None else parse_bytes(cpu_memory)
 
 
 def words(option: str, text: str) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-import switchrun
 from switchrun.cli import options
 from switchrun.cli.streams import write_answer
 from switchrun.dtypes import DtypeChoice
@@ -48,26 +47,24 @@ def plan(
     ] = PlanFormat.TABLE,
 ) -> None:
     """Tell which weights go to which tier and why, and what a fill will cost."""
-    options.check_memory(cpu_memory, gpu_memory)
-    map_path = options.device_map_path(
-        device_map, model=model, dtype=None if dtype is DtypeChoice.AUTO else dtype, offload_folder=offload_folder
-    )
+    from switchrun.planning.opening import plan_model
+    from switchrun.planning.options import OpenOptions
+
     bandwidth: float | Literal["measure"] | None = None
     if disk_bandwidth is not None:
         bandwidth = "measure" if disk_bandwidth.strip() == "measure" else _parse_rate(disk_bandwidth)
-    made = switchrun.plan(
-        model,
+    chosen = OpenOptions(
+        model=model,
         dtype=dtype.value,
         cpu_memory=cpu_memory,
         gpu_memory=gpu_memory,
         offload_folder=offload_folder,
-        device_map=map_path,
+        device_map=device_map,
         batch_size=batch_size,
         num_beams=num_beams,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        disk_bandwidth=bandwidth,
+        max_new_tokens=output_tokens,
     )
+    made = plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=bandwidth).plan
     if style is PlanFormat.JSON:
         write_answer(format_record(made.as_record(), indent=True))
     else:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from switchrun import folders
 from switchrun.cli import options
-from switchrun.cli.libraries import quieten_libraries
 from switchrun.cli.signals import Interrupted
+from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
+from switchrun.machine import folders
 from switchrun.output.byte_progress import ByteProgress
-from switchrun.units import format_bytes, format_count, format_seconds, parse_bytes
+from switchrun.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
@@ -64,13 +64,13 @@ def prepare(
     from switchrun.checkpoint import open_checkpoint
     from switchrun.dtypes import resolve_dtype
     from switchrun.planning import preparation as planning
-    from switchrun.planning import resolve_budgets
+    from switchrun.planning.budgets import parse_size, resolve_budgets
     from switchrun.planning.memory import packed_layout
     from switchrun.store import open_checkpoint_store
 
     started = time.perf_counter()
-    options.check_memory(cpu_memory, None)
-    limit_bytes = _parse_limit(limit)
+    budgets = resolve_budgets(cpu_memory, 0)
+    limit_bytes = None if limit is None else parse_size("limit", limit)
     place = folders.offload_folder(offload_folder)
     checkpoint = open_checkpoint(model, cache_dir=place / "index")
     resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
@@ -78,7 +78,7 @@ def prepare(
         raise UsageError(f"{checkpoint.id} is stored in int8, so there is nothing to prepare", "fill reads it in place")
     chosen = planning.choose_experts(checkpoint, layers, experts)
     layout = packed_layout(checkpoint, dtype)
-    jobs = planning.resolve_jobs(checkpoint, layout, jobs, resolve_budgets(cpu_memory, 0).cpu_bytes)
+    jobs = planning.resolve_jobs(checkpoint, layout, jobs, budgets.cpu_bytes)
     notes = _Notes()
     store = open_checkpoint_store(place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=notes.add)
     preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)
@@ -109,8 +109,7 @@ def _calibrate(
     checkpoint: SwitchCheckpoint, store: ExpertStore, keys: Sequence[ExpertKey], jobs: int
 ) -> tuple[Bandwidth, float]:
     """Read, and quantise, for half a second; give how fast the disk is and what quantising an expert takes."""
-    from switchrun._plan import measure_disk
-    from switchrun.planning.preparation import disk_of
+    from switchrun.planning.opening import disk_of, measure_disk
 
     if not keys:
         return disk_of(checkpoint), 0.0
@@ -162,12 +161,3 @@ class _Notes:
     def tell(self) -> None:
         while self._waiting:
             report(f"warning: {self._waiting.popleft()}")
-
-
-def _parse_limit(limit: str | None) -> int | None:
-    if limit is None:
-        return None
-    try:
-        return parse_bytes(limit)
-    except UsageError as error:
-        raise UsageError(f"--limit: {error.message}", error.hint) from None

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from switchrun import hardware
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.errors import StorageError
+from switchrun.machine import disks
 from switchrun.store import expert_path, list_stores, stored_experts
 from switchrun.units import GIB, MIB, format_bytes, format_rate
 
@@ -50,11 +50,11 @@ def check_offload_folder(folder: Path) -> Check:
     try:
         place = _existing(folder)
         free = shutil.disk_usage(place).free
-        filesystem = hardware.filesystem_of(place)
+        filesystem = disks.filesystem_of(place)
         # Without a name it cannot be left behind, whatever ends this process.
         with tempfile.TemporaryFile(dir=place) as file:
             ranges = _stored_ranges(folder) or list(_written_ranges(file.fileno(), free))
-            rate = hardware.measure_read_bandwidth(ranges)
+            rate = disks.measure_read_bandwidth(ranges)
             direct = bool(ranges) and _reads_directly(ranges[0][0])
     except OSError as error:
         return failed(
@@ -77,10 +77,10 @@ def check_checkpoint(checkpoint: SwitchCheckpoint) -> Check:
     """Read experts here and there, as a fill would."""
     folder = checkpoint.path
     ranges = list(_expert_ranges(checkpoint))
-    rate = hardware.measure_read_bandwidth(ranges)
+    rate = disks.measure_read_bandwidth(ranges)
     direct = _reads_directly(ranges[0][0])
-    filesystem = hardware.filesystem_of(ranges[0][0])
-    sparse = sorted(file.name for file in folder.iterdir() if file.suffix in _WEIGHTS and hardware.is_sparse(file))
+    filesystem = disks.filesystem_of(ranges[0][0])
+    sparse = sorted(file.name for file in folder.iterdir() if file.suffix in _WEIGHTS and disks.is_sparse(file))
     details = _details(folder, filesystem, shutil.disk_usage(folder).free, rate, direct)
     details["sparse_files"] = sparse
     finding = f"{folder}: {_describe(filesystem, None, rate)}"

@@ -9,7 +9,7 @@ from typing import Any
 from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.doctor.torch_probe import Answer, build_of
 from switchrun.errors import UsageError
-from switchrun.gpus import Gpu
+from switchrun.machine.gpus import Gpu
 from switchrun.units import GIB, MIB, format_bytes, format_count, format_rate
 
 NAME = "gpu"

@@ -6,9 +6,9 @@ import resource
 
 import psutil
 
-from switchrun import hardware
 from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.errors import BudgetError
+from switchrun.machine import ram
 from switchrun.planning.budgets import DEFAULT_CPU_SHARE
 from switchrun.planning.memory import RUNTIME_BYTES
 from switchrun.units import GIB, format_bytes
@@ -22,8 +22,8 @@ LITTLE_BYTES = 2 * GIB
 def check_memory() -> Check:
     """Tell the memory that a process may take by default, and what stands in its way."""
     total = int(psutil.virtual_memory().total)
-    available = hardware.available_memory_bytes()
-    container = min((limit for limit, _ in hardware.memory_limits() if limit < total), default=None)
+    available = ram.available_memory_bytes()
+    container = min((limit for limit, _ in ram.memory_limits() if limit < total), default=None)
     swap = psutil.swap_memory()
     address_space = _limit(resource.RLIMIT_AS)
     details = {

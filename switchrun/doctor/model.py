@@ -9,8 +9,7 @@ from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.locate import NotDownloadedError
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.doctor.check import Check, failed, passed, warned
-from switchrun.errors import SwitchrunError
-from switchrun.hints import command
+from switchrun.errors import SwitchrunError, command
 from switchrun.planning import Budgets, make_plan
 from switchrun.units import format_bytes, format_count
 

@@ -51,7 +51,7 @@ def main() -> None:
 def _driver() -> dict[str, Any]:
     # At the end of the path, where it shadows nothing; the package need not be installed.
     sys.path.append(str(Path(__file__).parents[2]))
-    from switchrun import gpus
+    from switchrun.machine import gpus
 
     return {
         "version": gpus.driver_version(),
@@ -105,7 +105,7 @@ def _libraries() -> dict[str, Any]:
 def _bitsandbytes() -> dict[str, Any]:
     import torch
 
-    from switchrun.experts.bnb import operations
+    from switchrun.kernels.bitsandbytes_ops import operations
 
     operations()
     from bitsandbytes import cextension

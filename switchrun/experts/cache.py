@@ -8,38 +8,46 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.experts.buffers import Buffers
+from switchrun.experts.counters import CacheCounters
 from switchrun.experts.formats import Format, Load, PlainFormat
-from switchrun.experts.fresh_slots import FreshSlots
-from switchrun.experts.packed import ArrivingMatrix
-from switchrun.experts.pages import Pages
-from switchrun.experts.reader import WAYS, FileReader, Segment, Way, settle
-from switchrun.experts.slot_table import CacheCounters, SlotTable
-from switchrun.experts.slots import Buffers, ExpertWeights
+from switchrun.experts.reader import WAYS, FileReader, Segment, Way
+from switchrun.experts.slot_table import SlotTable
+from switchrun.kernels.matrices import ExpertWeights
 
-T = TypeVar("T")
+#: What `stream` gives.
+Stream = Generator[tuple[ExpertKey, ExpertWeights], None, None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A read that has ended, one way or another; with `again`, the expert is to be loaded anew by another way.
-
-    Or one that has not ended, if not `whole`: `wi` is there.
-    """
+class _Loaded:
+    """An expert is in its slot."""
 
     key: ExpertKey
-    weights: ExpertWeights | None
-    error: BaseException | None
-    again: bool = False
-    whole: bool = True
+    weights: ExpertWeights
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """An expert could not be brought in."""
+
+    key: ExpertKey
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class _Retry:
+    """What the store gave was no good: the expert is to be loaded again, which takes another way."""
+
+    key: ExpertKey
 
 
 class ExpertCache:
@@ -57,11 +65,9 @@ class ExpertCache:
         direct: Read past the page cache.
         way: How the disk is read.
         slot_format: How experts are brought in, if they are neither kept as stored nor converted to `dtype`.
-        slots: The slots, if they are there already; the cache closes them.
 
     Attributes:
         on_load: Called with each expert that is about to be read and with its reads, in order; for measurements.
-        meanwhile: Called while nothing has arrived, to compute a piece of something else; tells whether it did.
     """
 
     def __init__(
@@ -74,22 +80,19 @@ class ExpertCache:
         direct: bool = True,
         way: Way = WAYS[0],
         slot_format: Format | None = None,
-        slots: FreshSlots | None = None,
     ) -> None:
         self._format = slot_format or PlainFormat(slices, dtype, direct)
-        self._fresh = slots or FreshSlots(Pages(num_slots, slot_bytes), 0)
-        self._slots = Buffers(num_slots, slot_bytes, self._fresh.pages)
+        self._slots = Buffers(num_slots, slot_bytes)
         self._staging = Buffers(*staging)
         self._reader = FileReader(direct, way)
-        self._table = SlotTable(0)
+        self._table = SlotTable(num_slots)
         self._free_staging = list(range(staging[0]))
-        self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[_Loaded | _Failed | _Retry] = queue.SimpleQueue()
         self._in_flight = 0
         self._busy_lock = threading.Lock()
         self._busy, self._busy_since = 0, 0.0
         self._counters = CacheCounters()
         self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
-        self.meanwhile: Callable[[], bool] = lambda: False
 
     @property
     def num_slots(self) -> int:
@@ -102,19 +105,22 @@ class ExpertCache:
         return self._slots.size
 
     @property
+    def memory(self) -> mmap:
+        """The mapping that all slots lie in."""
+        return self._slots.memory
+
+    @property
     def reads_past_page_cache(self) -> bool:
         """Whether what was read came from the disk itself."""
         return self._reader.reads_past_page_cache
 
     def counters(self) -> CacheCounters:
-        """Give a snapshot of the counters."""
+        """Return a snapshot of the counters."""
         with self._busy_lock:
             return replace(self._counters)
 
-    def stream(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
+    def stream(self, keys: Sequence[ExpertKey]) -> Stream:
         """Give experts one after another, each as soon as it is in memory: first those that are, then arrivals.
-
-        If nothing else is to be done, one whose `wi` has arrived: multiplying with its `wo` then waits for the rest.
 
         An expert's weights are valid until the next one is asked for. Reads of missing experts are all submitted at
         once, as far as there are slots; when there are fewer slots than experts, each slot is used again as soon as
@@ -128,18 +134,17 @@ class ExpertCache:
         """
         yield from self.begin(keys)
 
-    def begin(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights], None, None]:
+    def begin(self, keys: Sequence[ExpertKey]) -> Stream:
         """Do what `stream` does, but submit the reads now and not when the first expert is asked for."""
         stream = self._visit(keys)
         next(stream)
-        return cast(Generator[tuple[ExpertKey, ExpertWeights], None, None], stream)
+        return cast(Stream, stream)
 
     def _visit(self, keys: Sequence[ExpertKey]) -> Generator[tuple[ExpertKey, ExpertWeights] | None, None, None]:
         """Yield None once the reads are submitted, then the experts."""
         hits, missing_keys = self._table.ask(keys, self._counters)
         missing = deque(missing_keys)
         finished = False
-        given: set[ExpertKey] = set()  # before they were whole
         try:
             self._submit(missing)
             yield None
@@ -150,18 +155,14 @@ class ExpertCache:
                 self._table.policy.release(key)
                 self._submit(missing)
             while self._in_flight:
-                arrival = self._next_arrival()
-                if arrival.again:
-                    missing.appendleft(arrival.key)
-                elif arrival.weights is None:
-                    raise arrival.error or AssertionError("a read ended with neither weights nor an error")
-                elif arrival.whole:
-                    if arrival.key not in given:
-                        yield arrival.key, arrival.weights
-                    self._table.policy.release(arrival.key)
-                elif self._arrived.empty():  # else there is something better to do than to wait for `wo` soon
-                    given.add(arrival.key)
-                    yield arrival.key, arrival.weights
+                match self._next_arrival():
+                    case _Loaded(key, weights):
+                        yield key, weights
+                        self._table.policy.release(key)
+                    case _Retry(key):
+                        missing.appendleft(key)
+                    case _Failed(_, error):
+                        raise error
                 self._submit(missing)
             finished = True
         finally:
@@ -174,7 +175,7 @@ class ExpertCache:
             load = self._format.load(missing[0])
             if load.staged and not self._free_staging:
                 return
-            slot = self._fresh.take(self._table, self._in_flight)
+            slot = self._table.take()
             if slot is None:
                 return
             key = missing.popleft()
@@ -182,30 +183,20 @@ class ExpertCache:
             self._table.put(key, slot, None)
             self._in_flight += 1
             self._note_busy(+1)
-            if staging is None:
-                buffers, index, new = self._slots, slot, self._fresh.fill(slot)
-            else:
-                buffers, index, new = self._staging, staging, self._staging.claim((staging + 1) * self._staging.size)
+            buffers, index = (self._slots, slot) if staging is None else (self._staging, staging)
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
             self._counters.loads += 1
-            end: Future[None] = Future()
-            done = partial(self._finish, load, slot, staging, end)
-            first = (load.wi_end, partial(self._begin_with, load, slot, end)) if load.wi_end else None
-            self._counters.load_bytes += self._reader.submit(load.plan.segments, buffers.view(index), done, new, first)
+            self._counters.load_bytes += self._reader.submit(
+                load.plan.segments,
+                buffers.view(index),
+                partial(self._finish, load, slot, staging),
+                new=buffers.first_use(index),
+            )
 
-    def _begin_with(self, load: Load, slot: int, end: Future[None]) -> None:
-        """Give what can be computed with `wi` alone; on a reader thread."""
-        there = self._format.place(load, self._slots, slot)
-        assert isinstance(there.wo, torch.Tensor)
-        weights = ExpertWeights(there.wi, ArrivingMatrix(there.wo, partial(self._wait, end.result)))
-        self._arrived.put(_Arrival(load.key, weights, None, whole=False))
-
-    def _finish(
-        self, load: Load, slot: int, staging: int | None, end: Future[None], error: BaseException | None
-    ) -> None:
+    def _finish(self, load: Load, slot: int, staging: int | None, error: BaseException | None) -> None:
         """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""
-        weights, again = None, False
+        arrival: _Loaded | _Failed | _Retry
         try:
             if error is not None:
                 raise error
@@ -213,51 +204,49 @@ class ExpertCache:
                 weights = self._format.place(load, self._slots, slot)
             else:
                 weights = self._format.convert(load, self._staging, staging, self._slots, slot)
+            arrival = _Loaded(load.key, weights)
         except BaseException as failure:  # handed to the model's thread
-            error = failure
+            arrival = _Failed(load.key, failure)
             with contextlib.suppress(Exception):  # whatever goes wrong here, somebody waits for the arrival
-                again = self._format.give_up(load, failure)
-                for segment in load.plan.segments if again else ():
-                    self._reader.forget(segment.file)
+                if self._format.give_up(load, failure):
+                    arrival = _Retry(load.key)
+                    for segment in load.plan.segments:
+                        self._reader.forget(segment.file)
         if staging is not None:
             self._free_staging.append(staging)
         self._note_busy(-1)
-        self._arrived.put(_Arrival(load.key, weights, error, again))
-        settle(end, error)
+        self._arrived.put(arrival)
 
-    def _next_arrival(self) -> _Arrival:
-        """Wait for a read to end, or for its first matrix, whichever is first."""
-        while self._arrived.empty() and self.meanwhile():
-            pass
-        arrival = self._wait(self._arrived.get)
-        if not arrival.whole:
-            return arrival
+    def _next_arrival(self) -> _Loaded | _Failed | _Retry:
+        """Wait for a read to end; the time is counted."""
+        start = time.perf_counter()
+        try:
+            arrival = self._arrived.get()
+        finally:
+            self._counters.wait_seconds += time.perf_counter() - start
         self._in_flight -= 1
-        self._table.entries[arrival.key].weights = arrival.weights
-        if arrival.weights is None:
-            self._table.free.append(self._table.entries.pop(arrival.key).slot)
-        if arrival.again:
+        self._note(arrival)
+        if isinstance(arrival, _Retry):
             self._counters.loads -= 1
         return arrival
 
-    def _wait(self, something: Callable[[], T]) -> T:
-        """Call what blocks for reads, and count the time."""
-        start = time.perf_counter()
-        try:
-            return something()
-        finally:
-            self._counters.wait_seconds += time.perf_counter() - start
+    def _note(self, arrival: _Loaded | _Failed | _Retry) -> None:
+        """Put an arrival into the books: its slot is filled, or free again."""
+        if isinstance(arrival, _Loaded):
+            self._table.entries[arrival.key].weights = arrival.weights
+        else:
+            self._table.free.append(self._table.entries.pop(arrival.key).slot)
 
     def _recover(self) -> None:
         """Leave nothing in flight and nothing in use: a read failed, the caller stopped early, or a signal came.
 
-        A signal may have come between any two steps, so the books are made anew from what is there.
+        A signal may have come between any two steps, so the books are made again from what is there.
         """
         self._reader.wait()
         while not self._arrived.empty():
             arrival = self._arrived.get()
-            if arrival.whole and arrival.key in self._table.entries:
-                self._table.entries[arrival.key].weights = arrival.weights
+            if arrival.key in self._table.entries:
+                self._note(arrival)
         self._table.rebuild()
         self._free_staging = list(range(self._staging.count))
         self._in_flight = 0
@@ -277,13 +266,7 @@ class ExpertCache:
 
     def close(self) -> None:
         """Wait for reads in flight and close the files; the slots go when the last view of them does."""
-        self._fresh.close()
         self._reader.close()
-
-    @property
-    def memory(self) -> mmap:
-        """The mapping that all slots lie in."""
-        return self._slots.memory
 
     def __enter__(self) -> ExpertCache:
         return self

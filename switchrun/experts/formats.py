@@ -10,9 +10,17 @@ import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.packed import Int8Matrix, quantise, views
-from switchrun.experts.reader import PAGE, Segment
-from switchrun.experts.slots import TORCH_DTYPES, Buffers, ExpertWeights, ReadPlan, plan_reads
+from switchrun.experts.buffers import Buffers
+from switchrun.experts.reader import PAGE, ReadPlan, Segment, plan_reads
+from switchrun.kernels.matrices import (
+    TORCH_DTYPES,
+    ExpertWeights,
+    Int8Matrix,
+    Nf4Matrix,
+    PackedMatrix,
+    TiledNf4Matrix,
+    quantise,
+)
 from switchrun.store import BackgroundWriter, ExpertStore, Layout, StoredExpert
 
 
@@ -25,14 +33,12 @@ class Load:
         plan: The reads.
         staged: Whether they go to a staging buffer, and from there into the slot.
         stored: Where it is in the store, if that is where it is read from.
-        wi_end: `wi` is there once so many bytes are, and can be multiplied; 0 if nothing can be before all is there.
     """
 
     key: ExpertKey
     plan: ReadPlan
     staged: bool
     stored: StoredExpert | None = None
-    wi_end: int = 0
 
 
 class Format(Protocol):
@@ -77,10 +83,7 @@ class PlainFormat:
 
     def load(self, key: ExpertKey) -> Load:
         """See `Format`."""
-        slices = self._slices[key]
-        plan = plan_reads(slices, self._direct)
-        wi, wo, *_ = plan.positions
-        return Load(key, plan, self._converts, wi_end=0 if self._converts or wo < wi else wi + slices.wi.nbytes)
+        return Load(key, plan_reads(self._slices[key], self._direct), self._converts)
 
     def place(self, load: Load, slots: Buffers, slot: int) -> ExpertWeights:
         """See `Format`; gives views in the stored dtype."""
@@ -167,7 +170,7 @@ class PackedFormat:
         return True
 
     def _views(self, slots: Buffers, slot: int) -> ExpertWeights:
-        return views(slots, slot, self._layout, self._store.manifest.dtype, self._d_model, self._d_ff)
+        return packed_views(slots, slot, self._layout, self._store.manifest.dtype, self._d_model, self._d_ff)
 
     def _clear_padding(self, slots: Buffers, slot: int) -> None:
         """Let equal experts have equal files, whatever the slot held before."""
@@ -204,7 +207,7 @@ class Int8Format:
 
     def convert(self, load: Load, staging: Buffers, index: int, slots: Buffers, slot: int) -> ExpertWeights:
         """See `Format`; packs what is plain, and copies what is not."""
-        weights = views(slots, slot, self._layout, "int8", self._d_model, self._d_ff)
+        weights = packed_views(slots, slot, self._layout, "int8", self._d_model, self._d_ff)
         quantise(as_stored(self._slices[load.key], load.plan, staging, index), weights)
         return weights
 
@@ -231,3 +234,28 @@ def _view(buffers: Buffers, index: int, position: int, stored: TensorSlice) -> t
     if stored.transposed:
         return buffers.tensor(index, position, dtype, stored.shape[::-1]).T
     return buffers.tensor(index, position, dtype, stored.shape)
+
+
+def packed_views(buffers: Buffers, index: int, layout: Layout, dtype: str, d_model: int, d_ff: int) -> ExpertWeights:
+    """Give the packed expert that lies, or will lie, at the start of a buffer.
+
+    Args:
+        buffers: The buffers.
+        index: Which of them.
+        layout: One of those of the dtype for the same sizes.
+        dtype: `int8` or `nf4`.
+        d_model: Width of the model.
+        d_ff: Width between the two matrices.
+    """
+
+    def part(name: str) -> torch.Tensor:
+        found = layout[name]
+        return buffers.tensor(index, found.offset, TORCH_DTYPES[found.dtype], found.shape)
+
+    def matrix(name: str, shape: tuple[int, int]) -> PackedMatrix:
+        weight = part(f"{name}.weight")
+        if dtype == "int8":
+            return Int8Matrix(weight, part(f"{name}.SCB"))
+        return (Nf4Matrix if weight.ndim == 1 else TiledNf4Matrix)(weight, part(f"{name}.absmax"), shape)
+
+    return ExpertWeights(matrix("wi", (d_ff, d_model)), matrix("wo", (d_model, d_ff)))

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from switchrun.checkpoint.types import ExpertKey, Stack
-from switchrun.experts.levels import ExpertLevels
-from switchrun.experts.packed import multiply
-from switchrun.experts.slots import ExpertWeights
+from switchrun.experts.tiers import ExpertTiers
+from switchrun.kernels.matrices import ExpertWeights, multiply
 
 
 class RoutingContext:
@@ -46,7 +45,7 @@ class OffloadedExperts(nn.Module):
 
     def __init__(
         self,
-        levels: ExpertLevels,
+        levels: ExpertTiers,
         stack: Stack,
         block: int,
         activation: Callable[[torch.Tensor], torch.Tensor],

@@ -10,6 +10,8 @@ from switchrun.checkpoint.types import ExpertKey, Stack
 
 #: Visits of layers after which what was counted weighs half.
 FADE_VISITS = 10_000
+#: Counts fade no further than this: an expert may stay in memory for ever without being used, and 0 cannot divide.
+_LEAST_COUNT = 2.0**-30
 
 
 class NextUsePolicy:
@@ -46,7 +48,7 @@ class NextUsePolicy:
         self._elapsed += 1
         if self._elapsed >= self._fade_visits:
             self._elapsed /= 2
-            self._counts = {key: count / 2 for key, count in self._counts.items()}
+            self._counts = {key: max(count / 2, _LEAST_COUNT) for key, count in self._counts.items()}
             for layer in self._layers.values():
                 layer.rebuild(self._counts)
 
@@ -68,20 +70,14 @@ class NextUsePolicy:
         for key in keys:
             self.release(key)
 
-    def victim(self, once: bool = False) -> ExpertKey | None:
-        """Forget one idle expert, so that its slot can be taken; None if none is idle.
-
-        Args:
-            once: Only an expert of a layer that was visited once, so that its turn may not come again; else None too.
-        """
+    def victim(self) -> ExpertKey | None:
+        """Forget one idle expert, so that its slot can be taken; None if none is idle."""
         farthest, chosen = (False, -inf), None
         for layer in self._layers.values():
             count = layer.lowest_count(self._counts)
             if count is None:
                 continue
             visited_once = layer.last_visit == layer.first_visit
-            if once and not visited_once:
-                continue
             next_use = (visited_once, -layer.last_visit if visited_once else layer.last_visit + self._elapsed / count)
             if next_use > farthest:
                 farthest, chosen = next_use, layer

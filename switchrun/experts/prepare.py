@@ -17,15 +17,15 @@ from queue import SimpleQueue
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
-from switchrun.experts.formats import as_stored
-from switchrun.experts.packed import quantise, views
+from switchrun.experts.buffers import Buffers
+from switchrun.experts.formats import as_stored, packed_views
 from switchrun.experts.probe import reading_way
-from switchrun.experts.reader import WAYS, FileReader
-from switchrun.experts.slots import Buffers, ExpertWeights, plan_reads
+from switchrun.experts.reader import WAYS, FileReader, plan_reads
+from switchrun.kernels.matrices import ExpertWeights, quantise
 from switchrun.planning.memory import buffer_for, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
-from switchrun.store.names import expert_path
+from switchrun.store.paths import expert_path
 
 _CALIBRATION_SECONDS = 0.5
 
@@ -156,7 +156,7 @@ class _Job:
         self._plain = Buffers(1, buffer_for(sample))
         self._packed = Buffers(1, packed_buffer_bytes(store.layout))
         d_ff, d_model = sample.wi.shape
-        self._into = views(self._packed, 0, store.layout, store.manifest.dtype, d_model, d_ff)
+        self._into = packed_views(self._packed, 0, store.layout, store.manifest.dtype, d_model, d_ff)
 
     def store(self, key: ExpertKey) -> None:
         """Read an expert from the checkpoint, quantise and write it."""

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from switchrun import hardware
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import WAYS, FileReader, Segment, Way, known_way
-from switchrun.experts.slots import Buffers
+from switchrun.machine import disks
 from switchrun.units import MIB
 
 #: Trying ends after this time, whatever the disk.
@@ -37,10 +37,10 @@ def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
     """
     file = next(iter(experts.values())).wi.file
     known = known_way(file)
-    if known or hardware.is_sparse(file):
+    if known or disks.is_sparse(file):
         return known or WAYS[0]
     chosen = best_way(_probe(experts))
-    hardware.remember("reading", file, asdict(chosen))
+    disks.remember("reading", file, asdict(chosen))
     return chosen
 
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from switchrun import hardware
+from switchrun.checkpoint.types import ExpertSlices, TensorSlice
 from switchrun.errors import CorruptCheckpointError
+from switchrun.experts.buffers import touch
 from switchrun.experts.open_files import OpenFiles
-from switchrun.experts.pages import touch
+from switchrun.machine import disks
 from switchrun.units import MIB
 
 PAGE = 4096
@@ -57,6 +58,14 @@ class Segment:
     needed: int
 
 
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Which reads bring an expert into a buffer, and at which byte of it each of its `ranges` then begins."""
+
+    segments: tuple[Segment, ...]
+    positions: tuple[int, ...]
+
+
 class FileReader:
     """Reads segments into memory on its own threads, past the page cache where the filesystem lets it.
 
@@ -87,7 +96,6 @@ class FileReader:
         buffer: memoryview,
         done: Callable[[BaseException | None], None],
         new: bool = False,
-        first: tuple[int, Callable[[], None]] | None = None,
     ) -> int:
         """Start reading segments into a buffer.
 
@@ -96,23 +104,18 @@ class FileReader:
             buffer: Writable bytes; must stay untouched until `done` is called.
             done: Called once, on a reader thread, with None or the first error; unless `close` drops it.
             new: The buffer may have no pages yet; they are touched before it is read to.
-            first: So many bytes of the buffer, and what is called on a reader thread once they are there: before
-                `done`, and not if a read has failed by then, nor if the piece that brings them brings all.
 
         Returns:
             The bytes that will be read.
         """
         pieces = [piece for segment in segments for piece in _cut(segment, self._way.chunk_bytes)]
         pending = _Pending(len(pieces), partial(self._end, done))
-        length, tell = first or (0, lambda: None)
-        early = sum(piece.position < length for piece in pieces)
-        begin = _Pending(early, lambda _none: tell()) if early < len(pieces) else None
         submitted = 0
         with self._idle:
             self._outstanding += 1
         try:
             for piece in pieces:
-                self._pool.submit(self._read, piece, buffer, new, pending, begin if piece.position < length else None)
+                self._pool.submit(self._read, piece, buffer, new, pending)
                 submitted += 1
         except BaseException as error:
             for _ in pieces[submitted:]:
@@ -151,15 +154,13 @@ class FileReader:
                 self._outstanding -= 1
                 self._idle.notify_all()
 
-    def _read(self, piece: Segment, buffer: memoryview, new: bool, pending: _Pending, begin: _Pending | None) -> None:
+    def _read(self, piece: Segment, buffer: memoryview, new: bool, pending: _Pending) -> None:
         try:
             if not pending.failed:
                 target = buffer[piece.position : piece.position + piece.length]
                 if new:
                     touch(target)
                 self._read_piece(piece, target)
-                if begin is not None and not pending.failed:
-                    begin.finish(None)
         except BaseException as error:  # handed to the thread that waits for the expert
             pending.finish(error)
         else:
@@ -237,7 +238,7 @@ class _Pending:
 
 def known_way(file: Path) -> Way | None:
     """Give the way that was best on the disk where a file lies, if that was tried; see `switchrun.experts.probe`."""
-    known = hardware.recall("reading", file)
+    known = disks.recall("reading", file)
     return next((way for way in WAYS if known == asdict(way)), None)
 
 
@@ -252,3 +253,32 @@ def _cut(segment: Segment, chunk: int) -> list[Segment]:
         )
         for start in range(0, segment.needed, chunk)
     ]
+
+
+def plan_reads(slices: ExpertSlices, direct: bool) -> ReadPlan:
+    """Lay out the reads of one expert; tensors that are neighbours in a file share one.
+
+    Args:
+        slices: Where the matrices and their scales lie.
+        direct: Align everything to pages, for `O_DIRECT`.
+    """
+    page = PAGE if direct else 64
+    groups: list[list[TensorSlice]] = []
+    for tensor in sorted(slices.ranges, key=lambda tensor: (str(tensor.file), tensor.offset)):
+        last = groups[-1][-1] if groups else tensor
+        gap = tensor.offset - (last.offset + last.nbytes)
+        # A gap is read along where that is no more than alignment costs anyway.
+        if groups and last.file == tensor.file and 0 <= gap <= (PAGE if direct else 0):
+            groups[-1].append(tensor)
+        else:
+            groups.append([tensor])
+    segments, begins, cursor = [], {}, 0
+    for group in groups:
+        begin, end = group[0].offset, group[-1].offset + group[-1].nbytes
+        start = begin - begin % PAGE if direct else begin
+        length = -(-(end - start) // PAGE) * PAGE if direct else end - start
+        segments.append(Segment(group[0].file, start, length, cursor, end - start))
+        for tensor in group:
+            begins[id(tensor)] = cursor + tensor.offset - start
+        cursor = -(-(cursor + length) // page) * page
+    return ReadPlan(tuple(segments), tuple(begins[id(tensor)] for tensor in slices.ranges))

@@ -6,37 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.experts.counters import CacheCounters
 from switchrun.experts.policy import NextUsePolicy
-from switchrun.experts.slots import ExpertWeights
-
-
-@dataclass(slots=True)
-class CacheCounters:
-    """What a cache did since it was made.
-
-    Attributes:
-        requests: Experts asked for, once for each layer and step that needs one.
-        hits: Of those, the ones that were in memory.
-        loads: Experts brought from the slower tier.
-        load_bytes: Bytes brought for them; of reads, alignment included.
-        load_seconds: Time in which at least one read was under way.
-        wait_seconds: Time in which the model stood still for a read, or for a copy.
-    """
-
-    requests: int = 0
-    hits: int = 0
-    loads: int = 0
-    load_bytes: int = 0
-    load_seconds: float = 0.0
-    wait_seconds: float = 0.0
-
-    def since(self, earlier: CacheCounters) -> CacheCounters:
-        """Give what was counted after an earlier snapshot."""
-        return CacheCounters(*(getattr(self, name) - getattr(earlier, name) for name in self.__slots__))
-
-    def plus(self, other: CacheCounters) -> CacheCounters:
-        """Give what two caches counted together."""
-        return CacheCounters(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+from switchrun.kernels.matrices import ExpertWeights
 
 
 @dataclass(slots=True)
@@ -51,7 +23,7 @@ class SlotTable:
     """The books of a cache of equal slots; not thread-safe.
 
     Args:
-        num_slots: How many slots there are; `add` brings more.
+        num_slots: How many slots there are.
 
     Attributes:
         slots: Those that there are.
@@ -80,20 +52,11 @@ class SlotTable:
             self.policy.use(key)
         return hits, [key for key in keys if key not in self.entries]
 
-    def add(self, slot: int) -> None:
-        """Use one more slot."""
-        self.slots.add(slot)
-        self.free.append(slot)
-
-    def take(self, once: bool = False) -> int | None:
-        """Give a free slot, or that of the expert that is needed last and is not in use; None if there is none.
-
-        Args:
-            once: Evict only where a layer was visited once and may not be again.
-        """
+    def take(self) -> int | None:
+        """Return a free slot, or that of the expert that is needed last and is not in use; None if there is none."""
         if self.free:
             return self.free.pop()
-        victim = self.policy.victim(once)
+        victim = self.policy.victim()
         return None if victim is None else self.entries.pop(victim).slot
 
     def put(self, key: ExpertKey, slot: int, weights: ExpertWeights | None) -> None:

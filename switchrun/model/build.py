@@ -18,12 +18,11 @@ from switchrun.dtypes import Precision
 from switchrun.errors import ModelError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import Format, Int8Format, PackedFormat
-from switchrun.experts.fresh_slots import FreshSlots
-from switchrun.experts.levels import ExpertLevels
 from switchrun.experts.module import OffloadedExperts, RoutingContext
-from switchrun.experts.product import use_fast_products
 from switchrun.experts.reader import Way
-from switchrun.model.int8_linear import use_int8
+from switchrun.experts.tiers import ExpertTiers
+from switchrun.kernels.int8 import use_int8
+from switchrun.kernels.plain import use_fast_products
 from switchrun.planning import Plan, memory
 from switchrun.store import BackgroundWriter, ExpertStore
 
@@ -34,7 +33,6 @@ def build_cache(
     checkpoint: SwitchCheckpoint,
     plan: Plan,
     way: Way,
-    slots: FreshSlots,
     store: ExpertStore | None,
     writer: BackgroundWriter | None,
 ) -> ExpertCache:
@@ -44,7 +42,6 @@ def build_cache(
         checkpoint: Where experts lie.
         plan: How many slots, and in which dtype.
         way: How the disk is read.
-        slots: As many; the cache closes them.
         store: Where packed experts may lie; None if experts are not packed, or are so in the checkpoint.
         writer: Writes there; it stays the caller's.
     """
@@ -60,7 +57,6 @@ def build_cache(
         direct=direct,
         way=way,
         slot_format=_slot_format(checkpoint, plan, store, writer, direct),
-        slots=slots,
     )
 
 
@@ -74,7 +70,7 @@ def _slot_format(
 
 
 def build_model(
-    checkpoint: SwitchCheckpoint, precision: Precision, levels: ExpertLevels, context: RoutingContext
+    checkpoint: SwitchCheckpoint, precision: Precision, levels: ExpertTiers, context: RoutingContext
 ) -> Any:
     """Build the model on the meta device, its experts replaced by `OffloadedExperts`.
 

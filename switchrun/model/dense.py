@@ -18,13 +18,14 @@ from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import Precision
 from switchrun.errors import UsageError
 from switchrun.experts import accelerator
-from switchrun.experts.int8 import quantise_int8
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import FileReader
-from switchrun.experts.slots import TORCH_DTYPES, Buffers
+from switchrun.kernels.int8 import quantise_int8
+from switchrun.kernels.matrices import TORCH_DTYPES
 from switchrun.model.preload import DensePreload
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
-from switchrun.planning.types import Tier
+from switchrun.planning.plan import DISK, Tier, main_tier
 from switchrun.units import format_count
 
 #: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
@@ -41,7 +42,7 @@ def read_tensor(stored: TensorSlice, reader: FileReader) -> torch.Tensor:
         CorruptCheckpointError: The file cannot be read, or ends too early.
     """
     read = reader.segment(stored.file, stored.offset, stored.nbytes)
-    buffer = Buffers(1, read.length)
+    buffer = Buffers(1, read.length, huge=False)
     reader.read([read], buffer.view(0))
     return view_tensor(buffer.memory, stored.offset - read.offset, stored)
 
@@ -102,8 +103,9 @@ class DenseWeights(Mapping[str, torch.Tensor]):
 
     def convert_staged(self) -> None:
         """Bring what was read ahead, but not to stay, to the form in which it is kept."""
-        for name in self._preload.staged.names:
+        for name in self._preload.staged:
             self._converted[name] = self.keep(name, self.read(name))
+        self._preload.drop_staged()
 
     def read(self, name: str) -> Stored:
         """Read a tensor as it is stored; any thread may.
@@ -206,14 +208,14 @@ def place_dense_weights(
         CorruptCheckpointError: A tensor cannot be read.
     """
     tiers = {name: tier_of(name, device_map) for name in weights}
-    resident = [name for name in weights.names if tiers[name] != "disk"]
+    resident = [name for name in weights.names if tiers[name] != DISK]
     for name, tensors in weights.tensors(resident):
         for part, tensor in tensors.items():
             set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
         on_placed(name)
     for alias, name in weights.aliases.items():
         _share(model, alias, name, weights, tiers)
-    if len(set(tiers.values())) > 1 or "disk" in tiers.values():
+    if len(set(tiers.values())) > 1 or DISK in tiers.values():
         _attach_hooks(model, weights, tiers)
 
 
@@ -225,7 +227,7 @@ def drop_weights(model: nn.Module) -> None:
 
 def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
     """Let an alias be the same parameter, or a copy of it if the map puts it on another device."""
-    if tiers[alias] == "disk":
+    if tiers[alias] == DISK:
         return
     owner = model.get_submodule(alias.rpartition(".")[0])
     if tiers[alias] == tiers[name]:
@@ -236,10 +238,10 @@ def _share(model: nn.Module, alias: str, name: str, weights: DenseWeights, tiers
 
 def _attach_hooks(model: nn.Module, weights: DenseWeights, tiers: Mapping[str, Tier]) -> None:
     """Move inputs to where each module's weights are, and bring the weights that stay on disk in and out."""
-    main = _device(min((tier for tier in tiers.values() if isinstance(tier, int)), default="cpu"))
+    main = _device(main_tier(tiers.values()))
     modules = dict(_whole_modules(model, "", tiers))
-    devices = {name: main if tier == "disk" else _device(tier) for name, tier in modules.items()}
-    offload = {name: tier == "disk" for name, tier in modules.items()}
+    devices = {name: main if tier == DISK else _device(tier) for name, tier in modules.items()}
+    offload = {name: tier == DISK for name, tier in modules.items()}
     attach_align_device_hook_on_blocks(
         model,
         execution_device={"": main} | devices,
@@ -260,4 +262,4 @@ def _whole_modules(model: nn.Module, name: str, tiers: Mapping[str, Tier]) -> It
 
 
 def _device(tier: Tier) -> torch.device:
-    return accelerator.device(tier) if isinstance(tier, int) else torch.device("cpu")
+    return torch.device("cpu") if tier.gpu is None else accelerator.device(tier.gpu)

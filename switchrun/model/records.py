@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from switchrun.errors import UsageError, check_count
+
 if TYPE_CHECKING:
-    from switchrun.planning.types import TierUse
+    from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
 
@@ -27,6 +30,9 @@ class GenerationOptions:
         top_p: Draw from the likeliest tokens that together have this probability.
         top_k: Draw from this many likeliest tokens; 0 is all of them.
         seed: Seed of the draws; the id of a batch's first input is added to it.
+
+    Raises:
+        UsageError: A value that makes no sense; its `option` names the field.
     """
 
     max_new_tokens: int = 64
@@ -36,6 +42,22 @@ class GenerationOptions:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            check_count(name, getattr(self, name))
+        for name, least, most in (("top_k", 0, 2**31), ("seed", -(2**63), 2**63)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value < most:
+                raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {most - 1}", option=name)
+        for name, highest, hint in (
+            ("temperature", math.inf, "1 leaves the probabilities as they are"),
+            ("top_p", 1.0, "1 draws from all tokens"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value <= highest or value == math.inf:
+                limit = "above 0" if highest == math.inf else f"above 0 and at most {highest:g}"
+                raise UsageError(f"{name} must be {limit}, not {value}", hint, option=name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,20 @@
-"""A session: an open model with its cache, threads and files, which fills texts until it is closed."""
+"""A session: an open model with its cache, threads and files, which fills texts until it is closed.
+
+Nothing of torch is imported before the dense weights are on their way into memory.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from switchrun._plan import Prepared, prepare
-from switchrun.errors import BudgetError, InputError
-from switchrun.experts.levels import since
-from switchrun.model.engine import Engine
-from switchrun.model.generate import RawOutput, generate_batch
-from switchrun.model.preload import DensePreload
+from switchrun.errors import BudgetError, UsageError
+from switchrun.experts.counters import CacheCounters, since, total
+from switchrun.model.preload import ImportLibraries, import_model, read_while_importing
 from switchrun.model.records import (
     ExpertCounts,
     FillResult,
@@ -22,20 +24,23 @@ from switchrun.model.records import (
     ProgressCallback,
     SessionStats,
     Stage,
+    TierCounts,
     Timing,
     TokenCounts,
 )
-from switchrun.model.sentinels import check_sentinels, fill_in, parse_spans, sentinel
-from switchrun.model.tokenizer import load_tokenizer
-from switchrun.model.totals import Totals, expert_counts, memory_peak
-from switchrun.planning.memory import max_input_tokens, max_output_tokens
+from switchrun.model.sentinels import fill_in, parse_spans
+from switchrun.model.tokenizer import Encoded, Tokenizer
+from switchrun.planning.memory import max_output_tokens
+from switchrun.planning.opening import PlannedModel, plan_model
+from switchrun.planning.options import OpenOptions
 
-#: No vocabulary has longer words by far; a text that is longer than this cannot fit.
-_MAX_CHARACTERS_PER_TOKEN = 64
+if TYPE_CHECKING:
+    from switchrun.model.generate import RawOutput
+    from switchrun.model.preload import DensePreload
 
 
 class Session:
-    """An open Switch model. Make one with `Session.open`; it is a context manager and not thread-safe.
+    """An open Switch model. Make one with `Session.open`; it is a context manager and serves one thread at a time.
 
     Attributes:
         checkpoint: The checkpoint, with the repairs that it needed.
@@ -46,33 +51,23 @@ class Session:
 
     def __init__(
         self,
-        prepared: Prepared,
+        planned: PlannedModel,
         *,
-        tokenizer: str | None = None,
-        progress: ProgressCallback | None = None,
-        started: float | None = None,
-        warn: Callable[[str], None] | None = None,
         preload: DensePreload | None = None,
+        progress: ProgressCallback | None = None,
+        warn: Callable[[str], None] | None = None,
+        started: float | None = None,
     ) -> None:
-        """Build what was planned; `Session.open` is the usual way.
+        """Build what was planned; `Session.open` and `open_session` are the usual ways."""
+        from switchrun.model.engine import Engine
 
-        Args:
-            prepared: The checkpoint and its plan.
-            tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
-            progress: Called while the session works.
-            started: `time.perf_counter()` when opening began; now if None.
-            warn: Called with warnings, from any thread; they are logged if it is None.
-            preload: Dense weights that are being read already; the session closes it.
-
-        Raises:
-            SwitchrunError: One of its kinds; see `switchrun.errors`.
-        """
         started = time.perf_counter() if started is None else started
         self._progress = progress
-        self._tokenizer = load_tokenizer(prepared.checkpoint, tokenizer)
-        self.engine = engine = Engine(prepared, self._tell_open, warn, preload)
-        self.checkpoint, self.plan, self._levels = engine.checkpoint, engine.plan, engine.levels
-        self._totals = Totals()
+        self._tokenizer = Tokenizer.load(planned.checkpoint, planned.options.tokenizer)
+        self.engine = engine = Engine(planned, self._show_open, warn, preload)
+        self.checkpoint, self.plan = engine.checkpoint, engine.plan
+        self._totals = _Totals()
+        self._busy = threading.Lock()
         self.open_seconds = time.perf_counter() - started
 
     @classmethod
@@ -94,64 +89,41 @@ class Session:
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
 
-        Args:
-            model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
-            dtype: `auto` (as stored), `fp32`, `bf16`, `int8` or `nf4`.
-            cpu_memory: What the process may take, such as `6GiB`; most of what is available if None.
-            gpu_memory: What may be taken on GPUs, such as `6GiB` (of the first one) or `0=6GiB,1=20GiB`; 0 is no GPU,
-                None what is free on all GPUs less a reserve.
-            offload_folder: Where switchrun writes; see `switchrun.folders.offload_folder` for the default.
-            offload_limit: What packed experts may take there, such as `200GB`; without it, as much as they need.
-            device_map: A device map, or a file with one; None or `auto` lets the planner decide.
-            tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
-            batch_size: Most inputs to run together; memory is reserved for as many.
-            num_beams: Most beams that fills will ask for.
-            max_new_tokens: Most tokens that fills will generate for an input.
-            progress: Called while the session works.
+        The arguments are those of `OpenOptions`, and `progress`, which is called while the session works.
 
         Raises:
             SwitchrunError: One of its kinds; see `switchrun.errors`.
         """
-        started = time.perf_counter()
-        prepared = prepare(
-            model,
+        options = OpenOptions(
+            model=model,
             dtype=dtype,
             cpu_memory=cpu_memory,
             gpu_memory=gpu_memory,
             offload_folder=offload_folder,
             offload_limit=offload_limit,
             device_map=device_map,
+            tokenizer=tokenizer,
             batch_size=batch_size,
             num_beams=num_beams,
-            output_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens,
         )
-        return cls(prepared, tokenizer=tokenizer, progress=progress, started=started)
+        return open_session(options, progress=progress)
 
-    def check(self, text: str) -> None:
-        """Check that a text can be filled.
+    def encode(self, text: str) -> Encoded:
+        """Make a text ready to be filled.
 
         Raises:
             InputError: It has no sentinels, or not in order, or it is too long, or the vocabulary has fewer.
         """
-        count = check_sentinels(text)
-        last = self._tokenizer.convert_tokens_to_ids(sentinel(count - 1))
-        if last is None or last == self._tokenizer.unk_token_id:
-            raise InputError(f"the vocabulary of this model has no {sentinel(count - 1)}", "use fewer sentinels")
-        limit = max_input_tokens(self.checkpoint)
-        if len(text) > limit * _MAX_CHARACTERS_PER_TOKEN:
-            # Not tokenised: that takes memory which is not reserved.
-            raise InputError(f"the text has {len(text)} characters, the model takes {limit} tokens", "split it")
-        length = len(self._tokenizer(text).input_ids)
-        if length > limit:
-            raise InputError(f"the text has {length} tokens, the model takes {limit}", "shorten or split it")
+        return self._tokenizer.encode(text)
 
     def fill(
-        self, texts: Sequence[str], options: GenerationOptions | None = None, *, first_id: int = 0
+        self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
     ) -> list[FillResult]:
         """Fill the sentinels of texts.
 
         Args:
-            texts: Texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …
+            texts: Texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
             options: How to generate; greedy by default.
             first_id: The id of the first result; the others follow.
 
@@ -161,10 +133,62 @@ class Session:
         Raises:
             InputError: A text cannot be filled.
             BudgetError: More beams or tokens are asked for than memory was reserved for, or a GPU's memory runs out.
+            UsageError: Another thread is filling with this session.
         """
         options = options or GenerationOptions()
-        for text in texts:
-            self.check(text)
+        with self._one_thread():
+            encoded = [text if isinstance(text, Encoded) else self.encode(text) for text in texts]
+            self._check_reserved(options)
+            results: list[FillResult] = []
+            for start in range(0, len(encoded), self.plan.batch_size):
+                batch = encoded[start : start + self.plan.batch_size]
+                results += self._fill_batch(batch, options, first_id + start)
+            return results
+
+    def stats(self) -> SessionStats:
+        """Return what the session took so far."""
+        tiers, totals = self.engine.levels.counters(), self._totals
+        return SessionStats(
+            tiers=self.engine.plan.tiers,
+            memory=self.engine.memory_peak(),
+            open_seconds=self.open_seconds,
+            inputs=totals.inputs,
+            output_tokens=totals.output_tokens,
+            fill_seconds=totals.fill_seconds,
+            ttft_seconds=totals.ttft_seconds / totals.inputs if totals.inputs else None,
+            itl_seconds=totals.later_seconds / totals.later_tokens if totals.later_tokens else None,
+            experts=expert_counts(tiers),
+            wait_seconds=total(tiers).wait_seconds,
+        )
+
+    def close(self) -> None:
+        """Close files, end threads and give the memory back; closing twice does nothing.
+
+        Raises:
+            UsageError: Another thread is filling with this session.
+        """
+        with self._one_thread():
+            self.engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Keep other threads out: cache and readers serve one at a time."""
+        if not self._busy.acquire(blocking=False):
+            raise UsageError(
+                "another thread is using this session", "let threads take turns with a lock, or open a session for each"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _check_reserved(self, options: GenerationOptions) -> None:
         if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):
             raise BudgetError(
                 f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
@@ -176,57 +200,24 @@ class Session:
                 f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
                 "open the session with max_new_tokens",
             )
-        results: list[FillResult] = []
-        for start in range(0, len(texts), self.plan.batch_size):
-            batch = texts[start : start + self.plan.batch_size]
-            results += self._fill_batch(batch, options, first_id + start)
-        return results
 
-    def stats(self) -> SessionStats:
-        """Give what the session took so far."""
-        return self._totals.stats(self.engine.plan, self.open_seconds, self._levels.counters())
-
-    def close(self) -> None:
-        """Close files, end threads and give the memory back; closing twice does nothing."""
-        self.engine.close()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _fill_batch(self, texts: Sequence[str], options: GenerationOptions, first_id: int) -> list[FillResult]:
+    def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
         start = time.perf_counter()
-        before = self._levels.counters()
-        encoded = self._tokenizer(list(texts), padding=True, return_tensors="pt")
-        layers = len(self.checkpoint.sparse_blocks["encoder"])
-        passed = 0
-
-        def on_layer() -> None:
-            nonlocal passed
-            passed += 1
-            if passed <= layers:
-                self._tell("encode", passed, layers)
-
-        self.engine.context.on_layer = on_layer
-        outputs = self.engine.run(
-            lambda: generate_batch(
-                self.engine.model,
-                self.engine.context,
-                encoded.input_ids.to(self.engine.device),
-                encoded.attention_mask.to(self.engine.device),
-                options,
-                on_token=lambda step: self._tell("decode", step, options.max_new_tokens),
-                # Else the same text on two lines would get the same answer twice.
-                seed=options.seed + first_id,
-            )
+        before = self.engine.levels.counters()
+        outputs = self.engine.generate(
+            [text.ids for text in batch],
+            options,
+            pad_id=self._tokenizer.pad_id,
+            # Else the same text on two lines would get the same answer twice.
+            seed=options.seed + first_id,
+            on_layer=lambda done, layers: self._show("encode", done, layers),
+            on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
         end = time.perf_counter()
-        experts = expert_counts(since(self._levels.counters(), before))
+        experts = expert_counts(since(self.engine.levels.counters(), before))
         results = []
-        for row, (text, output) in enumerate(zip(texts, outputs, strict=True)):
-            tokens = TokenCounts(int(encoded.attention_mask[row].sum()), len(output.ids) - 1, output.dropped)
+        for row, (text, output) in enumerate(zip(batch, outputs, strict=True)):
+            tokens = TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped)
             later = tokens.output - 1
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
@@ -236,32 +227,84 @@ class Session:
         return results
 
     def _result(
-        self, number: int, text: str, output: RawOutput, tokens: TokenCounts, timing: Timing, experts: ExpertCounts
+        self, number: int, text: Encoded, output: RawOutput, tokens: TokenCounts, timing: Timing, experts: ExpertCounts
     ) -> FillResult:
-        count = check_sentinels(text)
-        sentinel_ids = [self._tokenizer.convert_tokens_to_ids(sentinel(n)) for n in range(count)]
-        spans = parse_spans(
-            output.ids, sentinel_ids, lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        )
+        spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode)
         return FillResult(
             id=number,
-            input=text,
-            text=fill_in(text, spans),
-            raw=self._tokenizer.decode(list(output.ids)),
+            input=text.text,
+            text=fill_in(text.text, spans),
+            raw=self._tokenizer.decode(output.ids, special=True),
             output_ids=output.ids,
             spans=spans,
             finish_reason="stop" if output.finished else "length",
             tokens=tokens,
             timing=timing,
             experts=experts,
-            memory=memory_peak(self.plan.gpus),
+            memory=self.engine.memory_peak(),
             model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
         )
 
-    def _tell_open(self, done: int, total: int) -> None:
+    def _show_open(self, done: int, total_bytes: int) -> None:
         if self._progress is not None:
-            self._progress(Progress("open", done, total, load_bytes=0))
+            self._progress(Progress("open", done, total_bytes, load_bytes=0))
 
-    def _tell(self, stage: Stage, done: int, total: int) -> None:
+    def _show(self, stage: Stage, done: int, most: int) -> None:
         if self._progress is not None:
-            self._progress(Progress(stage, done, total, self._levels.cpu.counters().load_bytes))
+            self._progress(Progress(stage, done, most, self.engine.cache.counters().load_bytes))
+
+
+def open_session(
+    options: OpenOptions,
+    *,
+    progress: ProgressCallback | None = None,
+    warn: Callable[[str], None] | None = None,
+    started: float | None = None,
+    import_libraries: ImportLibraries = import_model,
+) -> Session:
+    """Open a model; torch and transformers are imported while its dense weights are being read.
+
+    Args:
+        options: What to open, and how.
+        progress: Called while the session works.
+        warn: Called with warnings, from any thread; they are logged if it is None.
+        started: `time.perf_counter()` when opening began; now if None.
+        import_libraries: Imports them, in the caller's own way.
+
+    Raises:
+        SwitchrunError: One of its kinds; see `switchrun.errors`. A wrong model or budget is noticed before torch is
+            imported.
+    """
+    started = time.perf_counter() if started is None else started
+    planned = plan_model(options)
+    with read_while_importing(planned, import_libraries) as preload:
+        return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
+
+
+class _Totals:
+    """Sums over the inputs that a session answered."""
+
+    def __init__(self) -> None:
+        self.inputs = self.output_tokens = self.later_tokens = 0
+        self.fill_seconds = self.ttft_seconds = self.later_seconds = 0.0
+
+    def add(self, tokens: TokenCounts, timing: Timing) -> None:
+        self.inputs += 1
+        self.output_tokens += tokens.output
+        self.ttft_seconds += timing.ttft_seconds
+        if timing.itl_seconds is not None:
+            self.later_tokens += tokens.output - 1
+            self.later_seconds += timing.itl_seconds * (tokens.output - 1)
+
+
+def expert_counts(tiers: Mapping[str, CacheCounters]) -> ExpertCounts:
+    """Return the counters that a record has; see `ExpertTiers.counters`."""
+    together = total(tiers)
+    return ExpertCounts(
+        requests=together.requests,
+        hits=together.hits,
+        loads=together.loads,
+        load_bytes=together.load_bytes,
+        load_seconds=together.load_seconds,
+        tiers=tuple(TierCounts(tier, c.requests, c.hits, c.loads, c.load_bytes) for tier, c in tiers.items()),
+    )

@@ -1,49 +1,123 @@
-"""The tokenizer of a checkpoint, or another one for those that carry none."""
+"""The tokenizer of a checkpoint, or another one for those that carry none; texts to ids and back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.errors import ModelError
-from switchrun.model.sentinels import sentinel
+from switchrun.errors import InputError, ModelError
+from switchrun.model.sentinels import check_sentinels, sentinel
+from switchrun.planning.memory import max_input_tokens
 
-_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_FILES = ("tokenizer.json", "spiece.model")
 _HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
+#: No vocabulary has longer words by far; a text that is longer than this cannot fit.
+_MAX_CHARACTERS_PER_TOKEN = 64
 
 
-def load_tokenizer(checkpoint: SwitchCheckpoint, source: str | None) -> Any:
-    """Load a tokenizer.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A text that can be filled, ready for the model.
+
+    Attributes:
+        text: The text, with sentinels.
+        ids: Its tokens, the end mark included.
+        sentinels: The ids of its sentinels, in order.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    sentinels: tuple[int, ...]
+
+
+class Tokenizer:
+    """Turns texts into ids and ids into texts.
 
     Args:
-        checkpoint: Its folder is looked in if no source is given.
-        source: A folder or a Hub id.
-
-    Returns:
-        A transformers tokenizer, with `<extra_id_0>` among its tokens.
-
-    Raises:
-        ModelError: There is no tokenizer, it cannot be loaded, or it does not fit the model.
+        tokenizer: A transformers tokenizer, with `<extra_id_0>` among its tokens.
+        most_tokens: The longest input that the model takes.
     """
-    if source is None and not any((checkpoint.path / name).is_file() for name in _FILES[:2]):
-        raise ModelError(f"{checkpoint.path} has no tokenizer ({' or '.join(_FILES[:2])})", _HINT)
-    place = source or str(checkpoint.path)
-    name, _, revision = place.partition("@") if not Path(place).exists() else (place, "", "")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
-    except Exception as error:  # huggingface_hub, tokenizers and sentencepiece each raise their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"cannot load a tokenizer from {place}: {reason}", _HINT) from error
-    first = tokenizer.convert_tokens_to_ids(sentinel(0))
-    if first is None or first == tokenizer.unk_token_id:
-        raise ModelError(f"the tokenizer from {place} has no sentinel {sentinel(0)}", _HINT)
-    if first >= checkpoint.config["vocab_size"]:
-        raise ModelError(
-            f"the tokenizer from {place} gives id {first} to {sentinel(0)}, "
-            f"the model's vocabulary has {checkpoint.config['vocab_size']}",
-            _HINT,
-        )
-    return tokenizer
+
+    def __init__(self, tokenizer: Any, most_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._most_tokens = most_tokens
+
+    @classmethod
+    def load(cls, checkpoint: SwitchCheckpoint, source: str | None) -> Tokenizer:
+        """Load a tokenizer from a folder or a Hub id; from the checkpoint's folder if no source is given.
+
+        Raises:
+            ModelError: There is no tokenizer, it cannot be loaded, or it does not fit the model.
+        """
+        if source is None and not any((checkpoint.path / name).is_file() for name in _FILES):
+            raise ModelError(f"{checkpoint.path} has no tokenizer ({' or '.join(_FILES)})", _HINT)
+        from transformers import AutoTokenizer
+
+        place = source or str(checkpoint.path)
+        name, _, revision = place.partition("@") if not Path(place).exists() else (place, "", "")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
+        except Exception as error:  # huggingface_hub, tokenizers and sentencepiece each raise their own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(f"cannot load a tokenizer from {place}: {reason}", _HINT) from error
+        loaded = cls(tokenizer, max_input_tokens(checkpoint))
+        first, size = loaded.sentinel_id(0), checkpoint.config["vocab_size"]
+        if first is None:
+            raise ModelError(f"the tokenizer from {place} has no sentinel {sentinel(0)}", _HINT)
+        if first >= size:
+            raise ModelError(
+                f"the tokenizer from {place} gives id {first} to {sentinel(0)}, the model's vocabulary has {size}",
+                _HINT,
+            )
+        return loaded
+
+    @property
+    def eos_id(self) -> int | None:
+        """The end mark, if it has one."""
+        found: int | None = self._tokenizer.eos_token_id
+        return found
+
+    @property
+    def pad_id(self) -> int:
+        """What rows of a batch are filled up with; nothing looks at it."""
+        return int(self._tokenizer.pad_token_id or 0)
+
+    def sentinel_id(self, number: int) -> int | None:
+        """Return the id of a sentinel; None if the vocabulary has not so many."""
+        found = self._tokenizer.convert_tokens_to_ids(sentinel(number))
+        return None if found is None or found == self._tokenizer.unk_token_id else int(found)
+
+    def encode(self, text: str) -> Encoded:
+        """Make a text ready for the model.
+
+        Raises:
+            InputError: It has no sentinels, or not in order, or it is too long, or the vocabulary has fewer.
+        """
+        sentinels = []
+        for number in range(check_sentinels(text)):
+            found = self.sentinel_id(number)
+            if found is None:
+                raise InputError(f"the vocabulary of this model has no {sentinel(number)}", "use fewer sentinels")
+            sentinels.append(found)
+        if len(text) > self._most_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            # Not tokenised: that takes memory which is not reserved.
+            raise InputError(
+                f"the text has {len(text)} characters, the model takes {self._most_tokens} tokens", "split it"
+            )
+        ids = self._tokenizer(text).input_ids
+        if len(ids) > self._most_tokens:
+            raise InputError(
+                f"the text has {len(ids)} tokens, the model takes {self._most_tokens}", "shorten or split it"
+            )
+        return Encoded(text, tuple(ids), tuple(sentinels))
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens."""
+        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of ids, with or without special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))

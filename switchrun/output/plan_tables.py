@@ -11,7 +11,7 @@ from rich.table import Table
 
 from switchrun.output.consoles import make_list, make_table, render
 from switchrun.output.tier_table import tier_table
-from switchrun.planning.types import Estimate, Placement, Plan
+from switchrun.planning.plan import Estimate, Placement, Plan
 from switchrun.units import format_bytes, format_count, format_rate, format_seconds, mib_up
 
 _BLOCK = re.compile(r"((?:encoder|decoder)\.block)\.(\d+)(?:\..*)?")
@@ -40,7 +40,7 @@ def _model(plan: Plan) -> Table:
     table.add_row("folder", plan.path)
     table.add_row("size", format_bytes(plan.total_bytes))
     table.add_row("experts", f"{plan.num_experts} of {format_bytes(plan.expert_bytes)}")
-    computed = "" if plan.dtype == plan.compute_dtype else f"computed in {plan.compute_dtype}, "
+    computed = "" if plan.dtype == plan.precision.compute.value else f"computed in {plan.precision.compute.value}, "
     table.add_row("dtype", f"{plan.dtype} ({computed}stored as {plan.stored_dtype})")
     return table
 

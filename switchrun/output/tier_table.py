@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from rich.table import Table
 
 from switchrun.output.consoles import make_table
-from switchrun.planning.types import TierUse
+from switchrun.planning.plan import TierUse
 from switchrun.units import format_bytes
 
 

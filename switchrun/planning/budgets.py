@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from switchrun import gpus, hardware
 from switchrun.errors import UsageError
+from switchrun.machine import gpus, ram
 from switchrun.units import MIB, parse_bytes
 
 #: Without `--cpu-memory`, this share of the memory that is available is taken; the rest is the user's.
@@ -34,29 +34,71 @@ class Budgets:
     notes: tuple[str, ...] = ()
 
 
-def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | None) -> Budgets:
-    """Turn the options `--cpu-memory` and `--gpu-memory` into bytes.
+def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | Mapping[int, int] | None) -> Budgets:
+    """Turn what is allowed into bytes.
 
     Args:
         cpu_memory: A size such as `6GiB`, bytes, or None for most of what is available.
-        gpu_memory: A size for the first GPU, `0=6GiB,1=20GiB` for several, 0 for no GPU, or None for what is free on
-            all GPUs that CUDA shows, less a reserve. Only None asks the driver, and only if torch is built for CUDA.
+        gpu_memory: A size for the first GPU, `0=6GiB,1=20GiB` or bytes by number for several, 0 for no GPU, or None for
+            what is free on all GPUs that CUDA shows, less a reserve. Only None asks the driver, and only if torch is
+            built for CUDA.
 
     Raises:
         UsageError: Something is not a size, or a GPU is named twice.
     """
     if cpu_memory is None:
-        cpu = int(hardware.available_memory_bytes() * DEFAULT_CPU_SHARE)
+        cpu = int(ram.available_memory_bytes() * DEFAULT_CPU_SHARE)
     else:
-        cpu = cpu_memory if isinstance(cpu_memory, int) else parse_bytes(cpu_memory)
+        cpu = parse_size("cpu_memory", cpu_memory)
     notes: tuple[str, ...] = ()
     if gpu_memory is None:
         allowed, notes = _free_gpus()
-    elif isinstance(gpu_memory, int):
-        allowed = {0: gpu_memory}
     else:
-        allowed = _parse_gpus(gpu_memory)
+        allowed = parse_gpu_memory(gpu_memory)
     return Budgets(cpu, {number: size for number, size in allowed.items() if size}, notes)
+
+
+def parse_size(option: str, size: object) -> int:
+    """Return a number of bytes, given as such or like `6GiB`.
+
+    Args:
+        option: What to call it in the error.
+        size: The size.
+
+    Raises:
+        UsageError: It is neither, or negative.
+    """
+    if isinstance(size, str):
+        try:
+            return parse_bytes(size)
+        except UsageError as error:
+            raise UsageError(f"{option}: {error.message}", error.hint, option) from None
+    if type(size) is not int or size < 0:
+        raise UsageError(
+            f"{option}: {size!r} is not a size", "give bytes as a whole number, or a text like '6GiB'", option
+        )
+    return size
+
+
+def parse_gpu_memory(gpu_memory: str | int | Mapping[int, int]) -> dict[int, int]:
+    """Return the bytes allowed on each GPU by its number; see `resolve_budgets`.
+
+    Raises:
+        UsageError: Something is not a size, or a GPU is named twice.
+    """
+    option = "gpu_memory"
+    if isinstance(gpu_memory, Mapping):
+        return dict(gpu_memory)
+    if not isinstance(gpu_memory, str) or "=" not in gpu_memory:
+        return {0: parse_size(option, gpu_memory)}
+    sizes: dict[int, int] = {}
+    for part in gpu_memory.split(","):
+        number, _, size = part.partition("=")
+        if not number.strip().isdecimal() or int(number) in sizes:
+            hint = "write it like 6GiB or 0=6GiB,1=20GiB"
+            raise UsageError(f"{option}: '{gpu_memory}' is not a GPU budget", hint, option)
+        sizes[int(number)] = parse_size(option, size)
+    return sizes
 
 
 def _free_gpus() -> tuple[dict[int, int], tuple[str, ...]]:
@@ -68,15 +110,3 @@ def _free_gpus() -> tuple[dict[int, int], tuple[str, ...]]:
         return {}, (f"no GPU is used: {too_old}; update it, or see switchrun doctor",)
     reserves = {gpu: max(GPU_RESERVE_BYTES, int(gpu.total_bytes * GPU_RESERVE_SHARE)) for gpu in gpus.visible_gpus()}
     return {gpu.number: max(0, gpu.free_bytes - reserve) for gpu, reserve in reserves.items()}, ()
-
-
-def _parse_gpus(text: str) -> dict[int, int]:
-    if "=" not in text:
-        return {0: parse_bytes(text)}
-    sizes: dict[int, int] = {}
-    for part in text.split(","):
-        number, _, size = part.partition("=")
-        if not number.strip().isdecimal() or int(number) in sizes:
-            raise UsageError(f"'{text}' is not a GPU budget", "write it like 6GiB or 0=6GiB,1=20GiB")
-        sizes[int(number)] = parse_bytes(size)
-    return sizes

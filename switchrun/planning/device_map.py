@@ -1,4 +1,4 @@
-"""Device maps in accelerate's format: module names → a GPU's number, `cpu` or `disk`; the longest prefix counts."""
+"""Device maps: module names → tiers; the longest prefix counts. Files have them in accelerate's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from switchrun.checkpoint.names import mlp_prefix
 from switchrun.checkpoint.types import Stack
 from switchrun.errors import UsageError
-from switchrun.planning.types import Tier, tier_name
+from switchrun.planning.plan import CPU, DISK, Tier, gpu_tier, main_tier
 
 #: A sparse layer: its stack and its block.
 SparseLayer = tuple[Stack, int]
@@ -45,13 +45,13 @@ def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
 
 def _tier(module: str, value: Any) -> Tier:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
+        return gpu_tier(value)
     if isinstance(value, str):
-        if value in ("cpu", "disk"):
-            return value
+        if value in (CPU, DISK):
+            return Tier(value)
         number = value.removeprefix("cuda:").removeprefix("gpu:")
         if number.isdecimal():
-            return int(number)
+            return gpu_tier(int(number))
     raise UsageError(f"the device map puts '{module}' on {value!r}", "a tier is a GPU's number, cpu or disk")
 
 
@@ -78,9 +78,9 @@ def computing_tiers(layers: Iterable[SparseLayer], placed: Mapping[str, Tier]) -
         layers: The sparse layers.
         placed: Dense modules or tensors → tier; all of them.
     """
-    main: Tier = min((tier for tier in placed.values() if isinstance(tier, int)), default="cpu")
+    main = main_tier(placed.values())
     tiers = {layer: tier_of(f"{mlp_prefix(*layer)}.router.classifier.weight", placed) for layer in layers}
-    return {layer: main if tier == "disk" else tier for layer, tier in tiers.items()}
+    return {layer: main if tier == DISK else tier for layer, tier in tiers.items()}
 
 
 def check_device_map(device_map: Mapping[str, Tier], names: Iterable[str]) -> None:
@@ -113,16 +113,16 @@ def check_layers(placed: Mapping[str, Tier]) -> None:
         UsageError: A layer would compute on two devices.
     """
     # What stays on disk computes there too.
-    first = min((tier for tier in placed.values() if isinstance(tier, int)), default="cpu")
+    first = main_tier(placed.values())
     devices: dict[str, Tier] = {}
     for name, tier in placed.items():
         parts = name.split(".")
         if parts[1] != "block":
             continue
         layer = ".".join(parts[:5])
-        device = first if tier == "disk" else tier
+        device = first if tier == DISK else tier
         if devices.setdefault(layer, device) != device:
-            one, other = (tier_name(found) for found in (devices[layer], device))
             raise UsageError(
-                f"the device map lets '{layer}' compute on {one} and {other}", "put all of it on one device"
+                f"the device map lets '{layer}' compute on {devices[layer]} and {device}",
+                "put all of it on one device",
             )

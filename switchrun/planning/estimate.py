@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.planning.device_map import SparseLayer
-from switchrun.planning.types import BandwidthSource, Estimate, Tier, TierUse, tier_name
+from switchrun.planning.plan import BandwidthSource, Estimate, Tier, TierUse
 
 #: Taken where nothing was given or measured: a slow SATA SSD reads 0.5 GB/s, a good NVMe drive 7.
 ASSUMED_BANDWIDTH = 1e9
@@ -38,7 +38,7 @@ class GpuLevel:
     @classmethod
     def of(cls, use: TierUse, computing: Mapping[SparseLayer, Tier]) -> GpuLevel:
         """Give it for what a plan's tier holds, and the tier on which each sparse layer computes."""
-        stacks = [stack for (stack, _), tier in computing.items() if tier_name(tier) == use.tier]
+        stacks = [stack for (stack, _), tier in computing.items() if tier == use.tier]
         return cls(use.expert_slots, stacks.count("encoder"), stacks.count("decoder"))
 
 

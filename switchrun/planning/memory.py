@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import PackedDtype, Precision
-from switchrun.planning.types import Tier
+from switchrun.planning.device_map import SparseLayer
+from switchrun.planning.plan import DISK, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
 #: Interpreter, torch, transformers and tokenizer, resident once a first fill has run. Measured with torch 2.13
 #: (CPU), transformers 5.23, Python 3.11: see docs/offloading.md. `Session.open` measures it anew and takes the larger.
 RUNTIME_BYTES = 560 * MIB
+#: What Python with the command line or another small program takes, before torch is imported.
+PYTHON_BYTES = 64 * MIB
 #: The part of it that only the first fill takes: kernels, thread stacks, allocator arenas.
 FIRST_RUN_BYTES = 160 * MIB
 #: What one tensor's row in the parsed index takes in memory.
@@ -57,7 +60,7 @@ def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
 
 def reads_dense_directly(checkpoint: SwitchCheckpoint, device_map: Mapping[str, Tier]) -> bool:
     """Tell whether dense weights are: not if some stay on disk, where the page cache may help to read them again."""
-    return reads_directly(checkpoint) and "disk" not in device_map.values()
+    return reads_directly(checkpoint) and DISK not in device_map.values()
 
 
 def is_router(name: str) -> bool:
@@ -245,3 +248,108 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
 
 def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a model needs in memory.
+
+    Attributes:
+        overhead: The process without weights.
+        activations: One batch, on each device that computes.
+        slot: A slot in CPU memory.
+        gpu_slot: A slot on a GPU.
+        num_experts: Experts of the whole model.
+        sparse_layers: The layers that have them, in the model's order.
+        groups: Dense weights by module, in the order in which they deserve fast memory.
+        largest_tensor: The largest of them.
+    """
+
+    overhead: int
+    activations: int
+    slot: int
+    gpu_slot: int
+    num_experts: int
+    sparse_layers: Sequence[SparseLayer]
+    groups: Mapping[str, int]
+    largest_tensor: int
+
+    @property
+    def sparse_modules(self) -> set[str]:
+        """The modules of `groups` with a sparse layer."""
+        return {f"{stack}.block.{block}" for stack, block in self.sparse_layers}
+
+    @property
+    def experts_per_layer(self) -> int:
+        """Experts of one sparse layer."""
+        return self.num_experts // len(self.sparse_layers)
+
+    @property
+    def fixed(self) -> int:
+        """What CPU memory takes before any weight."""
+        return self.overhead + self.activations
+
+    @property
+    def minimum(self) -> int:
+        """All dense weights on disk, brought in one module at a time, and a single slot."""
+        return self.fixed + self.largest_tensor + self.slot
+
+    @property
+    def resident(self) -> int:
+        """Every weight in CPU memory."""
+        return self.fixed + sum(self.groups.values()) + self.num_experts * self.slot
+
+    @property
+    def gpu_fixed(self) -> int:
+        """What a GPU that computes takes before any weight."""
+        return GPU_LIBRARY_BYTES + self.activations
+
+    @property
+    def gpu_slots(self) -> int:
+        """What is set aside on a GPU for slots, before dense weights get memory."""
+        return min(GPU_RESERVED_SLOTS, self.num_experts) * self.gpu_slot
+
+    @property
+    def gpu_minimum(self) -> int:
+        """What a GPU takes that computes the first sparse layer, in the order of `groups`."""
+        sparse, dense = self.sparse_modules, 0
+        for module, size in self.groups.items():
+            dense += size
+            if module in sparse:
+                break
+        return self.gpu_fixed + self.gpu_slots + dense + self.largest_tensor
+
+
+def needs_of(
+    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: int, num_beams: int, output_tokens: int
+) -> Needs:
+    """Add up what a checkpoint needs for batches of a size."""
+    tokens = max_input_tokens(checkpoint)
+    shape = BatchShape(batch_size, tokens, max_output_tokens(checkpoint, output_tokens))
+    sizes = {name: dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
+    groups: dict[str, int] = {}
+    for name in sorted(sizes, key=_importance):
+        groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
+    return Needs(
+        overhead=overhead_bytes(checkpoint, precision),
+        activations=activation_bytes(checkpoint, precision, shape, num_beams),
+        slot=slot_bytes(checkpoint, precision),
+        gpu_slot=gpu_slot_bytes(checkpoint, precision),
+        num_experts=len(checkpoint.experts),
+        sparse_layers=[(stack, block) for stack, blocks in checkpoint.sparse_blocks.items() for block in blocks],
+        groups=groups,
+        largest_tensor=max(sizes.values()),
+    )
+
+
+def module_of(name: str) -> str:
+    """Give the module that a dense tensor is placed with: a whole block, a final norm, `shared` or `lm_head`."""
+    parts = name.split(".")
+    return ".".join(parts[:3] if parts[1] == "block" else parts[:-1])
+
+
+def _importance(name: str) -> tuple[int, int]:
+    """Order dense tensors by how often their bytes are needed: each token's first, then block by block."""
+    parts = name.split(".")
+    block = int(parts[2]) if parts[1] == "block" else 0
+    return (0 if parts[0] in ("shared", "lm_head") else 1 if parts[0] == "decoder" else 2, block)

@@ -8,8 +8,8 @@ from itertools import accumulate
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
 from switchrun.planning.device_map import computing_tiers
-from switchrun.planning.needs import Needs
-from switchrun.planning.types import Tier, tier_name
+from switchrun.planning.memory import Needs
+from switchrun.planning.plan import CPU, DISK, Tier, gpu_tier
 from switchrun.units import format_bytes, mib_up
 
 _EVERY_TOKEN = "used for every generated token"
@@ -32,20 +32,20 @@ def place(needs: Needs, budgets: Budgets) -> tuple[dict[str, Tier], tuple[str, .
         used = _fewest(needs, rooms)
         placed = _fill(needs, used, budgets.cpu_bytes)
         computing = set(computing_tiers(needs.sparse_layers, placed).values())
-        idle = [number for number in used if number not in computing]
+        idle = [number for number in used if gpu_tier(number) not in computing]
         if not idle:
             break
         least = min(idle, key=rooms.__getitem__)
         del rooms[least]
         notes[least] = _why_idle(needs, budgets.gpu_bytes[least])
     notes |= {number: "the GPUs before it hold every weight" for number in rooms if number not in used}
-    return placed, tuple(f"{tier_name(number)} is not used: {why}" for number, why in sorted(notes.items()))
+    return placed, tuple(f"gpu:{number} is not used: {why}" for number, why in sorted(notes.items()))
 
 
 def why(module: str, tier: Tier) -> str:
     """Tell why a module was placed on a tier."""
     use = _ONCE if module.startswith("encoder") else _EVERY_TOKEN
-    return f"{use}; no room in memory" if tier == "disk" else use
+    return f"{use}; no room in memory" if tier == DISK else use
 
 
 def _why_idle(needs: Needs, budget: int) -> str:
@@ -70,7 +70,7 @@ def _fill(needs: Needs, gpu_rooms: Mapping[int, int], cpu_bytes: int) -> dict[st
     gpus = {number: max(0, room - needs.gpu_slots) for number, room in gpu_rooms.items()}
     cpu = cpu_bytes - needs.fixed - min(memory.RESERVED_SLOTS, needs.num_experts) * needs.slot
     placed = _fill_rooms(needs, gpus, cpu)
-    if "disk" not in placed.values():
+    if DISK not in placed.values():
         return placed
     # It passes through CPU memory, and through the first GPU, which computes with it, a tensor at a time.
     for number in list(gpus)[:1]:
@@ -90,10 +90,10 @@ def _fill_rooms(needs: Needs, gpu_rooms: Mapping[int, int], cpu_room: int) -> di
     spread = sum(needs.groups.values()) <= together
     # Tier, its room, and where its share of all weights ends.
     levels: list[tuple[Tier, int, int]] = [
-        (number, room, total * upto // together if spread else total)
+        (gpu_tier(number), room, total * upto // together if spread else total)
         for (number, room), upto in zip(gpu_rooms.items(), accumulate(gpu_rooms.values()), strict=True)
     ]
-    levels.append(("cpu", cpu_room, total))
+    levels.append((CPU, cpu_room, total))
     placed: dict[str, Tier] = {}
     taken = begin = 0
     for module, size in needs.groups.items():
@@ -101,7 +101,7 @@ def _fill_rooms(needs: Needs, gpu_rooms: Mapping[int, int], cpu_room: int) -> di
         while levels and (begin + weights[module] / 2 > levels[0][2] or taken + size > levels[0][1]):
             levels.pop(0)
             taken = 0
-        placed[module] = levels[0][0] if levels else "disk"
+        placed[module] = levels[0][0] if levels else DISK
         taken += size
         begin += weights[module]
     return placed

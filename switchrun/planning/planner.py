@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import Precision, resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
-from switchrun.planning.device_map import check_device_map, check_layers, computing_tiers, tier_of
+from switchrun.planning.device_map import SparseLayer, check_device_map, check_layers, computing_tiers, tier_of
 from switchrun.planning.estimate import Bandwidth, GpuLevel, estimate_fill
-from switchrun.planning.needs import module_of, needs_of
+from switchrun.planning.memory import Needs, module_of, needs_of
 from switchrun.planning.placement import place, why
-from switchrun.planning.tier_uses import tier_uses
-from switchrun.planning.types import Placement, Plan, Tier, tier_name
+from switchrun.planning.plan import CPU, DISK, Placement, Plan, Tier, TierUse, gpu_tier, main_tier
 from switchrun.units import format_bytes, mib_up
 
 _SHARED = "shared.weight"
@@ -93,8 +93,7 @@ def make_plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
         path=str(checkpoint.path),
-        dtype=precision.name,
-        compute_dtype=precision.compute.value,
+        precision=precision,
         stored_dtype=checkpoint.stored_dtype,
         repairs=checkpoint.repairs,
         num_experts=needs.num_experts,
@@ -103,7 +102,7 @@ def make_plan(
         batch_size=batch_size,
         num_beams=num_beams,
         device_map=full_map,
-        placements=tuple(Placement(m, tier_name(t), sizes[m], reason[m]) for m, t in placed.items()),
+        placements=tuple(Placement(m, t, sizes[m], reason[m]) for m, t in placed.items()),
         notes=notes,
         tiers=tiers,
         minimum_cpu_bytes=needs.minimum,
@@ -115,7 +114,7 @@ def make_plan(
             output_tokens=output_tokens,
             expert_slots=tiers[-2].expert_slots,
             gpu_levels=[GpuLevel.of(use, computing) for use in tiers[:-2] if use.dense_bytes],
-            dense_disk_bytes={m: sizes[m] for m, t in placed.items() if t == "disk"},
+            dense_disk_bytes={m: sizes[m] for m, t in placed.items() if t == DISK},
             bandwidth=bandwidth,
             expert_bytes=memory.mean_load_bytes(checkpoint, precision, stored_share),
             kept_bytes=sum(memory.kept_parts(checkpoint, precision)),
@@ -133,19 +132,19 @@ def _sizes(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[s
 
 
 def _size(name: str, tensor: TensorSlice, precision: Precision, tier: Tier) -> int:
-    return tensor.stored_bytes if tier == "disk" else memory.dense_bytes(name, tensor, precision)
+    return tensor.stored_bytes if tier == DISK else memory.dense_bytes(name, tensor, precision)
 
 
 def _largest_on_disk(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> int:
     def on_disk(*names: str) -> bool:
-        return next(placed[name] for name in names if name in placed) == "disk"
+        return next(placed[name] for name in names if name in placed) == DISK
 
     sizes = [
         memory.dense_bytes(name, tensor, precision)
         for name, tensor in checkpoint.dense.items()
         if on_disk(name, module_of(name))
     ]
-    if any(placed.get(alias) == "disk" for alias in _aliases(checkpoint)):
+    if any(placed.get(alias) == DISK for alias in _aliases(checkpoint)):
         sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], precision))
     return max(sizes, default=0)
 
@@ -162,3 +161,153 @@ def _with_aliases(device_map: Mapping[str, Tier], checkpoint: SwitchCheckpoint) 
     for alias in _aliases(checkpoint):
         result.setdefault(alias, tier_of(_SHARED, device_map))
     return result
+
+
+def tier_uses(
+    needs: Needs,
+    budgets: Budgets,
+    dense: Mapping[Tier, int],
+    passing: int,
+    computing: Mapping[SparseLayer, Tier],
+    stored_bytes: int,
+) -> tuple[TierUse, ...]:
+    """Divide what the tiers have left into slots.
+
+    Args:
+        needs: What the model needs.
+        budgets: Bytes allowed on each tier.
+        dense: Tier → bytes of the dense weights there.
+        passing: The largest dense tensor that stays on disk, 0 if none does.
+        computing: Sparse layer → tier on which its experts compute.
+        stored_bytes: All experts as they are stored.
+
+    Returns:
+        The GPUs that have a budget or weights, in their order; the CPU; the disk.
+
+    Raises:
+        BudgetError: A tier is too small for what was placed there.
+    """
+    usable = {tier: layers * needs.experts_per_layer for tier, layers in Counter(computing.values()).items()}
+    main = main_tier(tier for tier, size in dense.items() if size)
+    uses = []
+    for number in sorted({*budgets.gpu_bytes, *(tier.gpu for tier in dense if tier.gpu is not None)}):
+        tier = gpu_tier(number)
+        extra = memory.GPU_LIBRARY_BYTES + (passing if tier == main else 0)
+        budget = budgets.gpu_bytes.get(number)
+        uses.append(_gpu_use(needs, tier, budget, dense.get(tier, 0), extra, usable.get(tier, 0)))
+    uses.append(_cpu_use(needs, budgets.cpu_bytes, dense.get(CPU, 0), passing))
+    uses.append(_use(DISK, None, dense=dense.get(DISK, 0), experts=stored_bytes))
+    return tuple(uses)
+
+
+def _use(
+    tier: Tier,
+    budget: int | None,
+    *,
+    dense: int = 0,
+    slots: int = 0,
+    slot: int = 0,
+    experts: int = 0,
+    activations: int = 0,
+    overhead: int = 0,
+) -> TierUse:
+    return TierUse(
+        tier=tier,
+        budget_bytes=budget,
+        dense_bytes=dense,
+        expert_slots=slots,
+        slot_bytes=slot,
+        expert_bytes=experts,
+        activation_bytes=activations,
+        overhead_bytes=overhead,
+        total_bytes=dense + experts + activations + overhead,
+    )
+
+
+def _gpu_use(needs: Needs, tier: Tier, budget: int | None, dense: int, overhead: int, usable: int) -> TierUse:
+    """Return a GPU's use; a GPU without dense weights is not used at all, and one without a budget for few slots only.
+
+    Raises:
+        BudgetError: The budget is too small for the dense weights and a slot.
+    """
+    if not dense:
+        return _use(tier, budget, slot=needs.gpu_slot)
+    fixed = dense + needs.activations + overhead
+    slots = min(usable, memory.GPU_RESERVED_SLOTS)
+    if budget is not None:
+        least = fixed + min(usable, 1) * needs.gpu_slot
+        if least > budget:
+            raise BudgetError(f"the device map needs {mib_up(least)} on {tier}, {format_bytes(budget)} is allowed")
+        slots = min(usable, (budget - fixed) // needs.gpu_slot)
+    return _use(
+        tier,
+        budget,
+        dense=dense,
+        slots=slots,
+        slot=needs.gpu_slot,
+        experts=slots * needs.gpu_slot,
+        activations=needs.activations,
+        overhead=overhead,
+    )
+
+
+def _cpu_use(needs: Needs, budget: int, dense: int, passing: int) -> TierUse:
+    """Give the CPU's use; its slots are the level behind those of all GPUs.
+
+    Raises:
+        BudgetError: Not a single slot is left.
+    """
+    fixed = needs.fixed + dense + passing
+    slots = min((budget - fixed) // needs.slot, needs.num_experts)
+    if slots < 1:
+        raise BudgetError(
+            f"the device map needs {mib_up(fixed + needs.slot)} of CPU memory, {format_bytes(budget)} is allowed"
+        )
+    return _use(
+        CPU,
+        budget,
+        dense=dense,
+        slots=slots,
+        slot=needs.slot,
+        experts=slots * needs.slot,
+        activations=needs.activations,
+        overhead=needs.overhead + passing,
+    )
+
+
+def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own_bytes: int = 0) -> Plan:
+    """Give up slots where the process is already larger than the plan reserved for it.
+
+    Args:
+        plan: The plan.
+        checkpoint: What was planned for; its index is in memory.
+        rss_bytes: The process's resident set, the libraries loaded and no weight yet.
+        own_bytes: How much of it the caller had, before the model was opened.
+
+    Returns:
+        The plan, with fewer slots if need be.
+
+    Raises:
+        BudgetError: Not a single slot would be left.
+    """
+    use = plan.tier("cpu")
+    expected = memory.runtime_bytes(plan.precision) - memory.FIRST_RUN_BYTES
+    expected += memory.index_bytes(checkpoint)
+    surplus = rss_bytes - expected
+    spare = (use.budget_bytes or 0) - use.total_bytes
+    if surplus <= spare:
+        return plan
+    slots = use.expert_slots + (spare - surplus) // use.slot_bytes
+    if slots < 1:
+        missing = surplus - spare - (use.expert_slots - 1) * use.slot_bytes
+        if own_bytes > surplus // 2:
+            message = (
+                f"this process held {format_bytes(own_bytes)} before the model was opened, and the budget counts it"
+            )
+        else:
+            message = f"the libraries take {format_bytes(surplus)} more memory here than planned"
+        hint = f"raise --cpu-memory by {format_bytes(missing)}" + (", or give --gpu-memory 0" if plan.gpus else "")
+        raise BudgetError(message, hint)
+    fewer = use.with_slots(slots)
+    overhead, total = use.overhead_bytes + surplus, fewer.total_bytes + surplus
+    return plan.with_use(replace(fewer, overhead_bytes=overhead, total_bytes=total))

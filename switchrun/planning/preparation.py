@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from switchrun import hardware
 from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 from switchrun.errors import BudgetError, StorageError, UsageError
-from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth
+from switchrun.planning.estimate import Bandwidth
 from switchrun.planning.memory import buffer_for, index_bytes
 from switchrun.store import ExpertStore, Layout
-from switchrun.store.names import expert_path, stored_experts
+from switchrun.store.paths import expert_path, stored_experts
 from switchrun.units import MIB, format_bytes
 
 #: Interpreter and torch, resident once an expert has been quantised. Measured with torch 2.13 (CPU), Python 3.11.
@@ -224,12 +223,6 @@ def make_preparation(
         checkpoint.expert_bytes,
         shutil.disk_usage(_existing(store.folder)).free,
     )
-
-
-def disk_of(checkpoint: SwitchCheckpoint) -> Bandwidth:
-    """Give the read bandwidth of the disk that a checkpoint lies on: as last measured, else an assumption."""
-    measured = hardware.known_bandwidth(next(iter(checkpoint.experts.values())).wi.file)
-    return Bandwidth(measured, "measured") if measured else Bandwidth(ASSUMED_BANDWIDTH, "assumed")
 
 
 def check_room(preparation: Preparation, folder: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from switchrun.store.expert_store import ExpertStore
+from switchrun.store.expert_store import ExpertStore, open_checkpoint_store
 from switchrun.store.files import StoredExpert
 from switchrun.store.layout import Layout, Part, int8_layout, layout_of, nf4_layout
 from switchrun.store.manifest import Manifest, mending_command, store_folder
-from switchrun.store.names import expert_path, model_name, stored_experts
-from switchrun.store.opening import open_checkpoint_store
+from switchrun.store.paths import expert_path, model_name, stored_experts
 from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
 from switchrun.store.writer import BackgroundWriter
 

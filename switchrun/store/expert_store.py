@@ -11,13 +11,14 @@ from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
-from switchrun.checkpoint.types import ExpertKey
+from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.errors import StorageError
+from switchrun.machine.processor import has_avx512_bf16
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
-from switchrun.store.layout import Layout
+from switchrun.store.layout import Layout, layout_of, nf4_layout
 from switchrun.store.limit import SizeLimit, touch
 from switchrun.store.manifest import MANIFEST, Manifest, check_manifest, mending_command, store_folder
-from switchrun.store.names import expert_path
+from switchrun.store.paths import expert_path, model_name
 from switchrun.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -297,3 +298,42 @@ class ExpertStore:
         with self._lock:
             self._known.pop(key, None)
             self._verified.discard(key)
+
+
+def open_checkpoint_store(
+    offload: str | Path,
+    checkpoint: SwitchCheckpoint,
+    dtype: str,
+    *,
+    limit_bytes: int | None = None,
+    read_only: bool = False,
+    must_write: bool = False,
+    warn: Warn | None = None,
+) -> ExpertStore:
+    """Open the store of a checkpoint's experts in a packed dtype; arguments and errors are those of `ExpertStore.open`.
+
+    Everybody who reads or writes stored experts opens them here, so that they find one another's.
+    """
+    layout, *others = _layouts(checkpoint, dtype)
+    return ExpertStore.open(
+        offload,
+        model_name(checkpoint),
+        checkpoint.fingerprint,
+        dtype,
+        layout,
+        other_layouts=others,
+        limit_bytes=limit_bytes,
+        read_only=read_only,
+        must_write=must_write,
+        warn=warn,
+    )
+
+
+def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
+    """Give the layouts that stored experts may have, the best for this machine first: a store may come from another."""
+    d_model, d_ff = checkpoint.config["d_model"], checkpoint.config["d_ff"]
+    plain = layout_of(dtype, d_model, d_ff)
+    if dtype != "nf4":
+        return [plain]
+    tiled = nf4_layout(d_model, d_ff, tiled=True)
+    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_avx512_bf16() else [plain, tiled]

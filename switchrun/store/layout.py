@@ -121,7 +121,7 @@ def int8_layout(d_model: int, d_ff: int) -> Layout:
 
 #: Elements of a matrix that share a scale in NF4.
 NF4_BLOCK = 64
-#: Rows of a tile, where codes lie in tiles (`switchrun.experts.nf4_tiles`).
+#: Rows of a tile, where codes lie in tiles (`switchrun.kernels.nf4_tiles`).
 NF4_TILE_ROWS = 32
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.store.names import expert_path, stored_experts
+from switchrun.store.paths import expert_path, stored_experts
 
 #: The folder is looked through again after this many times what that took: at most 5 % of the time goes into it.
 _SCAN_SHARE = 20

@@ -9,17 +9,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchrun.errors import CorruptCheckpointError
-from switchrun.folders import offload_folder
-from switchrun.hints import command
+from switchrun.errors import CorruptCheckpointError, command
+from switchrun.machine.folders import DTYPE_NAME, offload_folder
 from switchrun.store.files import write_atomically
 from switchrun.store.layout import Layout
 
 MANIFEST = "manifest.json"
 #: Counts up whenever files written before can no longer be used.
 FORMAT_VERSION = 2
-_MODEL_NAME = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
-_DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
 _TEXTS = ("model", "fingerprint", "dtype")
 
 
@@ -135,19 +132,11 @@ def store_folder(offload: str | Path, model: str, dtype: str) -> Path:
     Raises:
         ValueError: The dtype cannot be a folder's name.
     """
-    if not _DTYPE_NAME.fullmatch(dtype):
+    if not DTYPE_NAME.fullmatch(dtype):
         raise ValueError(f"{dtype!r} is not a dtype's name")
     digest = hashlib.sha256(model.encode("utf-8", "surrogateescape")).hexdigest()[:12]
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[-64:].strip(".-")
     return Path(offload) / (f"{words}-{digest}" if words else digest) / dtype
-
-
-def is_store_folder(folder: Path) -> bool:
-    """Tell whether a folder's name is one that `store_folder` gives.
-
-    Others have files called manifest.json too, and an offload folder may be any folder of the user's.
-    """
-    return bool(_MODEL_NAME.fullmatch(folder.parent.name) and _DTYPE_NAME.fullmatch(folder.name))
 
 
 def mending_command(offload: str | Path, model: str, dtype: str) -> str:

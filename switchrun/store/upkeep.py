@@ -12,9 +12,10 @@ from pathlib import Path
 from xxhash import xxh3_64
 
 from switchrun.errors import CorruptCheckpointError
+from switchrun.machine.folders import is_store_folder
 from switchrun.store.files import DamagedFileError, ExpertFormat, temporaries
-from switchrun.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, is_store_folder, read_manifest
-from switchrun.store.names import block_folders, expert_path, stored_experts
+from switchrun.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
+from switchrun.store.paths import block_folders, expert_path, stored_experts
 
 _CHUNK_BYTES = 4 * 1024**2
 

@@ -28,7 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
 
     def run_child(module: str, task: dict[str, Any]) -> Any:
-        seen.append(module.rpartition(".")[2])
+        seen.append(task["work"])
         if task["batch_size"] == 7:
             raise ChildError("crashed", "do better")
         return json.loads(json.dumps(measure(task)))

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from switchrun._plan import prepare
 from switchrun.bench import raw_disk, synthetic
 from switchrun.bench.measure import make_inputs
 from switchrun.bench.probe import Probe
 from switchrun.bench.synthetic import make_synthetic
 from switchrun.errors import BudgetError, UsageError
 from switchrun.model.engine import Engine
+from switchrun.planning.opening import plan_model
+from switchrun.planning.options import OpenOptions
 
 EXPERT = 2 * 2 * 32 * 64
 
@@ -34,7 +35,7 @@ def test_routing_stays_among_real_experts(tmp_path: Path, name: str, layers: int
     assert len(said) == 1
     assert made.description["materialized_experts"] == 3
     assert "3 of 8" in made.description["note"]
-    prepared = prepare(made.path, cpu_memory="4GiB")
+    prepared = plan_model(OpenOptions(model=made.path, cpu_memory="4GiB"))
     assert prepared.checkpoint.repairs == ()
     with Engine(prepared) as engine, Probe(engine) as probe:
         probe.fill(make_inputs(prepared.checkpoint.config, 4, 32, 0), 4)

@@ -52,8 +52,8 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
     def call(*args: str, input: bytes = b"", terminal: bool = False) -> Outcome:  # noqa: A002 - as subprocess
         sessions: list[FakeSession] = []
 
-        def open_session(model: str | None, **settings: Any) -> FakeSession:
-            sessions.append(FakeSession(model, **settings))
+        def open_session(*arguments: Any) -> FakeSession:
+            sessions.append(FakeSession(*arguments))
             return sessions[-1]
 
         monkeypatch.setattr("switchrun.cli.fill.open_session", open_session)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import switchrun.cli.fill
 from switchrun.errors import BudgetError, InputError
@@ -28,6 +27,8 @@ from switchrun.model.records import (
     TokenCounts,
 )
 from switchrun.model.sentinels import check_sentinels
+from switchrun.model.tokenizer import Encoded
+from switchrun.planning.options import OpenOptions
 
 REPAIR = "num_decoder_layers is 12, but there are 15 decoder blocks"
 UNUSED = "gpu:0 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed"
@@ -50,13 +51,13 @@ class FakePlan:
 class FakeSession:
     """Answers every sentinel with `word`; keeps what it was asked for.
 
-    A text with `TOO LONG` is refused by `check`; one with `CRASH`, `OOM` or `BUDGET` makes `fill` fail.
+    A text with `TOO LONG` is refused by `encode`; one with `CRASH`, `OOM` or `BUDGET` makes `fill` fail.
     """
 
-    def __init__(self, model: str | None = None, **settings: Any) -> None:
-        self.model = model
-        self.settings = settings
-        self.progress: ProgressCallback | None = settings.get("progress")
+    def __init__(self, opening: OpenOptions, progress: ProgressCallback | None, warn: Callable[[str], None]) -> None:
+        self.opening = opening
+        self.progress = progress
+        self.warn = warn
         self.checkpoint = FakeCheckpoint()
         self.plan = FakePlan()
         self.batches: list[list[str]] = []
@@ -72,15 +73,17 @@ class FakeSession:
     ) -> None:
         self.closed = True
 
-    def check(self, text: str) -> None:
+    def encode(self, text: str) -> Encoded:
         """Refuse what the real session would refuse."""
-        check_sentinels(text)
+        count = check_sentinels(text)
         if "TOO LONG" in text:
             raise InputError("the text has 600 tokens, the model takes 512", "shorten it")
+        return Encoded(text, (5, 1), tuple(range(32099, 32099 - count, -1)))
 
-    def fill(self, texts: Sequence[str], options: GenerationOptions, *, first_id: int) -> list[FillResult]:
+    def fill(self, encoded: Sequence[Encoded], options: GenerationOptions, *, first_id: int) -> list[FillResult]:
         """Answer each text, or fail as its words ask for."""
-        self.batches.append(list(texts))
+        texts = [each.text for each in encoded]
+        self.batches.append(texts)
         self.options.append(options)
         self._tell(Progress("decode", 3, 64, 5_000_000))
         time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
@@ -109,7 +112,7 @@ class FakeSession:
             timing=Timing(0.5, 0.1, None, 0.2),
             experts=ExpertCounts(0, 0, 0, 0, 0.0),
             memory=MemoryPeak(10**9, None),
-            model=ModelInfo(self.model or "demo", None, "bf16"),
+            model=ModelInfo(str(self.opening.model or "demo"), None, "bf16"),
         )
 
 

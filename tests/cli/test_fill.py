@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from switchrun.model.records import GenerationOptions
+from switchrun.planning.options import OpenOptions
+from switchrun.units import GIB
 from tests.cli.conftest import Invoke
 from tests.cli.fakes import REPAIR, UNUSED
 from tests.conftest import validate
@@ -47,13 +50,51 @@ def test_jsonl_is_a_valid_record_a_line(invoke: Invoke) -> None:
     assert outcome.code == 3
 
 
-def test_json_is_a_stream_of_indented_objects(invoke: Invoke) -> None:
-    stdout = invoke("fill", GOOD, GOOD, "--format", "json").stdout
-    first, end = json.JSONDecoder().raw_decode(stdout)
-    second = json.loads(stdout[end:])
-    validate(first, "fill")
-    assert (first["id"], second["id"]) == (0, 1)
+def test_json_is_one_document(invoke: Invoke) -> None:
+    stdout = invoke("fill", GOOD, "--format", "json").stdout
+    validate(json.loads(stdout), "fill")
     assert stdout.startswith('{\n  "schema_version"')
+    for outcome in (
+        invoke("fill", GOOD, "no sentinel", GOOD, "--format", "json"),
+        invoke("fill", "--format", "json", input=f"{GOOD}\nno sentinel\n{GOOD}\n".encode()),
+    ):
+        records = json.loads(outcome.stdout)
+        for record in records:
+            validate(record, "fill")
+        assert [record["id"] for record in records] == [0, 1, 2]
+        assert ["error" in record for record in records] == [False, True, False]
+        assert outcome.stdout.startswith('[\n{\n  "schema_version"')
+    one = invoke("fill", "--format", "json", input=GOOD.encode())
+    assert json.loads(one.stdout)["id"] == 0
+    assert json.loads(invoke("fill", "--format", "json", input=b"").stdout) == []
+
+
+def test_a_failure_leaves_a_whole_json_document(invoke: Invoke) -> None:
+    for good, expected in ((1, 0), (2, [0, 1])):
+        lines = f"{GOOD}\n" * good + "BUDGET <extra_id_0>\n"
+        outcome = invoke("fill", "--format", "json", "-q", input=lines.encode())
+        document = json.loads(outcome.stdout)
+        assert outcome.code == 6
+        assert (document["id"] if good == 1 else [record["id"] for record in document]) == expected
+
+
+@pytest.mark.parametrize("option", ["--model", "--tokenizer", "--offload-folder"])
+def test_an_empty_name_is_not_the_current_folder(invoke: Invoke, option: str) -> None:
+    outcome = invoke("fill", GOOD, option, "")
+    assert (outcome.code, outcome.sessions) == (2, [])
+    assert outcome.stderr == f"switchrun: {option}: the name is empty (name one, or leave the option out)\n"
+
+
+def test_a_device_map_may_be_a_pipe(invoke: Invoke, tmp_path: Path) -> None:
+    """As `--device-map <(switchrun plan --format json)` gives it: it can be read once, and is no regular file."""
+    reading, writing = os.pipe()
+    os.write(writing, b'{"device_map": {"": "cpu"}}')
+    os.close(writing)
+    try:
+        outcome = invoke("fill", GOOD, "--device-map", f"/dev/fd/{reading}")
+    finally:
+        os.close(reading)
+    assert (outcome.code, outcome.sessions[0].opening.tiers) == (0, {"": "cpu"})
 
 
 def test_a_single_bad_text_leaves_stdout_empty(invoke: Invoke) -> None:
@@ -166,20 +207,22 @@ def test_options_reach_the_session(invoke: Invoke, tmp_path: Path) -> None:
     outcome = invoke("fill", GOOD, "-m", "M", "--dtype", "fp32", "--tokenizer", "T", *sampling, *limits, *memory)
     session = outcome.sessions[0]
     assert session.options == [GenerationOptions(9, 2, True, 0.5, 0.9, 7, 3)]
-    settings = {name: value for name, value in session.settings.items() if name not in ("progress", "warn")}
-    assert session.model == "M"
-    assert settings == {
-        "dtype": "fp32",
-        "cpu_memory": "6GiB",
-        "gpu_memory": "1GiB",
-        "offload_folder": Path("o"),
-        "offload_limit": "3GiB",
-        "device_map": map_file,
-        "tokenizer": "T",
-        "batch_size": 4,
-        "num_beams": 2,
-        "output_tokens": 9,
-    }
+    assert session.opening == OpenOptions(
+        model="M",
+        dtype="fp32",
+        cpu_memory="6GiB",
+        gpu_memory="1GiB",
+        offload_folder="o",
+        offload_limit="3GiB",
+        device_map=str(map_file),
+        tokenizer="T",
+        batch_size=4,
+        num_beams=2,
+        max_new_tokens=9,
+    )
+    assert (session.opening.cpu_bytes, session.opening.gpu_bytes) == (6 * GIB, {0: GIB})
+    assert (session.opening.folder, session.opening.limit_bytes) == (Path("o"), 3 * GIB)
+    assert session.opening.tiers == {"": "cpu"}
 
 
 def test_options_from_the_environment(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +244,9 @@ def test_options_from_the_environment(invoke: Invoke, monkeypatch: pytest.Monkey
     outcome = invoke("fill", GOOD)
     session = outcome.sessions[0]
     assert outcome.stdout.startswith("<pad>")
-    assert session.model == "M"
-    assert session.settings["cpu_memory"] == "1GiB"
-    assert session.settings["device_map"] is None
+    assert session.opening.model == "M"
+    assert session.opening.cpu_memory == "1GiB"
+    assert session.opening.tiers is None
     assert session.options == [GenerationOptions(9, 2)]
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from switchrun import hardware
 from switchrun.checkpoint import open_checkpoint
-from switchrun.doctor import disks
+from switchrun.doctor import disks as doctor_disks
 from switchrun.doctor.check import Check, Status
+from switchrun.machine import disks
 from switchrun.units import GIB, MIB
 from tests.store.conftest import data_of, key, open_store
 
@@ -23,10 +23,10 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture(autouse=True)
 def good_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fast ext4 with room, whatever this machine has, and little to be written."""
-    monkeypatch.setattr(hardware, "filesystem_of", lambda path: "ext4")
-    monkeypatch.setattr(hardware, "measure_read_bandwidth", lambda ranges: 1.5e9 if sum(r[2] for r in ranges) else None)
-    monkeypatch.setattr(disks, "_reads_directly", lambda file: True)
-    monkeypatch.setattr(disks, "_SAMPLE_BYTES", MIB)
+    monkeypatch.setattr(disks, "filesystem_of", lambda path: "ext4")
+    monkeypatch.setattr(disks, "measure_read_bandwidth", lambda ranges: 1.5e9 if sum(r[2] for r in ranges) else None)
+    monkeypatch.setattr(doctor_disks, "_reads_directly", lambda file: True)
+    monkeypatch.setattr(doctor_disks, "_SAMPLE_BYTES", MIB)
     set_free(monkeypatch, 50 * GIB)
 
 
@@ -35,7 +35,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
 
 
 def test_a_good_folder(tmp_path: Path) -> None:
-    check = disks.check_offload_folder(tmp_path)
+    check = doctor_disks.check_offload_folder(tmp_path)
     assert (check.status, check.mend, check.exit_code) == (Status.OK, None, 0)
     assert check.finding == f"{tmp_path}: ext4, 50 GiB free, reads 1.50 GB/s"
     assert check.details == {
@@ -50,23 +50,23 @@ def test_a_good_folder(tmp_path: Path) -> None:
 def test_what_is_written_is_read_and_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def measure(ranges: list[disks.Range]) -> float:
+    def measure(ranges: list[doctor_disks.Range]) -> float:
         [(path, offset, length)] = ranges
         seen.append((offset, length, path.stat().st_size, len(path.read_bytes()), sorted(folder.iterdir())))
         return 1e9
 
     folder = tmp_path / "tier"
     folder.mkdir()
-    monkeypatch.setattr(hardware, "measure_read_bandwidth", measure)
-    assert disks.check_offload_folder(folder).status is Status.OK
-    size = disks._BLOCK_BYTES
+    monkeypatch.setattr(disks, "measure_read_bandwidth", measure)
+    assert doctor_disks.check_offload_folder(folder).status is Status.OK
+    size = doctor_disks._BLOCK_BYTES
     assert seen == [(0, size, size, size, [])]
     assert list(folder.iterdir()) == []
 
 
 def test_no_more_is_written_than_a_tenth_of_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_free(monkeypatch, 0)
-    check = disks.check_offload_folder(tmp_path)
+    check = doctor_disks.check_offload_folder(tmp_path)
     assert check.status is Status.WARN
     assert check.details["read_bytes_per_second"] is None
     assert "little room" in check.finding
@@ -75,11 +75,11 @@ def test_no_more_is_written_than_a_tenth_of_the_room(tmp_path: Path, monkeypatch
 
 def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
-    check = disks.check_offload_folder(folder)
+    check = doctor_disks.check_offload_folder(folder)
     assert check.status is Status.OK
     assert check.finding.startswith(f"{folder}, not made yet: ext4")
     assert not folder.parent.exists()
-    assert disks.check_offload_folder(Path("relative")).status is Status.OK
+    assert doctor_disks.check_offload_folder(Path("relative")).status is Status.OK
 
 
 def fails_as_unwritable(check: Check) -> bool:
@@ -89,12 +89,12 @@ def fails_as_unwritable(check: Check) -> bool:
 
 def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
-    assert fails_as_unwritable(disks.check_offload_folder(tmp_path / "file"))
-    assert fails_as_unwritable(disks.check_offload_folder(tmp_path / "file" / "tier"))
+    assert fails_as_unwritable(doctor_disks.check_offload_folder(tmp_path / "file"))
+    assert fails_as_unwritable(doctor_disks.check_offload_folder(tmp_path / "file" / "tier"))
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
-    assert fails_as_unwritable(disks.check_offload_folder(tmp_path / "broken"))
+    assert fails_as_unwritable(doctor_disks.check_offload_folder(tmp_path / "broken"))
     # Nobody writes there, not even root, as whom tests may run.
-    check = disks.check_offload_folder(Path("/proc/self/tier"))
+    check = doctor_disks.check_offload_folder(Path("/proc/self/tier"))
     assert fails_as_unwritable(check)
     assert check.details == {"path": "/proc/self/tier"}
 
@@ -102,18 +102,18 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         raise PermissionError(13, os.strerror(13))
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    assert disks.check_offload_folder(tmp_path).finding == f"{tmp_path} cannot be written: Permission denied"
+    assert doctor_disks.check_offload_folder(tmp_path).finding == f"{tmp_path} cannot be written: Permission denied"
 
 
 def test_stored_experts_are_read_where_there_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = open_store(tmp_path, model="demo", dtype="int8")
     for number in range(3):
         assert store.write(key(number), data_of(number))
-    read: list[list[disks.Range]] = []
-    monkeypatch.setattr(hardware, "measure_read_bandwidth", lambda ranges: read.append(list(ranges)) or 1e9)
-    disks.check_offload_folder(tmp_path)
-    monkeypatch.setattr(disks, "_ENOUGH_BYTES", 1)
-    disks.check_offload_folder(tmp_path)
+    read: list[list[doctor_disks.Range]] = []
+    monkeypatch.setattr(disks, "measure_read_bandwidth", lambda ranges: read.append(list(ranges)) or 1e9)
+    doctor_disks.check_offload_folder(tmp_path)
+    monkeypatch.setattr(doctor_disks, "_ENOUGH_BYTES", 1)
+    doctor_disks.check_offload_folder(tmp_path)
     assert len(read[0]) == 1
     stored = sorted(tmp_path.rglob("*.safetensors"))
     assert sorted(read[1]) == [(path, 0, path.stat().st_size) for path in stored]
@@ -138,10 +138,10 @@ def test_what_a_disk_can_be(
     finding: str,
     mend: str,
 ) -> None:
-    monkeypatch.setattr(hardware, "filesystem_of", lambda path: filesystem)
-    monkeypatch.setattr(hardware, "measure_read_bandwidth", lambda ranges: rate)
-    monkeypatch.setattr(disks, "_reads_directly", lambda file: direct)
-    for check in (disks.check_offload_folder(tmp_path), disks.check_checkpoint(open_checkpoint())):
+    monkeypatch.setattr(disks, "filesystem_of", lambda path: filesystem)
+    monkeypatch.setattr(disks, "measure_read_bandwidth", lambda ranges: rate)
+    monkeypatch.setattr(doctor_disks, "_reads_directly", lambda file: direct)
+    for check in (doctor_disks.check_offload_folder(tmp_path), doctor_disks.check_checkpoint(open_checkpoint())):
         assert (check.status, check.exit_code) == (Status.WARN, 0)
         assert finding in check.finding
         assert mend in (check.mend or "")
@@ -149,20 +149,20 @@ def test_what_a_disk_can_be(
 
 
 def test_a_filesystem_that_nobody_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "filesystem_of", lambda path: None)
-    check = disks.check_offload_folder(tmp_path)
+    monkeypatch.setattr(disks, "filesystem_of", lambda path: None)
+    check = doctor_disks.check_offload_folder(tmp_path)
     assert check.status is Status.OK
     assert "unknown filesystem" in check.finding
 
 
 def test_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint()
-    check = disks.check_checkpoint(checkpoint)
+    check = doctor_disks.check_checkpoint(checkpoint)
     assert (check.status, check.mend) == (Status.OK, None)
     assert check.finding == f"{checkpoint.path}: ext4, reads 1.50 GB/s"
     assert check.details["sparse_files"] == []
-    monkeypatch.setattr(hardware, "is_sparse", lambda file: True)
-    check = disks.check_checkpoint(checkpoint)
+    monkeypatch.setattr(disks, "is_sparse", lambda file: True)
+    check = doctor_disks.check_checkpoint(checkpoint)
     assert check.status is Status.WARN
     assert "model.safetensors has holes" in check.finding
     assert "download" in (check.mend or "")
@@ -171,12 +171,12 @@ def test_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refusing_direct_reads_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert not disks._reads_directly(Path("/proc/self/status"))
+    assert not doctor_disks._reads_directly(Path("/proc/self/status"))
 
 
 def test_the_filesystem_is_that_of_the_nearest_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert hardware.filesystem_of(Path("/proc/self")) == "proc"
+    assert disks.filesystem_of(Path("/proc/self")) == "proc"
     table = "\n".join(
         [
             "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw",
@@ -186,6 +186,6 @@ def test_the_filesystem_is_that_of_the_nearest_mount(tmp_path: Path, monkeypatch
         ]
     )
     monkeypatch.setattr(Path, "read_text", lambda self: table)
-    assert hardware.filesystem_of(Path("/mnt/my disk/a")) == "xfs"
-    assert hardware.filesystem_of(Path("/mnt/my/a")) == "btrfs"
-    assert hardware.filesystem_of(Path("/mnt/mine")) == "ext4"
+    assert disks.filesystem_of(Path("/mnt/my disk/a")) == "xfs"
+    assert disks.filesystem_of(Path("/mnt/my/a")) == "btrfs"
+    assert disks.filesystem_of(Path("/mnt/mine")) == "ext4"

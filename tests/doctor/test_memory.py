@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from switchrun import hardware
 from switchrun.doctor.check import Status
 from switchrun.doctor.memory import check_memory
+from switchrun.machine import ram
 from switchrun.units import GIB, MIB
 
 
@@ -19,7 +19,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 GiB, 20 of them free, no swap, no limits."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=24 * GIB, available=20 * GIB))
     monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=0, used=0))
-    monkeypatch.setattr(hardware, "memory_limits", lambda: [(1 << 62, 0)])
+    monkeypatch.setattr(ram, "memory_limits", lambda: [(1 << 62, 0)])
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
@@ -51,7 +51,7 @@ def test_swap_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_container(monkeypatch: pytest.MonkeyPatch, limit: int, used: int, status: Status, code: int) -> None:
-    monkeypatch.setattr(hardware, "memory_limits", lambda: [(limit, used), (30 * GIB, 2 * GIB)])
+    monkeypatch.setattr(ram, "memory_limits", lambda: [(limit, used), (30 * GIB, 2 * GIB)])
     check = check_memory()
     assert (check.status, check.exit_code) == (status, code)
     assert "that the container may take" in check.finding

@@ -8,7 +8,7 @@ from pathlib import Path
 
 SCRIPT = """
 import sys
-from switchrun.experts.bnb import operations
+from switchrun.kernels.bitsandbytes_ops import operations
 assert "bitsandbytes" not in sys.modules
 operations().dequantize_4bit
 assert "kernels" not in sys.modules

@@ -17,8 +17,7 @@ from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import Dtype
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.reader import PAGE, WAYS
-from switchrun.experts.slots import plan_reads
+from switchrun.experts.reader import PAGE, WAYS, plan_reads
 from switchrun.planning import memory
 from tests.support.caches import keys, make_cache
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchrun.experts.int8 import _linear_bitsandbytes, linear_int8, quantise_int8
+from switchrun.kernels.int8 import _linear_bitsandbytes, linear_int8, quantise_int8
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchrun.experts import nf4
-from switchrun.experts.nf4 import NF4_VALUES, linear_nf4, packed_size, quantise_nf4
+from switchrun.kernels import nf4
+from switchrun.kernels.nf4 import NF4_VALUES, linear_nf4, packed_size, quantise_nf4
 from switchrun.store.layout import NF4_BLOCK
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from switchrun import hardware
-from switchrun.experts import nf4_tiles
-from switchrun.experts.nf4 import NF4_VALUES, packed_size, quantise_nf4
-from switchrun.experts.nf4_tiles import linear_tiled, product_works, quantise_tiled, tile, untile
+from switchrun.kernels import nf4_tiles
+from switchrun.kernels.nf4 import NF4_VALUES, packed_size, quantise_nf4
+from switchrun.kernels.nf4_tiles import linear_tiled, product_works, quantise_tiled, tile, untile
+from switchrun.machine import processor
 from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_layout, nf4_rows_to_a_block
 from tests.experts.test_nf4 import by_hand
 
@@ -125,7 +125,7 @@ def test_more_dimensions() -> None:
 
 
 def test_the_product_is_there_where_the_processor_has_the_instructions() -> None:
-    assert product_works() == hardware.has_avx512_bf16()
+    assert product_works() == processor.has_avx512_bf16()
 
 
 def gives_zeros(x: torch.Tensor, _codes: object, shape: tuple[int, int], *_: object) -> torch.Tensor:

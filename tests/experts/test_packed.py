@@ -7,8 +7,17 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from switchrun.experts.packed import Int8Matrix, Nf4Matrix, TiledNf4Matrix, moved, multiply, quantise, views
-from switchrun.experts.slots import Buffers, ExpertWeights
+from switchrun.experts.buffers import Buffers
+from switchrun.experts.formats import packed_views
+from switchrun.kernels.matrices import (
+    ExpertWeights,
+    Int8Matrix,
+    Nf4Matrix,
+    TiledNf4Matrix,
+    moved,
+    multiply,
+    quantise,
+)
 from switchrun.store import Layout, int8_layout, layout_of, nf4_layout
 
 #: Of an expert in bfloat16; the issue's bounds.
@@ -30,7 +39,7 @@ def test_a_quantised_expert_multiplies_nearly_as_before(
     layout = layout_for(d_model, d_ff)
     buffers = Buffers(2, -(-layout.nbytes // 4096) * 4096)
     stored = ExpertWeights(torch.randn(d_ff, d_model), torch.randn(d_ff, d_model).T)
-    into = views(buffers, 1, layout, dtype, d_model, d_ff)
+    into = packed_views(buffers, 1, layout, dtype, d_model, d_ff)
     quantise(stored, into)
     x, hidden = torch.randn(3, d_model), torch.randn(3, d_ff)
     for given, plain, packed in ((x, stored.wi, into.wi), (hidden, stored.wo, into.wo)):

@@ -15,8 +15,7 @@ from switchrun.dtypes import Dtype, PackedDtype, Precision
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import PackedFormat
-from switchrun.experts.packed import Int8Matrix
-from switchrun.experts.slots import ExpertWeights
+from switchrun.kernels.matrices import ExpertWeights, Int8Matrix
 from switchrun.planning import memory
 from switchrun.store import BackgroundWriter, ExpertStore, expert_path
 from tests.experts.test_cache import Stop, idle, keys, stored

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from switchrun import hardware
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, TensorSlice
 from switchrun.experts import probe
 from switchrun.experts.probe import best_way, reading_way
 from switchrun.experts.reader import WAYS
+from switchrun.machine import disks
 
 USUAL, OTHER, *REST = WAYS
 
@@ -52,7 +52,7 @@ def test_the_answer_is_kept_for_the_device(
     assert [reading_way(experts), reading_way(experts)] == [OTHER, OTHER]
     assert len(tried) == 1
     kept = json.loads((Path(hermetic["SWITCHRUN_CACHE"]) / "reading.json").read_text())
-    assert kept == {hardware.device_of(file): asdict(OTHER)}
+    assert kept == {disks.filesystem_id(file): asdict(OTHER)}
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"DEVICE": {"threads": -1}}', '{"DEVICE": 5}'])
@@ -61,7 +61,7 @@ def test_a_damaged_answer_is_tried_again(
 ) -> None:
     file = Path(hermetic["SWITCHRUN_CACHE"]) / "reading.json"
     file.parent.mkdir(parents=True)
-    file.write_text(content.replace("DEVICE", hardware.device_of(experts[ExpertKey("encoder", 1, 0)].wi.file)))
+    file.write_text(content.replace("DEVICE", disks.filesystem_id(experts[ExpertKey("encoder", 1, 0)].wi.file)))
     monkeypatch.setattr(probe, "_probe", lambda _: rates() | {OTHER: [2.0, 2.0]})
     assert reading_way(experts) == OTHER
 

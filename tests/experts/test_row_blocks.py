@@ -7,8 +7,8 @@ import threading
 import pytest
 import torch
 
-from switchrun.experts import row_blocks as module
-from switchrun.experts.row_blocks import _PRODUCT_ELEMENTS, MOST_WORKERS, Unpack, largest_block, linear_by_blocks
+from switchrun.kernels import row_blocks as module
+from switchrun.kernels.row_blocks import _PRODUCT_ELEMENTS, MOST_WORKERS, Unpack, largest_block, linear_by_blocks
 from switchrun.planning.memory import PRODUCT_SCRATCH_BYTES
 
 SHAPE = (1003, 64)

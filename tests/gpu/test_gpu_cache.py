@@ -19,7 +19,8 @@ from switchrun.dtypes import Dtype, Precision
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts import accelerator
 from switchrun.experts.accelerator import PageLocks
-from switchrun.experts.levels import ExpertLevels, total
+from switchrun.experts.counters import total
+from switchrun.experts.tiers import ExpertTiers
 from switchrun.planning import memory
 from tests.experts.test_cache import NUM_EXPERTS, keys, make_cache, stored
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
@@ -41,7 +42,7 @@ def gpu() -> Iterator[Device]:
         yield device
 
 
-class Levels(ExpertLevels):
+class Levels(ExpertTiers):
     """Levels with so many slots on each, and the CPU's cache with them."""
 
     def __init__(self, checkpoint: SwitchCheckpoint, gpu_slots: int, cpu_slots: int) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from switchrun import GenerationOptions, Session, gpus, plan
+from switchrun import GenerationOptions, Session, plan
 from switchrun.errors import UsageError
 from switchrun.experts import accelerator
+from switchrun.machine import gpus
 from tests.model.test_same_tokens import TEXTS, saved
 from tests.support.fake_accelerator import GPUS, fake_gpus
 from tests.support.gpu_sessions import open_on_gpus

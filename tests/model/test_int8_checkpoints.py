@@ -15,7 +15,7 @@ import switchrun
 from switchrun import Session
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import UsageError
-from switchrun.experts.int8 import quantise_int8
+from switchrun.kernels.int8 import quantise_int8
 from tests.model.test_int8_linear import MAPS, open_at
 from tests.model.test_packed import OPTIONS, TEXTS, check_logits, experts_in, fill, logits_of, saved, unpacked
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
@@ -64,7 +64,7 @@ def test_the_same_as_when_we_quantise(tmp_path: Path, container: str, stored: st
     for slots in (1, 2, 5, None):
         with open_with_slots(tmp_path / "model", slots, batch_size=3, offload_folder=tmp_path / "own") as session:
             assert (session.plan.dtype, session.plan.stored_dtype) == ("int8", "I8")
-            assert session.plan.compute_dtype == ("bf16" if stored == "bf16" else "fp32")
+            assert session.plan.precision.compute == ("bf16" if stored == "bf16" else "fp32")
             assert fill(session) == expected
             assert torch.equal(logits_of(session.engine.model, session), reference)
             experts = session.stats().experts

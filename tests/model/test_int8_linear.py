@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from switchrun import Session
-from switchrun.experts.int8 import quantise_int8
+from switchrun.kernels.int8 import quantise_int8
 from switchrun.model.records import Progress
-from switchrun.planning.types import Tier
+from switchrun.planning.plan import Tier
 from tests.model.test_packed import fill, is_dense_linear, logits_of, saved
 from tests.support.sessions import small_process
 from tests.support.strategies import CheckpointSpec

@@ -115,8 +115,8 @@ def test_a_line_that_cannot_fit_is_refused_before_it_takes_memory(
 
 
 def test_the_peak_in_a_record_is_the_systems(big: Path, run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
-    from switchrun import hardware
+    from switchrun.machine import ram
 
-    assert abs(hardware.peak_rss_bytes() - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) < 4 * MIB
-    assert 0 < hardware.rss_bytes() <= hardware.peak_rss_bytes()
+    assert abs(ram.peak_rss_bytes() - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) < 4 * MIB
+    assert 0 < ram.rss_bytes() <= ram.peak_rss_bytes()
     assert os.sysconf("SC_PAGE_SIZE") == 4096

@@ -13,10 +13,11 @@ import torch
 from switchrun import GenerationOptions, Session
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError
-from switchrun.experts.int8 import quantise_int8
-from switchrun.experts.packed import multiply, quantise, views
-from switchrun.experts.slots import Buffers, ExpertWeights
-from switchrun.store import layout_of, list_stores, nf4_layout, opening, store_folder
+from switchrun.experts.buffers import Buffers
+from switchrun.experts.formats import packed_views
+from switchrun.kernels.int8 import quantise_int8
+from switchrun.kernels.matrices import ExpertWeights, multiply, quantise
+from switchrun.store import expert_store, layout_of, list_stores, nf4_layout, store_folder
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec
@@ -49,7 +50,7 @@ def unpacked(model: Any, dtype: str) -> Any:
     layout = layout_of(dtype, config.d_model, config.d_ff)
     for name, module in result.named_modules():
         if name.rpartition(".")[2].startswith("expert_"):
-            into = views(Buffers(1, layout.nbytes), 0, layout, dtype, config.d_model, config.d_ff)
+            into = packed_views(Buffers(1, layout.nbytes), 0, layout, dtype, config.d_model, config.d_ff)
             quantise(ExpertWeights(module.wi.weight.data, module.wo.weight.data), into)
             for linear, matrix in ((module.wi, into.wi), (module.wo, into.wo)):
                 linear.weight.data = multiply(torch.eye(linear.in_features), matrix).T.contiguous()
@@ -118,7 +119,7 @@ def test_bfloat16_experts_give_the_same_from_either_tier(tmp_path: Path, dtype: 
         with open_with_slots(
             tmp_path / "model", slots, dtype=dtype, batch_size=3, offload_folder=tmp_path / "tier"
         ) as session:
-            assert session.plan.compute_dtype == "bf16"
+            assert session.plan.precision.compute == "bf16"
             answers.append((fill(session), logits_of(session.engine.model, session)))
     assert all(tokens == answers[0][0] and torch.equal(logits, answers[0][1]) for tokens, logits in answers)
 
@@ -132,7 +133,7 @@ def test_nf4_in_tiles_gives_the_same_from_either_tier(
     save_tiny_tokenizer(folder)
     answers, mismatched = [], []
     for slots, here in ((None, tiled), (1, tiled), (2, tiled), (None, not tiled)):
-        monkeypatch.setattr(opening, "has_avx512_bf16", lambda here=here: here)
+        monkeypatch.setattr(expert_store, "has_avx512_bf16", lambda here=here: here)
         options: Any = {"dtype": "nf4", "batch_size": 3, "offload_folder": tmp_path / "tier"}
         with open_with_slots(folder, slots, **options) as session:
             answers.append((fill(session), logits_of(session.engine.model, session)))
@@ -287,7 +288,7 @@ def test_dtypes_do_not_mix(tmp_path: Path) -> None:
     folder = store_folder(tmp_path / "tier", str(tmp_path / "model"), "int8")
     assert folder.is_dir()
     with Session.open(tmp_path / "model", batch_size=3, offload_folder=tmp_path / "tier") as session:
-        assert (session.plan.dtype, session.plan.compute_dtype) == ("fp32", "fp32")
+        assert (session.plan.dtype, session.plan.precision.compute) == ("fp32", "fp32")
         fill(session)
         experts = session.stats().experts
         assert experts.load_bytes == experts.loads * session.checkpoint.expert_bytes

@@ -75,7 +75,7 @@ def demo(tmp_path: Path) -> tuple[Any, Path]:
 def test_int8_on_the_demo_model(tmp_path: Path, demo: tuple[Any, Path]) -> None:
     model, folder = demo
     with Session.open(folder, dtype="int8", batch_size=3, offload_folder=tmp_path / "tier") as session:
-        assert session.plan.compute_dtype == "fp32"
+        assert session.plan.precision.compute == "fp32"
         ours, theirs = errors(model, session)
     assert ours <= theirs
 
@@ -87,7 +87,7 @@ def test_int8_on_the_demo_model_in_bfloat16(tmp_path: Path, demo: tuple[Any, Pat
     """
     model, _ = demo
     with Session.open(dtype="int8", batch_size=3, offload_folder=tmp_path / "tier") as session:
-        assert session.plan.compute_dtype == "bf16"
+        assert session.plan.precision.compute == "bf16"
         reference = logits_of(model, session)
         rounded = copy.deepcopy(model).bfloat16()
         ours, theirs, plain = (

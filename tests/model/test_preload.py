@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from switchrun._plan import prepare
-from switchrun.cli.fill import open_session
 from switchrun.experts.reader import FileReader, Segment
 from switchrun.model.preload import DensePreload
+from switchrun.model.session import open_session
+from switchrun.planning.opening import plan_model
+from switchrun.planning.options import OpenOptions
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 
@@ -26,9 +27,10 @@ def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatc
         assert proceed.wait(10)
 
     monkeypatch.setattr(FileReader, "_read_piece", read_piece)
-    preload = DensePreload(prepare(str(model)))
+    planned = plan_model(OpenOptions(model=model))
+    preload = DensePreload(planned.checkpoint, planned.plan)
     threads = preload._reader._way.threads
-    assert len(preload.names) > threads + 1
+    assert len(preload.kept) + len(preload.staged) > threads + 1
     closing = threading.Thread(target=preload.close)
     closing.start()
     while preload._reader._pool._work_queue.qsize() > 1:  # what wakes the threads stays
@@ -46,10 +48,9 @@ def test_an_interrupted_opening_closes_it(tmp_path: Path, monkeypatch: pytest.Mo
     def interrupt(_plan: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("switchrun.model.imports.import_libraries", interrupt)
     monkeypatch.setattr(DensePreload, "close", lambda preload: closed.append(preload))
     with pytest.raises(KeyboardInterrupt):
-        open_session(str(model), tokenizer=None, progress=None, warn=None)
+        open_session(OpenOptions(model=model), import_libraries=interrupt)
     assert len(closed) == 1
     monkeypatch.undo()
     closed[0].close()

@@ -107,7 +107,7 @@ def test_memory_stays_within_what_is_allowed(tmp_path: Path, hermetic: dict[str,
     script = """
 import sys
 from switchrun.cli.app import run
-from switchrun.hardware import peak_rss_bytes
+from switchrun.machine.ram import peak_rss_bytes
 assert run(sys.argv[1:]) == 0
 print(peak_rss_bytes())
 """

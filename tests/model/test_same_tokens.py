@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from switchrun import GenerationOptions, Session
-from switchrun.experts import product
+from switchrun.kernels import plain
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import (
     encode,
@@ -71,8 +71,8 @@ def test_greedy_ids_and_logits_of_many(**case: Any) -> None:
 def check_greedy(spec: CheckpointSpec, dtype: str, slots: int | None, own_products: bool, small_reads: bool) -> None:
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         if own_products:  # else only weights larger than these get them
-            patched.setattr(product, "_LARGE_WEIGHT", 0)
-            patched.setattr(product, "knows_bfloat16", lambda: False)
+            patched.setattr(plain, "_LARGE_WEIGHT", 0)
+            patched.setattr(plain, "knows_bfloat16", lambda: False)
         if small_reads:
             read_in_small_pieces(patched)
         oracle = oracle_for(saved(spec, Path(folder)), dtype)

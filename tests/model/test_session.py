@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from switchrun import GenerationOptions, Session
-from switchrun.errors import BudgetError, InputError, ModelError
+from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.model.records import Progress
 from tests.conftest import validate
 from tests.support.checkpoints import save_tiny_tokenizer
@@ -127,10 +130,10 @@ def test_too_long_an_input(folder: Path) -> None:
         text = "a " * 600 + "<extra_id_0>"
         with pytest.raises(InputError, match=r"the text has (\d+) tokens, the model takes 512") as caught:
             session.fill([TEXTS[0], text])
-        length = len(session._tokenizer(text).input_ids)
+        length = len(session._tokenizer._tokenizer(text).input_ids)
         assert f"has {length} tokens" in caught.value.message
         with pytest.raises(InputError, match="has no <extra_id_20>"):
-            session.check("".join(f"<extra_id_{number}>" for number in range(21)))
+            session.encode("".join(f"<extra_id_{number}>" for number in range(21)))
 
 
 def test_nothing_to_fill(folder: Path) -> None:
@@ -194,9 +197,9 @@ def test_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").rename(tmp_path / "m" / "spiece.model")
     with open_with_slots(tmp_path / "m", None) as session:
         (result,) = session.fill(["the <extra_id_0> sat"], SHORT)
-        pieces = len(session._tokenizer) - 100
-        assert session._tokenizer.convert_tokens_to_ids("<extra_id_0>") == pieces + 99
-        assert session._tokenizer("the cat").input_ids[-1] == 1
+        pieces = len(session._tokenizer._tokenizer) - 100
+        assert session._tokenizer.sentinel_id(0) == pieces + 99
+        assert session.encode("the <extra_id_0> cat").ids[-1] == 1
     assert result.tokens.input >= 4
 
 
@@ -227,3 +230,40 @@ def test_a_session_that_does_not_open_leaves_nothing_behind(folder: Path) -> Non
         open_with_slots(folder, 2)
     assert set(threading.enumerate()) <= threads
     assert len(os.listdir("/proc/self/fd")) <= files  # noqa: PTH208 - a count
+
+
+def test_a_second_thread_is_refused_at_once(folder: Path) -> None:
+    """Two at a time used to hang, or to fail somewhere inside of the cache."""
+    begun, proceed = threading.Event(), threading.Event()
+
+    def hold(_progress: object) -> None:
+        begun.set()
+        assert proceed.wait(30)
+
+    with open_with_slots(folder, 2) as session:
+        session._progress = hold
+        results: list[Any] = []
+        first = threading.Thread(target=lambda: results.extend(session.fill(TEXTS, SHORT)))
+        first.start()
+        assert begun.wait(30)
+        for call in (lambda: session.fill(TEXTS, SHORT), session.close):
+            with pytest.raises(UsageError, match="another thread is using this session"):
+                call()
+        proceed.set()
+        first.join(60)
+        session._progress = None
+        assert [result.text for result in results] == [result.text for result in session.fill(TEXTS, SHORT)]
+
+
+def test_what_the_caller_had_in_memory_is_not_the_libraries_fault() -> None:
+    code = (
+        "data = bytearray(1536 << 20); data[::4096] = bytes(len(data[::4096]));"
+        "import switchrun;"
+        "switchrun.Session.open(cpu_memory='1GiB')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert re.search(
+        r"BudgetError: this process held 1\.\d+ GiB before the model was opened, and the budget counts it", last
+    )
+    assert re.search(r"raise --cpu-memory by \d+(\.\d+)? MiB|raise --cpu-memory by \d+(\.\d+)? GiB", last)

@@ -8,25 +8,25 @@ from dataclasses import replace
 
 import pytest
 
+from switchrun.dtypes import Dtype, Precision
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
 from switchrun.output.plan_tables import render_plan
 from switchrun.output.stats_tables import render_stats
-from switchrun.planning.types import Estimate, Placement, Plan, TierUse
+from switchrun.planning.plan import CPU, DISK, Estimate, Placement, Plan, TierUse, gpu_tier
 from switchrun.units import GIB, MIB
 
 EVERY = "used for every generated token"
 PLACEMENTS = (
-    Placement("shared", "cpu", 133 * MIB, EVERY),
-    Placement("decoder.block.0.layer.0.SelfAttention.q.weight", "cpu", 70 * MIB, EVERY),
-    *(Placement(f"decoder.block.{n}", "cpu", 70 * MIB, EVERY) for n in range(1, 15)),
-    *(Placement(f"encoder.block.{n}", "disk" if n in (3, 5, 6) else "cpu", 40 * MIB, "once") for n in range(15)),
+    Placement("shared", CPU, 133 * MIB, EVERY),
+    Placement("decoder.block.0.layer.0.SelfAttention.q.weight", CPU, 70 * MIB, EVERY),
+    *(Placement(f"decoder.block.{n}", CPU, 70 * MIB, EVERY) for n in range(1, 15)),
+    *(Placement(f"encoder.block.{n}", DISK if n in (3, 5, 6) else CPU, 40 * MIB, "once") for n in range(15)),
 )
 PLAN = Plan(
     model_id="google/[bold]switch-c-2048",
     revision="0123456789abcdef0123456789abcdef01234567",
     path="/data/models/" + "long/" * 20,
-    dtype="bf16",
-    compute_dtype="bf16",
+    precision=Precision(Dtype.BF16),
     stored_dtype="BF16",
     repairs=("num_decoder_layers is 12 in config.json, but the checkpoint's tensors have 15 decoder blocks: took 15",),
     num_experts=61440,
@@ -38,9 +38,9 @@ PLAN = Plan(
     placements=PLACEMENTS,
     notes=("gpu:1 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed",),
     tiers=(
-        TierUse("gpu:0", 999 * MIB, 999 * MIB, 61440, 999 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * MIB),
-        TierUse("cpu", 999 * GIB, 999 * GIB, 61440, 49 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * GIB),
-        TierUse("disk", None, 0, 0, 0, 3_141_000_000_000, 0, 0, 3_141_000_000_000),
+        TierUse(gpu_tier(0), 999 * MIB, 999 * MIB, 61440, 999 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * MIB),
+        TierUse(CPU, 999 * GIB, 999 * GIB, 61440, 49 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * GIB),
+        TierUse(DISK, None, 0, 0, 0, 3_141_000_000_000, 0, 0, 3_141_000_000_000),
     ),
     minimum_cpu_bytes=int(1.1 * GIB) + 1,
     resident_cpu_bytes=3_143_000_000_000,

@@ -16,6 +16,8 @@ from switchrun.dtypes import Dtype, Precision
 from switchrun.experts.module import RoutingContext
 from switchrun.model.build import build_model
 from switchrun.planning import Budgets, make_plan
+from switchrun.planning.device_map import read_device_map
+from switchrun.planning.plan import Tier
 from switchrun.units import MIB
 from tests.planning.made_up import made_up_checkpoint
 
@@ -35,7 +37,8 @@ def plain_model(checkpoint: SwitchCheckpoint) -> Any:
 
 
 def expanded(device_map: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Give each tensor's tier, by accelerate's rule: an entry covers what begins with it and a dot."""
+    """Give each tensor's tier as accelerate has it, by its rule: an entry covers what begins with it and a dot."""
+    device_map = {name: tier.for_accelerate if isinstance(tier, Tier) else tier for name, tier in device_map.items()}
     tiers = {}
     for name in model.state_dict():
         entries = [entry for entry in device_map if not entry or name == entry or name.startswith(entry + ".")]
@@ -74,9 +77,9 @@ def test_accelerate_accepts_every_map(tied: bool, share: float, gpu: int | None)
     budget = whole.minimum_cpu_bytes + int((whole.resident_cpu_bytes - whole.minimum_cpu_bytes) * share)
     plan = make_plan(checkpoint, Budgets(budget, {} if gpu is None else {0: gpu}))
     model = plain_model(checkpoint)
-    check_device_map(model, dict(plan.device_map))
+    check_device_map(model, plan.as_record()["device_map"])
     placed = expanded(plan.device_map, model)
-    assert set(placed.values()) == set(plan.device_map.values())
+    assert set(placed.values()) == set(plan.as_record()["device_map"].values())
     # Tied weights are one tensor, so they lie on one tier.
     aliases = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(["lm_head.weight"] if tied else []))
     assert {placed[alias] for alias in aliases} == {placed["shared.weight"]}
@@ -97,7 +100,7 @@ def test_it_differs_from_accelerate_under_pressure() -> None:
     model = expert_free_model(checkpoint)
     dense = sum(tensor.numel() * 2 for tensor in model.parameters())
     theirs = expanded(infer_auto_device_map(model, max_memory={"cpu": dense * 2 // 3}), model)
-    whole = make_plan(checkpoint, Budgets(PLENTY), device_map={"": "cpu"}).tier("cpu")
+    whole = make_plan(checkpoint, Budgets(PLENTY), device_map=read_device_map({"": "cpu"})).tier("cpu")
     budget = whole.total_bytes - (whole.expert_slots - 4) * whole.slot_bytes - 1
     ours = expanded(make_plan(checkpoint, Budgets(budget)).device_map, model)
     assert {name.split(".")[0] for name, tier in ours.items() if tier == "disk"} == {"encoder"}

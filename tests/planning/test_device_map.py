@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,7 +11,7 @@ import switchrun
 from switchrun.errors import BudgetError, UsageError
 from switchrun.planning import Budgets, make_plan
 from switchrun.planning.device_map import check_device_map, check_layers, read_device_map, tier_of
-from switchrun.planning.types import Tier
+from switchrun.planning.plan import Tier
 from switchrun.units import MIB
 from tests.planning.made_up import made_up_checkpoint
 
@@ -21,7 +20,16 @@ PLENTY = 1 << 50
 
 @pytest.mark.parametrize(
     ("value", "tier"),
-    [("cpu", "cpu"), ("disk", "disk"), (0, 0), (3, 3), ("0", 0), ("cuda:0", 0), ("cuda:12", 12), ("gpu:1", 1)],
+    [
+        ("cpu", "cpu"),
+        ("disk", "disk"),
+        (0, "gpu:0"),
+        (3, "gpu:3"),
+        ("0", "gpu:0"),
+        ("cuda:0", "gpu:0"),
+        ("cuda:12", "gpu:12"),
+        ("gpu:1", "gpu:1"),
+    ],
 )
 def test_tiers(value: object, tier: object) -> None:
     assert read_device_map({"": value}) == {"": tier}
@@ -38,7 +46,7 @@ def test_a_file_may_be_a_plan_or_a_plain_map(tmp_path: Path, wrap: bool) -> None
     plain = {"": "cpu", "encoder.block.0": "cuda:1"}
     path = tmp_path / "map.json"
     path.write_text(json.dumps({"schema_version": 1, "device_map": plain} if wrap else plain))
-    assert read_device_map(path) == read_device_map(str(path)) == {"": "cpu", "encoder.block.0": 1}
+    assert read_device_map(path) == read_device_map(str(path)) == {"": "cpu", "encoder.block.0": "gpu:1"}
 
 
 @pytest.mark.parametrize(
@@ -69,33 +77,35 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_the_longest_entry_counts() -> None:
-    device_map: dict[str, Any] = {"": "disk", "encoder": "cpu", "encoder.block.1": 0, "encoder.block.1.layer.0": 1}
+    device_map = read_device_map({"": "disk", "encoder": "cpu", "encoder.block.1": 0, "encoder.block.1.layer.0": 1})
     assert tier_of("shared.weight", device_map) == "disk"
     assert tier_of("encoder.final_layer_norm.weight", device_map) == "cpu"
     assert tier_of("encoder.block.10.layer.0.layer_norm.weight", device_map) == "cpu"
-    assert tier_of("encoder.block.1.layer.1.layer_norm.weight", device_map) == 0
-    assert tier_of("encoder.block.1.layer.0.layer_norm.weight", device_map) == 1
+    assert tier_of("encoder.block.1.layer.1.layer_norm.weight", device_map) == "gpu:0"
+    assert tier_of("encoder.block.1.layer.0.layer_norm.weight", device_map) == "gpu:1"
 
 
 def test_uncovered_and_unknown_modules() -> None:
     checkpoint = made_up_checkpoint()
     with pytest.raises(UsageError, match=r"the device map has no entry for 'decoder\.block\.0\.layer"):
-        make_plan(checkpoint, Budgets(PLENTY), device_map={"shared": "cpu", "encoder": "cpu"})
+        make_plan(checkpoint, Budgets(PLENTY), device_map=read_device_map({"shared": "cpu", "encoder": "cpu"}))
     for module in ("encoder.block.9", "encoder.block.0.layer.0.SelfAttention.q.bias", "enc", "decoder."):
         with pytest.raises(UsageError) as caught:
-            make_plan(checkpoint, Budgets(PLENTY), device_map={"": "cpu", module: "cpu"})
+            make_plan(checkpoint, Budgets(PLENTY), device_map=read_device_map({"": "cpu", module: "cpu"}))
         assert caught.value.message == f"the device map names '{module}', which this model does not have"
 
 
 def test_entries_that_only_accelerate_knows() -> None:
     expert = "encoder.block.1.layer.1.mlp.experts.expert_0"
-    check_device_map({expert: "disk", "lm_head": 0, "encoder.embed_tokens": 0}, ["shared.weight"])
+    check_device_map(read_device_map({expert: "disk", "lm_head": 0, "encoder.embed_tokens": 0}), ["shared.weight"])
 
 
 def test_a_layer_computes_on_one_device() -> None:
     def check(shared: Tier, norm: Tier, wi: Tier) -> None:
         layer = "encoder.block.1.layer.1"
-        check_layers({"shared.weight": shared, f"{layer}.layer_norm.weight": norm, f"{layer}.mlp.wi.weight": wi})
+        check_layers(
+            read_device_map({"shared.weight": shared, f"{layer}.layer_norm.weight": norm, f"{layer}.mlp.wi.weight": wi})
+        )
 
     check("cpu", 0, 0)
     check("cpu", 1, "disk")
@@ -107,15 +117,24 @@ def test_a_layer_computes_on_one_device() -> None:
 def test_a_map_that_does_not_fit() -> None:
     checkpoint = made_up_checkpoint(d_model=1024, d_ff=4096, vocab_size=32128)
     minimum = make_plan(checkpoint, Budgets(PLENTY)).minimum_cpu_bytes
-    assert make_plan(checkpoint, Budgets(minimum), device_map={"": "disk"}).tier("cpu").expert_slots == 1
+    assert (
+        make_plan(checkpoint, Budgets(minimum), device_map=read_device_map({"": "disk"})).tier("cpu").expert_slots == 1
+    )
     with pytest.raises(BudgetError, match=r"the device map needs \d+ MiB of CPU memory") as caught:
-        make_plan(checkpoint, Budgets(minimum), device_map={"": "cpu"})
+        make_plan(checkpoint, Budgets(minimum), device_map=read_device_map({"": "cpu"}))
     named = int(caught.value.message.split("needs ")[1].split(" MiB")[0])
-    assert make_plan(checkpoint, Budgets(named * MIB), device_map={"": "cpu"}).tier("cpu").expert_slots == 1
+    assert (
+        make_plan(checkpoint, Budgets(named * MIB), device_map=read_device_map({"": "cpu"})).tier("cpu").expert_slots
+        == 1
+    )
     with pytest.raises(BudgetError, match="the device map needs"):
-        make_plan(checkpoint, Budgets((named - 1) * MIB), device_map={"": "cpu"})
+        make_plan(checkpoint, Budgets((named - 1) * MIB), device_map=read_device_map({"": "cpu"}))
     with pytest.raises(BudgetError, match=r"the device map needs .* on gpu:0, 1 MiB is allowed"):
-        make_plan(checkpoint, Budgets(PLENTY, {0: MIB}), device_map={"": "cpu", "decoder": "cuda:0"} | {"lm_head": 0})
+        make_plan(
+            checkpoint,
+            Budgets(PLENTY, {0: MIB}),
+            device_map=read_device_map({"": "cpu", "decoder": "cuda:0"} | {"lm_head": 0}),
+        )
 
 
 def test_a_copy_of_the_embedding_takes_memory() -> None:
@@ -125,15 +144,17 @@ def test_a_copy_of_the_embedding_takes_memory() -> None:
 
     def cpu(**entries: str) -> int:
         device_map = {"": "disk", **{name.replace("__", "."): tier for name, tier in entries.items()}}
-        return make_plan(checkpoint, Budgets(PLENTY), device_map=device_map).tier("cpu").dense_bytes
+        return make_plan(checkpoint, Budgets(PLENTY), device_map=read_device_map(device_map)).tier("cpu").dense_bytes
 
     assert cpu() == 0
     assert cpu(shared="cpu") == embedding
     assert cpu(lm_head="cpu") == embedding
     assert cpu(lm_head="cpu", decoder__embed_tokens="cpu") == 2 * embedding
     assert cpu(shared="cpu", lm_head="cpu") == embedding
-    passing = make_plan(checkpoint, Budgets(PLENTY), device_map={"": "cpu", "encoder.embed_tokens": "disk"})
-    plain = make_plan(checkpoint, Budgets(PLENTY), device_map={"": "cpu"})
+    passing = make_plan(
+        checkpoint, Budgets(PLENTY), device_map=read_device_map({"": "cpu", "encoder.embed_tokens": "disk"})
+    )
+    plain = make_plan(checkpoint, Budgets(PLENTY), device_map=read_device_map({"": "cpu"}))
     assert passing.tier("cpu").overhead_bytes - plain.tier("cpu").overhead_bytes == embedding
 
 
@@ -142,12 +163,12 @@ def test_a_copy_of_the_embedding_takes_memory() -> None:
 def test_a_plan_is_a_device_map(tied: bool, gpu: int | None) -> None:
     """The map in a plan's JSON, given back with the same budgets, gives the same plan."""
     checkpoint = made_up_checkpoint(d_model=512, d_ff=2048, tied=tied)
-    whole = make_plan(checkpoint, Budgets(PLENTY), device_map={"": "cpu"}).tier("cpu")
+    whole = make_plan(checkpoint, Budgets(PLENTY), device_map=read_device_map({"": "cpu"})).tier("cpu")
     # Dense weights, four slots, and a little less.
     budget = whole.total_bytes - (whole.expert_slots - 4) * whole.slot_bytes - 1
     budgets = Budgets(budget, {} if gpu is None else {0: gpu})
     first = make_plan(checkpoint, budgets)
-    assert set(first.device_map.values()) == ({"cpu", "disk"} if gpu is None else {0})
+    assert set(first.device_map.values()) == ({"cpu", "disk"} if gpu is None else {"gpu:0"})
     again = make_plan(checkpoint, budgets, device_map=read_device_map(json.loads(json.dumps(first.as_record()))))
     assert again.device_map == first.device_map
     assert again.tiers == first.tiers

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import switchrun
-from switchrun import hardware
+from switchrun.machine import disks
 from switchrun.planning import Budgets, make_plan
+from switchrun.planning.device_map import read_device_map
 from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth, GpuLevel, estimate_fill, expected_distinct
 from tests.planning.made_up import made_up_checkpoint
 
@@ -140,7 +141,7 @@ def test_expert_loads_against_a_simulated_cache(slots: int, batch: int) -> None:
 def test_dense_weights_on_disk_are_read_for_each_token_or_once() -> None:
     checkpoint = made_up_checkpoint()
     for tier, counted in (("encoder", 1), ("decoder", 7), ("shared", 7)):
-        device_map = {"": "cpu", tier: "disk"}
+        device_map = read_device_map({"": "cpu", tier: "disk"})
         plan = make_plan(checkpoint, Budgets(PLENTY), device_map=device_map, output_tokens=7)
         on_disk = plan.tier("disk").dense_bytes
         assert on_disk > 0
@@ -152,7 +153,7 @@ def test_dense_weights_on_disk_are_read_for_each_token_or_once() -> None:
 def test_seconds_are_bytes_by_bandwidth() -> None:
     checkpoint = made_up_checkpoint()
     estimate = make_plan(
-        checkpoint, Budgets(PLENTY), device_map={"": "disk"}, bandwidth=Bandwidth(2e6, "given")
+        checkpoint, Budgets(PLENTY), device_map=read_device_map({"": "disk"}), bandwidth=Bandwidth(2e6, "given")
     ).estimate
     assert estimate.read_seconds == pytest.approx((estimate.load_bytes + estimate.dense_disk_bytes) / 2e6)
     assert (estimate.bandwidth_bytes_per_second, estimate.bandwidth_source) == (2e6, "given")
@@ -166,10 +167,10 @@ def test_where_the_bandwidth_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
         return estimate.bandwidth_bytes_per_second, estimate.bandwidth_source
 
     assert source() == (ASSUMED_BANDWIDTH, "assumed")
-    hardware.remember_bandwidth(Path(switchrun.__file__), 3e9)
+    disks.remember_bandwidth(Path(switchrun.__file__), 3e9)
     assert source() == (3e9, "measured")
     assert source(5e8) == (5e8, "given")
-    monkeypatch.setattr(hardware, "measure_read_bandwidth", lambda ranges: 4e9)
+    monkeypatch.setattr(disks, "measure_read_bandwidth", lambda ranges: 4e9)
     measured = switchrun.plan(cpu_memory=PLENTY, disk_bandwidth="measure").estimate
     assert (measured.bandwidth_bytes_per_second, measured.bandwidth_source) == (4e9, "measured")
     assert source() == (4e9, "measured")
@@ -185,5 +186,5 @@ def test_a_damaged_memory_of_bandwidths(hermetic: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("figure", [0.0, -1e9])
 def test_a_remembered_bandwidth_that_is_none(figure: float) -> None:
-    hardware.remember_bandwidth(Path(switchrun.__file__), figure)
+    disks.remember_bandwidth(Path(switchrun.__file__), figure)
     assert switchrun.plan(cpu_memory=PLENTY).estimate.bandwidth_source == "assumed"

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 import switchrun
-from switchrun import gpus
 from switchrun.dtypes import resolve_dtype
 from switchrun.errors import BudgetError
-from switchrun.gpus import Gpu
+from switchrun.machine import gpus
+from switchrun.machine.gpus import Gpu
 from switchrun.planning import Budgets, Plan, make_plan, memory
-from switchrun.planning.fit import fit_to_runtime
+from switchrun.planning.device_map import read_device_map
+from switchrun.planning.planner import fit_to_runtime
 from switchrun.units import GIB, MIB
 from tests.planning.made_up import made_up_checkpoint
 
@@ -29,7 +30,7 @@ def plan_for(gpu_bytes: dict[int, int], cpu_bytes: int = PLENTY, **options: obje
 def test_all_on_one_gpu() -> None:
     plan = plan_for({0: PLENTY})
     gpu = plan.tier("gpu:0")
-    assert set(plan.device_map.values()) == {0}
+    assert set(plan.device_map.values()) == {"gpu:0"}
     assert gpu.expert_slots == 4 * 32, "no more than there are experts"
     assert gpu.overhead_bytes == memory.GPU_LIBRARY_BYTES
     assert plan.tier("cpu").expert_slots == 4 * 32, "the level behind it"
@@ -104,7 +105,7 @@ def test_a_gpu_too_small_for_a_layer_with_experts_is_let_be(others: dict[int, in
     plan = plan_for({0: 64 * MIB} | others)
     assert plan.tier("gpu:0").total_bytes == 0
     assert plan.gpus == tuple(others)
-    assert set(plan.device_map.values()) == set(others or {"cpu"})
+    assert set(plan.device_map.values()) == ({f"gpu:{number}" for number in others} or {"cpu"})
     [note] = plan.notes
     assert note.startswith("gpu:0 is not used: a layer with experts needs ")
     assert note.endswith(" MiB there, 64 MiB is allowed")
@@ -127,7 +128,7 @@ def test_more_gpus_than_layers() -> None:
 
 def test_what_stays_on_disk_computes_on_the_first_gpu() -> None:
     device_map = {"": "disk", "decoder.block.0": 1, "decoder.block.1": 2, "encoder.block.1": "cpu"}
-    plan = plan_for({0: PLENTY, 1: PLENTY, 2: PLENTY}, device_map=device_map)
+    plan = plan_for({0: PLENTY, 1: PLENTY, 2: PLENTY}, device_map=read_device_map(device_map))
     first, second = plan.tier("gpu:1"), plan.tier("gpu:2")
     assert (first.expert_slots, second.expert_slots) == (2 * 32, 32), "encoder.3 and decoder.3; decoder.1"
     # Weights pass through it one at a time.
@@ -137,7 +138,7 @@ def test_what_stays_on_disk_computes_on_the_first_gpu() -> None:
 
 
 def test_a_gpu_without_experts_has_no_slots() -> None:
-    plan = plan_for({0: PLENTY}, device_map={"": "cpu", "shared": 0})
+    plan = plan_for({0: PLENTY}, device_map=read_device_map({"": "cpu", "shared": 0}))
     assert plan.tier("gpu:0").dense_bytes > 0
     assert plan.tier("gpu:0").expert_slots == 0
 
@@ -145,15 +146,15 @@ def test_a_gpu_without_experts_has_no_slots() -> None:
 def test_a_given_map_must_fit() -> None:
     device_map = {"": "cpu", "decoder.block.1": 0}
     with pytest.raises(BudgetError, match=r"the device map needs \d+ MiB on gpu:0, 1 MiB is allowed") as caught:
-        plan_for({0: MIB}, device_map=device_map)
+        plan_for({0: MIB}, device_map=read_device_map(device_map))
     named = int(caught.value.message.split("needs ")[1].split(" ")[0])
-    assert plan_for({0: named * MIB}, device_map=device_map).tier("gpu:0").expert_slots == 1
+    assert plan_for({0: named * MIB}, device_map=read_device_map(device_map)).tier("gpu:0").expert_slots == 1
     with pytest.raises(BudgetError, match="the device map needs"):
-        plan_for({0: (named - 1) * MIB}, device_map=device_map)
+        plan_for({0: (named - 1) * MIB}, device_map=read_device_map(device_map))
 
 
 def test_a_gpu_that_only_the_map_names_gets_few_slots() -> None:
-    use = plan_for({}, device_map={"": 3}).tier("gpu:3")
+    use = plan_for({}, device_map=read_device_map({"": 3})).tier("gpu:3")
     assert (use.budget_bytes, use.expert_slots) == (None, memory.GPU_RESERVED_SLOTS)
 
 
@@ -162,7 +163,7 @@ def test_by_default_what_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(gpus, "torch_cuda", lambda: "12.8")
     monkeypatch.setattr(gpus, "visible_gpus", lambda: (Gpu(0, "made up", 8 * GIB, 7 * GIB),))
     plan = switchrun.plan(cpu_memory="2GiB")
-    assert set(plan.device_map.values()) == {0}
+    assert set(plan.device_map.values()) == {"gpu:0"}
     assert plan.tier("gpu:0").budget_bytes == 7 * GIB - 512 * MIB
     assert switchrun.plan(cpu_memory="2GiB", gpu_memory=0).gpus == ()
     assert switchrun.plan(cpu_memory="2GiB", gpu_memory="0").tiers[0].tier == "cpu"

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from switchrun import Session
-from switchrun._plan import prepare
+from switchrun.planning.opening import plan_model
+from switchrun.planning.options import OpenOptions
 
 PLENTY = 1 << 40
 
@@ -19,11 +20,12 @@ def open_on_gpus(
     """Open a session with a device map, a number of slots on each of its GPUs and, if given, in CPU memory."""
     numbers = sorted({tier for tier in device_map.values() if isinstance(tier, int)})
     budgets = ",".join(f"{number}={PLENTY}" for number in numbers)
-    prepared = prepare(folder, device_map=device_map, gpu_memory=budgets or 0, cpu_memory=PLENTY, **options)
-    plan = prepared.plan
+    options |= {"device_map": device_map, "gpu_memory": budgets or 0, "cpu_memory": PLENTY}
+    planned = plan_model(OpenOptions(model=folder, **options))
+    plan = planned.plan
     tiers = []
     for use in plan.tiers:
         slots = gpu_slots if use.tier.startswith("gpu:") else cpu_slots if use.tier == "cpu" else None
         count = use.expert_slots if slots is None else min(slots, use.expert_slots)
         tiers.append(replace(use, expert_slots=count, expert_bytes=count * use.slot_bytes))
-    return Session(prepared._replace(plan=replace(plan, tiers=tuple(tiers))))
+    return Session(replace(planned, plan=replace(plan, tiers=tuple(tiers))))

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from switchrun.checkpoint.names import EXPERT_NAME, LINEAR_NAME, scales_of
-from switchrun.experts.int8 import quantise_int8
+from switchrun.kernels.int8 import quantise_int8
 from tests.support.edits import edit_config
 
 QUANTISED = {"load_in_8bit": True, "llm_int8_threshold": 6.0, "quant_method": "bitsandbytes"}

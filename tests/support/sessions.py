@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from switchrun import Session, hardware
+from switchrun import Session
 from switchrun.checkpoint import open_checkpoint
 from switchrun.experts.reader import Way
+from switchrun.machine import ram
 from switchrun.model import engine
 from switchrun.model.generate import CACHE_ARGUMENT
 from switchrun.planning import Budgets, make_plan
+from switchrun.planning.device_map import read_device_map
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EVERYTHING = 1 << 40
@@ -25,7 +27,7 @@ _EVERYTHING = 1 << 40
 @pytest.fixture
 def small_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let sessions believe that the process is as small as the command's: pytest and an oracle live in it too."""
-    monkeypatch.setattr(hardware, "rss_bytes", lambda: 0)
+    monkeypatch.setattr(ram, "rss_bytes", lambda: 0)
 
 
 def read_in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +39,7 @@ def open_with_slots(folder: Path, slots: int | None, **options: Any) -> Session:
     """Open a session with just so many expert slots, all dense weights in memory; None is a slot for each expert."""
     checkpoint = open_checkpoint(str(folder))
     settings = {name: options[name] for name in ("dtype", "batch_size", "num_beams") if name in options}
-    whole = make_plan(checkpoint, Budgets(_EVERYTHING), device_map={"": "cpu"}, **settings).tier("cpu")
+    whole = make_plan(checkpoint, Budgets(_EVERYTHING), device_map=read_device_map({"": "cpu"}), **settings).tier("cpu")
     count = whole.expert_slots if slots is None else min(slots, whole.expert_slots)
     budget = whole.total_bytes - (whole.expert_slots - count) * whole.slot_bytes
     options.setdefault("device_map", {"": "cpu"})
@@ -56,7 +58,7 @@ def oracle_for(model: Any, dtype: str) -> Any:
 
 def encode(session: Session, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokenise a batch as the session does."""
-    encoded = session._tokenizer(list(texts), padding=True, return_tensors="pt")
+    encoded = session._tokenizer._tokenizer(list(texts), padding=True, return_tensors="pt")
     return encoded.input_ids, encoded.attention_mask
 
 

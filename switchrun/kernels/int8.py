@@ -1,0 +1,150 @@
+"""Matrices in 8 bit, row-wise, as LLM.int8 stores them (Dettmers et al. 2022, arXiv:2208.07339).
+
+A row is kept as int8 codes and one float32, `SCB`, its largest magnitude: `weight ≈ codes × SCB / 127`. These are the
+bytes that bitsandbytes and transformers write as `weight` and `SCB`.
+
+On a CPU the product is weight-only: activations are not quantised, so outliers among them need no care and the error
+is smaller than that of LLM.int8 itself. `benchmarks/quantised.py` measures both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from switchrun.kernels.bitsandbytes_ops import operations
+from switchrun.kernels.plain import knows_bfloat16
+from switchrun.kernels.row_blocks import largest_block, linear_by_blocks, linear_by_parts, row_blocks
+
+#: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
+OUTLIER_THRESHOLD = 6.0
+
+#: From so many tokens on, unpacking once beats torch's int8 kernel, which unpacks again for every few.
+_UNPACK_TOKENS = 32
+
+#: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
+#: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
+_KERNEL_MULTIPLE = 32
+
+
+def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> None:
+    """Quantise a matrix row by row, to the codes of `bitsandbytes.functional.int8_vectorwise_quant`.
+
+    bitsandbytes computes in float32 whatever the dtype, and so does this. It takes about 2 MiB of scratch memory.
+    A row whose magnitudes are all zero, or too small for 127 / SCB to be finite, gets zero codes, as there.
+
+    Args:
+        weight: `[out, in]`, floating, finite, on the CPU; any strides.
+        codes: int8 `[out, in]`; written.
+        scb: float32 `[out]`, the largest magnitude of each row; written.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit together.
+    """
+    if codes.shape != weight.shape or scb.shape != weight.shape[:1]:
+        raise ValueError(f"codes {list(codes.shape)} and SCB {list(scb.shape)} do not fit {list(weight.shape)}")
+    if codes.dtype != torch.int8 or scb.dtype != torch.float32:
+        raise ValueError(f"codes must be int8 and SCB float32, not {codes.dtype} and {scb.dtype}")
+    shape = (weight.shape[0], weight.shape[1])
+    buffer = torch.empty(largest_block(shape))
+    for rows in row_blocks(shape):
+        values = buffer[: (rows.stop - rows.start) * shape[1]].view(-1, shape[1]).copy_(weight[rows])
+        # Two reductions are faster than abs and one, which writes the block once more. abs_ turns -0.0 into 0.0.
+        largest = torch.maximum(values.amax(1), -values.amin(1)).abs_()
+        scale = 127.0 / largest
+        scale[scale.isinf()] = 0.0
+        codes[rows] = values.mul_(scale.unsqueeze(1)).round_()
+        scb[rows] = largest
+
+
+def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
+    """Multiply with a matrix in 8 bit: `x @ weight.T`.
+
+    Weights are unpacked and activations are left as they are. On a CPU, bfloat16 with few tokens goes through torch's
+    own kernel where the row length allows, which rounds SCB to bfloat16; else it is multiplied in bfloat16 where the
+    processor can, and everything else in float32. The same call gives the same bits. On CUDA this is bitsandbytes'
+    LLM.int8, outliers included; that path has not been run yet.
+
+    Args:
+        x: `[..., in]`, float32, bfloat16 or float16.
+        codes: int8 `[out, in]`, contiguous.
+        scb: float32 `[out]`.
+
+    Returns:
+        `[..., out]`, in the dtype of `x`.
+
+    Raises:
+        ValueError: The last extent of `x` is not `in`.
+    """
+    out_features, in_features = codes.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(f"a row of x has {x.shape[-1]} elements, a row of the matrix {in_features}")
+    if x.is_cuda:
+        return _linear_bitsandbytes(x, codes, scb)
+    scale = scb / 127.0
+    tokens = x.reshape(-1, in_features)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(tokens):
+        if len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
+            result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
+            return result.view(*x.shape[:-1], out_features)
+        if knows_bfloat16():
+
+            def product(rows: slice) -> torch.Tensor:
+                # Codes are whole numbers up to 127: bfloat16 has them all.
+                return torch.nn.functional.linear(tokens, codes[rows].to(x.dtype))
+
+            result = linear_by_parts(tokens, (out_features, in_features), product)
+            return result.mul_(scale).view(*x.shape[:-1], out_features)
+
+    def unpack(rows: slice, buffer: torch.Tensor) -> None:
+        buffer.view(-1, in_features).copy_(codes[rows])
+
+    # Scaling the few results is cheaper than scaling the weights.
+    return linear_by_blocks(x, (out_features, in_features), lambda _largest: unpack).mul_(scale).to(x.dtype)
+
+
+def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
+    """LLM.int8 by bitsandbytes' own operations, as `Linear8bitLt` calls them: activations in int8, outliers apart."""
+    tokens = x.reshape(-1, x.shape[-1])
+    # What float16 cannot hold is an outlier, and those are multiplied as they are in `tokens`.
+    x_codes, x_stats, outliers = operations().int8_vectorwise_quant(tokens.to(torch.float16), OUTLIER_THRESHOLD)
+    result: torch.Tensor
+    result, _ = operations().int8_mixed_scaled_mm(tokens, x_codes, codes, x_stats, scb, outliers)
+    return result.view(*x.shape[:-1], codes.shape[0])
+
+
+class Int8Linear(nn.Module):
+    """A linear layer without a bias whose weight is in LLM.int8's row-wise form; its tensors begin on the meta device.
+
+    Its parameters have the names that bitsandbytes gives them. transformers looks at the dtype of `weight` and leaves
+    hidden states as they are if that is int8.
+
+    Args:
+        in_features: The length of a row.
+        out_features: The number of rows.
+
+    Attributes:
+        weight: int8 `[out, in]`.
+        SCB: float32 `[out]`, the largest magnitude of each row.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        codes = torch.empty(out_features, in_features, dtype=torch.int8, device="meta")
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.SCB = nn.Parameter(torch.empty(out_features, device="meta"), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Give `[…, out]` for `[…, in]`, in the dtype of `x`."""
+        return linear_int8(x, self.weight, self.SCB)
+
+
+def use_int8(model: nn.Module, weights: Iterable[str]) -> None:
+    """Put an `Int8Linear` in the place of each linear layer that is named by its weight."""
+    for name in weights:
+        path = name.removesuffix(".weight")
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(path, Int8Linear(linear.in_features, linear.out_features))

@@ -1,0 +1,148 @@
+"""Disks: their filesystem, how fast they read, and what is remembered of them. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from switchrun.machine.folders import cache_folder
+
+
+def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: float = 0.5) -> float | None:
+    """Read byte ranges past the page cache for a while and give the bandwidth.
+
+    Args:
+        ranges: (file, offset, length) of what to read, in order; it stops when they end or the time is up.
+        seconds: How long to read.
+
+    Returns:
+        Bytes per second; None where the filesystem refuses `O_DIRECT` or nothing could be read, since a figure
+        from the page cache would be wrong by an order.
+    """
+    chunk = 8 * 1024**2
+    buffer = mmap.mmap(-1, chunk)
+    buffer.write(b"\0" * chunk)  # touched before the clock starts: new pages are slower than many disks
+    done, start = 0, time.perf_counter()
+    try:
+        for path, offset, length in ranges:
+            file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+            try:
+                for position in range(offset & ~4095, offset + length, chunk):
+                    done += os.preadv(file, [buffer], position)
+                    if time.perf_counter() - start > seconds:
+                        return done / (time.perf_counter() - start)
+            finally:
+                os.close(file)
+    except (OSError, AttributeError):
+        return None
+    return done / (time.perf_counter() - start) if done else None
+
+
+def device_of(path: Path) -> str:
+    """Name the block device that a path lies on, for figures that belong to a device."""
+    return f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+
+
+class _Mount(NamedTuple):
+    type: str
+    source: str
+
+
+def _mount_of(path: Path) -> _Mount | None:
+    """Return the mount that a path lies in; None where the system does not say."""
+    path, found, depth = path.resolve(), None, -1
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        fields = line.split()
+        # Not by the device's number: btrfs gives its files another one than its mounts.
+        place = Path(_unescaped(fields[4]))
+        # Of several mounts on one folder the last is on top.
+        if path.is_relative_to(place) and len(place.parts) >= depth:
+            after = fields.index("-")
+            found, depth = _Mount(fields[after + 1], _unescaped(fields[after + 2])), len(place.parts)
+    return found
+
+
+def _unescaped(field: str) -> str:
+    return field.encode().decode("unicode_escape")
+
+
+def filesystem_of(path: Path) -> str | None:
+    """Return the type of the filesystem that a path lies on (`ext4`, `nfs4`); None where the system does not say."""
+    mount = _mount_of(path)
+    return None if mount is None else mount.type
+
+
+def filesystem_id(path: Path) -> str | None:
+    """Return what identifies the filesystem that a path lies on, from one mount to the next.
+
+    That is a UUID, a block device, or a server and its folder; None if nothing does, as of tmpfs and overlays. The
+    device's number would not do: tmpfs, overlays, btrfs and NFS get another one at each mount.
+    """
+    mount = _mount_of(path)
+    if mount is None or "/" not in mount.source:
+        return None
+    device = Path(mount.source)
+    if device.is_relative_to("/dev"):
+        with contextlib.suppress(OSError):
+            for link in Path("/dev/disk/by-uuid").iterdir():
+                if link.resolve() == device.resolve():
+                    return f"uuid {link.name}"
+    return f"{mount.type} {mount.source}"
+
+
+def is_sparse(path: Path) -> bool:
+    """Tell whether a file has holes, which are read faster than any disk."""
+    status = path.stat()
+    return status.st_blocks * 512 < status.st_size * 0.9
+
+
+def remember_bandwidth(path: Path, bytes_per_second: float) -> None:
+    """Keep a measured read bandwidth for the filesystem that `path` lies on."""
+    remember("bandwidth", path, bytes_per_second)
+
+
+def known_bandwidth(path: Path) -> float | None:
+    """Return the read bandwidth that was last measured on the filesystem that `path` lies on, in bytes per second."""
+    known = recall("bandwidth", path)
+    return float(known) if isinstance(known, int | float) and 0 < known < float("inf") else None
+
+
+def remember(what: str, path: Path, value: Any) -> None:
+    """Keep something about the filesystem that `path` lies on, as JSON.
+
+    Nothing is kept of one that nothing identifies, and a cache that cannot be written is no reason to fail.
+    """
+    identity = filesystem_id(path)
+    if identity is None:
+        return
+    file = cache_folder() / f"{what}.json"
+    with contextlib.suppress(OSError):
+        known = _remembered(what) | {identity: value}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(file)
+
+
+def recall(what: str, path: Path) -> Any:
+    """Return what was kept about the filesystem that `path` lies on; None if nothing was."""
+    identity = filesystem_id(path)
+    return None if identity is None else _remembered(what).get(identity)
+
+
+def _remembered(what: str) -> dict[str, Any]:
+    try:
+        known = json.loads((cache_folder() / f"{what}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

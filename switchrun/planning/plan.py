@@ -1,0 +1,199 @@
+"""The values that a plan is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from switchrun.dtypes import Precision
+
+SCHEMA_VERSION = 1
+
+BandwidthSource = Literal["given", "measured", "assumed"]
+
+
+class Tier(str):
+    """Where weights may be: `gpu:0` and so on, `cpu` or `disk`."""
+
+    __slots__ = ()
+
+    @property
+    def gpu(self) -> int | None:
+        """The GPU's number; None of the others."""
+        return int(self.removeprefix("gpu:")) if self.startswith("gpu:") else None
+
+    @property
+    def for_accelerate(self) -> int | str:
+        """The tier as accelerate's device maps have it: a GPU is its number."""
+        return str(self) if self.gpu is None else self.gpu
+
+
+CPU = Tier("cpu")
+DISK = Tier("disk")
+
+
+def gpu_tier(number: int) -> Tier:
+    """Return the tier of a GPU."""
+    return Tier(f"gpu:{number}")
+
+
+def main_tier(tiers: Iterable[Tier]) -> Tier:
+    """Return the tier that computes with weights that stay on disk: the first GPU among the tiers, else the CPU."""
+    return min((tier for tier in tiers if tier.gpu is not None), key=lambda tier: tier.gpu or 0, default=CPU)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one group of dense weights goes, and why."""
+
+    module: str
+    tier: Tier
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TierUse:
+    """What one tier holds, in bytes.
+
+    Attributes:
+        tier: `gpu:0`, `cpu` or `disk`.
+        budget_bytes: What the user allows there; None for the disk.
+        dense_bytes: Dense weights as they are kept there: in memory in the compute dtype, in int8 if experts are packed
+            and they are linear layers, in float32 if they are routers'; on disk as stored.
+        expert_slots: Fixed buffers, each of which holds one expert. Those of a GPU are a level in front of those of the
+            CPU: an expert may be in both.
+        slot_bytes: Size of one slot; on a GPU, with what torch leaves unused around it.
+        expert_bytes: All slots together; on disk, every expert of the checkpoint as stored.
+        activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch.
+        overhead_bytes: Reserved for the interpreter, libraries, the index and buffers; on a GPU, for libraries and for
+            dense weights on their way.
+        total_bytes: The sum; never above the budget.
+    """
+
+    tier: Tier
+    budget_bytes: int | None
+    dense_bytes: int
+    expert_slots: int
+    slot_bytes: int
+    expert_bytes: int
+    activation_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+
+    def with_slots(self, count: int) -> TierUse:
+        """Return the use with another number of slots, in memory that grows or shrinks by as much."""
+        expert_bytes = count * self.slot_bytes
+        total_bytes = self.total_bytes - self.expert_bytes + expert_bytes
+        return replace(self, expert_slots=count, expert_bytes=expert_bytes, total_bytes=total_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a fill of one batch is expected to cost, if tokens are routed evenly to the experts.
+
+    Attributes:
+        input_tokens: Tokens of each input.
+        output_tokens: Tokens generated for each input.
+        encoder_expert_loads: Experts read in the encoder step.
+        decoder_expert_loads: Experts read in all decoder steps.
+        load_bytes: Bytes of those experts, where they lie now: in the checkpoint or, packed, in the offload folder.
+        dense_disk_bytes: Bytes of dense weights that are read again, since they stay on disk.
+        gpu_expert_loads: Experts copied from CPU memory to GPUs.
+        gpu_load_bytes: Bytes of those experts as they are kept, and of dense weights on disk with which a GPU computes.
+        bandwidth_bytes_per_second: Read bandwidth of the disk.
+        bandwidth_source: Where that figure is from.
+        read_seconds: Bytes ÷ bandwidth. Computing comes on top, mostly hidden behind the reads.
+    """
+
+    input_tokens: int
+    output_tokens: int
+    encoder_expert_loads: int
+    decoder_expert_loads: int
+    load_bytes: int
+    dense_disk_bytes: int
+    gpu_expert_loads: int
+    gpu_load_bytes: int
+    bandwidth_bytes_per_second: float
+    bandwidth_source: BandwidthSource
+    read_seconds: float
+
+    @property
+    def expert_loads(self) -> int:
+        """Experts read in all."""
+        return self.encoder_expert_loads + self.decoder_expert_loads
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The whole plan for one model under given budgets.
+
+    Attributes:
+        model_id: What the user called the model.
+        revision: The Hub's commit, if it came from there.
+        path: The checkpoint's folder.
+        precision: What everything is computed in, and what experts are kept in.
+        stored_dtype: The checkpoint's own, as safetensors names it.
+        repairs: What was mended in the checkpoint's configuration or names.
+        num_experts: Experts of the whole model.
+        expert_bytes: Bytes of one expert as stored.
+        total_bytes: Bytes of all weights as stored.
+        batch_size: Inputs that run together.
+        num_beams: Beams of each input.
+        device_map: Module → tier, for the dense weights.
+        placements: The same with bytes and reasons.
+        notes: Which GPUs are not used although there is a budget for them, or why none is by default, a sentence each.
+        tiers: What each tier holds, fast to slow; the last is the disk.
+        minimum_cpu_bytes: The smallest `--cpu-memory` that works for this model, dtype and batch.
+        resident_cpu_bytes: The `--cpu-memory` from which on every weight stays in memory.
+        estimate: What a fill is expected to cost.
+    """
+
+    model_id: str
+    revision: str | None
+    path: str
+    precision: Precision
+    stored_dtype: str
+    repairs: tuple[str, ...]
+    num_experts: int
+    expert_bytes: int
+    total_bytes: int
+    batch_size: int
+    num_beams: int
+    device_map: Mapping[str, Tier]
+    placements: tuple[Placement, ...]
+    notes: tuple[str, ...]
+    tiers: tuple[TierUse, ...]
+    minimum_cpu_bytes: int
+    resident_cpu_bytes: int
+    estimate: Estimate
+
+    @property
+    def dtype(self) -> str:
+        """What experts are kept in: the compute dtype, `int8` or `nf4`."""
+        return self.precision.name
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The numbers of the GPUs that have dense weights; the first also computes with those that stay on disk."""
+        return tuple(use.tier.gpu for use in self.tiers if use.tier.gpu is not None and use.dense_bytes)
+
+    def tier(self, name: str) -> TierUse:
+        """Return what the tier of that name (`cpu`) holds."""
+        return next(use for use in self.tiers if use.tier == name)
+
+    def with_use(self, use: TierUse) -> Plan:
+        """Return the plan with another use of one tier."""
+        return replace(self, tiers=tuple(use if each.tier == use.tier else each for each in self.tiers))
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the plan as a JSON-ready dict (`docs/schemas/plan.schema.json`), the map in accelerate's format."""
+        record: dict[str, Any] = {"schema_version": SCHEMA_VERSION}
+        for name, value in asdict(self).items():
+            if name == "precision":
+                record |= {"dtype": self.dtype, "compute_dtype": self.precision.compute.value}
+            else:
+                record[name] = value
+        record["device_map"] = {module: tier.for_accelerate for module, tier in self.device_map.items()}
+        return record
