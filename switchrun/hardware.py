@@ -17,6 +17,9 @@ import psutil
 from switchrun.folders import cache_folder
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CPUINFO = Path("/proc/cpuinfo")
+#: How Linux names products of bfloat16: AVX-512's, AMX's, arm64's.
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 
 def available_memory_bytes() -> int:
@@ -60,12 +63,19 @@ def memory_limits() -> list[tuple[int, int]]:
 
 
 @cache
-def has_avx512_bf16() -> bool:
-    """Tell whether this processor has AVX-512's products of bfloat16; no where the system does not tell."""
+def has_bf16_instructions() -> bool:
+    """Return whether this processor multiplies bfloat16 itself; False where the system doesn't say.
+
+    torch's own answer (`mkldnn._is_mkldnn_bf16_supported`) is no use: it is true wherever there is AVX-512, since
+    oneDNN can emulate the product, at the price of float32.
+    """
     try:
-        return "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+        lines = _CPUINFO.read_text().splitlines()
     except OSError:
         return False
+    flags = (line.partition(":") for line in lines)
+    # `flags` on x86, `Features` on arm64; every core has the same.
+    return any(name.strip() in {"flags", "Features"} and _BF16_FLAGS & set(words.split()) for name, _, words in flags)
 
 
 def process_age_seconds() -> float:

@@ -83,16 +83,7 @@ def _torch() -> dict[str, Any]:
         "hip": torch.version.hip,
         "xpu": getattr(torch.version, "xpu", None),
         "threads": torch.get_num_threads(),
-        "bf16_instructions": _bf16_instructions(torch),
     }
-
-
-def _bf16_instructions(torch: Any) -> bool | None:
-    """Tell whether the processor multiplies bf16 itself; None where torch is built without oneDNN."""
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return None
 
 
 def _libraries() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from switchrun import hardware
 from switchrun.doctor.check import Check, failed, passed, warned
 from switchrun.units import format_count
 
@@ -98,7 +99,7 @@ def check_torch(answer: Answer) -> Check:
     found = answer["torch"]
     if "error" in found:
         return failed("torch", f"torch does not work: {found['error']}", _MEND, torch_error=found["error"])
-    build, bf16 = build_of(found), found["bf16_instructions"]
+    build, bf16 = build_of(found), hardware.has_bf16_instructions()
     details = {
         "torch_version": found["version"],
         "torch_build": build,
@@ -111,8 +112,7 @@ def check_torch(answer: Answer) -> Check:
         finding = f"transformers and accelerate cannot be imported: {broken}"
         return failed("torch", finding, mend, torch_error=broken, **details)
     finding = f"{found['version']}, {build} build, {format_count(found['threads'], 'thread')}"
-    if bf16 is not None:
-        finding += ", bf16 instructions" if bf16 else ", no bf16 instructions: bf16 is computed in fp32"
+    finding += ", bf16 instructions" if bf16 else ", no bf16 instructions: bf16 is computed in fp32"
     return passed("torch", finding, **details)
 
 

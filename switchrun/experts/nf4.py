@@ -16,7 +16,7 @@ import torch
 
 from switchrun.experts.bnb import operations
 from switchrun.experts.row_blocks import Unpack, largest_block, linear_by_blocks, linear_by_parts, row_blocks
-from switchrun.hardware import has_avx512_bf16
+from switchrun.hardware import has_bf16_instructions
 from switchrun.store.layout import NF4_BLOCK, nf4_rows_to_a_block
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
@@ -125,11 +125,11 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
 
 
 def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU unpacks faster with bitsandbytes: in bfloat16 with AVX-512, 1.5 ms against 7 a matrix.
+    """Return whether this CPU unpacks faster with bitsandbytes: in bfloat16 with AVX-512, 1.5 ms against 7 a matrix.
 
     In float32, and on processors without these instructions, it is no faster (`benchmarks/quantised.py`).
     """
-    return dtype is torch.bfloat16 and has_avx512_bf16()
+    return dtype is torch.bfloat16 and has_bf16_instructions()
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:

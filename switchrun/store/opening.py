@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.hardware import has_avx512_bf16
+from switchrun.hardware import has_bf16_instructions
 from switchrun.store.expert_store import ExpertStore, Warn
 from switchrun.store.layout import Layout, layout_of, nf4_layout
 from switchrun.store.names import model_name
@@ -47,4 +47,4 @@ def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
     if dtype != "nf4":
         return [plain]
     tiled = nf4_layout(d_model, d_ff, tiled=True)
-    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_avx512_bf16() else [plain, tiled]
+    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]

@@ -11,9 +11,7 @@ def torch_answer(**changes: Any) -> dict[str, Any]:
     """What the probe finds on a machine without a GPU; `changes` replaces whole stages."""
     found = {
         "driver": {"version": None, "too_old": None, "gpus": []},
-        "torch": {
-            "version": "2.13.0+cpu", "cuda": None, "hip": None, "xpu": None, "threads": 2, "bf16_instructions": True,
-        },
+        "torch": {"version": "2.13.0+cpu", "cuda": None, "hip": None, "xpu": None, "threads": 2},
         "libraries": {},
         "bitsandbytes": {"library": "BNBNativeLibrary"},
         "devices": {"found": []},
