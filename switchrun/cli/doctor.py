@@ -37,8 +37,8 @@ def doctor(
     Exit code: 0, or that of the first check that fails.
     """
     from switchrun.doctor import examine
-    from switchrun.output.doctor_tables import checks_record, render_checks
-    from switchrun.output.sinks import format_record
+    from switchrun.output.sinks import checks_record, format_record
+    from switchrun.output.tables import render_checks
 
     options.check_memory(cpu_memory, gpu_memory)
     quieten_libraries()

@@ -20,7 +20,7 @@ from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
 from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import replace_blanks
-from switchrun.output.progress import ProgressLine
+from switchrun.output.progress import SessionProgress
 from switchrun.output.sinks import FillFormat
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def fill(
     generation = _generation_options(max_new_tokens, num_beams, sample, temperature, top_p, top_k, seed)
     arguments = _arguments(texts or [])
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    progress = ProgressLine(sys.stderr, wanted=not quiet)
+    progress = SessionProgress(sys.stderr, wanted=not quiet)
     run = FillRun(FillRequest(generation, batch_size, style, blank, label), progress.clear)
 
     entries: Iterable[Entry]
@@ -145,7 +145,7 @@ def fill(
                 )
             run.fill(session, entries)
             if stats:
-                from switchrun.output.stats_tables import render_stats
+                from switchrun.output.tables import render_stats
 
                 progress.clear()
                 report_lines(render_stats(session.stats()))
@@ -202,7 +202,7 @@ def _generation_options(
     return GenerationOptions(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, **given)
 
 
-def _warn(progress: ProgressLine | None, warning: str) -> None:
+def _warn(progress: SessionProgress | None, warning: str) -> None:
     """Tell a warning, from any thread; nothing if there is no progress line, which is so if quiet is asked for."""
     if progress is not None:
         progress.clear()

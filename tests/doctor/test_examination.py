@@ -13,7 +13,8 @@ import switchrun.doctor
 from switchrun.doctor import Check, machine_checks, torch_checks
 from switchrun.doctor.torch_checks import STAGES
 from switchrun.errors import BudgetError, ModelError
-from switchrun.output.doctor_tables import checks_record, render_checks
+from switchrun.output.sinks import checks_record
+from switchrun.output.tables import render_checks
 from tests.conftest import ROOT, validate
 from tests.doctor.conftest import GIB, cuda_torch, device, driver, torch_answer
 

@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
-from switchrun.output.plan_tables import render_plan
-from switchrun.output.stats_tables import render_stats
+from switchrun.output.tables import render_plan, render_stats
 from switchrun.planning.types import Estimate, Placement, Plan, TierUse
 from switchrun.units import GIB, MIB
 
