@@ -19,7 +19,7 @@ from switchrun.errors import InputError, UsageError
 from switchrun.machine import processor
 from switchrun.model.records import FillResult, GenerationOptions
 from switchrun.model.sentinels import check_sentinels, replace_blanks
-from switchrun.output.progress import ProgressLine
+from switchrun.output.progress import SessionProgress
 from switchrun.output.sinks import FillFormat, format_failure, format_result
 from switchrun.planning.options import OpenOptions
 
@@ -118,7 +118,7 @@ def fill(
     generation = _generation_options(max_new_tokens, num_beams, sample, temperature, top_p, top_k, seed)
     arguments = _arguments(texts or [])
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    progress = ProgressLine(sys.stderr, wanted=not quiet)
+    progress = SessionProgress(sys.stderr, wanted=not quiet)
     answers = _Answers(style, progress.clear, several=label is not None)
     run = FillRun(FillRequest(generation, batch_size, blank, label), answers)
 
@@ -139,7 +139,7 @@ def fill(
                     )
                 run.fill(session, entries)
                 if stats:
-                    from switchrun.output.stats_tables import render_stats
+                    from switchrun.output.tables import render_stats
 
                     progress.clear()
                     report_lines(render_stats(session.stats()))
@@ -148,7 +148,7 @@ def fill(
     raise typer.Exit(run.exit_code)
 
 
-def open_session(opening: OpenOptions, progress: ProgressLine, warn: Callable[[str], None]) -> Session:
+def open_session(opening: OpenOptions, progress: SessionProgress, warn: Callable[[str], None]) -> Session:
     """Open the model. The tests put a session of their own in the place of this."""
     from switchrun.model.session import open_session as open_it
 
@@ -180,7 +180,7 @@ def _generation_options(
     return GenerationOptions(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, **given)
 
 
-def _warn(progress: ProgressLine | None, warning: str) -> None:
+def _warn(progress: SessionProgress | None, warning: str) -> None:
     """Show a warning, from any thread; nothing if there is no progress line, which is so if quiet is asked for."""
     if progress is not None:
         progress.clear()

@@ -14,7 +14,7 @@ from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError, command
 from switchrun.machine import folders
-from switchrun.output.byte_progress import ByteProgress
+from switchrun.output.progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
 from switchrun.units import format_bytes, format_count
 
@@ -66,7 +66,7 @@ def list_them(
     if style is ListFormat.JSON:
         write_answer(format_record(stores_record(place, stores), indent=True))
     else:
-        from switchrun.output.offload_tables import render_stores
+        from switchrun.output.tables import render_stores
 
         write_answer(render_stores(place, stores))
 
@@ -81,7 +81,7 @@ def verify(
     ] = False,
 ) -> None:
     """Read every stored expert and compare it with its checksum."""
-    from switchrun.output.offload_tables import render_stores, render_verified
+    from switchrun.output.tables import render_stores, render_verified
     from switchrun.store import mending_command, verify_store
 
     place = folders.offload_folder(offload_folder)

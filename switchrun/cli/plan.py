@@ -68,7 +68,7 @@ def plan(
     if style is PlanFormat.JSON:
         write_answer(format_record(made.as_record(), indent=True))
     else:
-        from switchrun.output.plan_tables import render_plan
+        from switchrun.output.tables import render_plan
 
         write_answer(render_plan(made))
 

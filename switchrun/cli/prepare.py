@@ -17,7 +17,7 @@ from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
 from switchrun.machine import folders
-from switchrun.output.byte_progress import ByteProgress
+from switchrun.output.progress import ByteProgress
 from switchrun.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def prepare(
     preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)
     notes.tell()
     if dry_run:
-        from switchrun.output.prepare_tables import render_preparation
+        from switchrun.output.tables import render_preparation
 
         disk, packing_seconds = _calibrate(checkpoint, store, preparation.todo, jobs)
         memory = planning.process_bytes(checkpoint, layout, jobs)

@@ -16,7 +16,7 @@ import torch
 
 from switchrun.kernels.bitsandbytes_ops import operations
 from switchrun.kernels.row_blocks import Unpack, largest_block, linear_by_blocks, linear_by_parts, row_blocks
-from switchrun.machine.processor import has_avx512_bf16
+from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.layout import NF4_BLOCK, nf4_rows_to_a_block
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
@@ -129,7 +129,7 @@ def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
 
     In float32, and on processors without these instructions, it is no faster (`benchmarks/quantised.py`).
     """
-    return dtype is torch.bfloat16 and has_avx512_bf16()
+    return dtype is torch.bfloat16 and has_bf16_instructions()
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:

@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.errors import StorageError
-from switchrun.machine.processor import has_avx512_bf16
+from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
 from switchrun.store.layout import Layout, layout_of, nf4_layout
 from switchrun.store.limit import SizeLimit, touch
@@ -336,4 +336,4 @@ def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
     if dtype != "nf4":
         return [plain]
     tiled = nf4_layout(d_model, d_ff, tiled=True)
-    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_avx512_bf16() else [plain, tiled]
+    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]

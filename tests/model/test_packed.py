@@ -133,7 +133,7 @@ def test_nf4_in_tiles_gives_the_same_from_either_tier(
     save_tiny_tokenizer(folder)
     answers, mismatched = [], []
     for slots, here in ((None, tiled), (1, tiled), (2, tiled), (None, not tiled)):
-        monkeypatch.setattr(expert_store, "has_avx512_bf16", lambda here=here: here)
+        monkeypatch.setattr(expert_store, "has_bf16_instructions", lambda here=here: here)
         options: Any = {"dtype": "nf4", "batch_size": 3, "offload_folder": tmp_path / "tier"}
         with open_with_slots(folder, slots, **options) as session:
             answers.append((fill(session), logits_of(session.engine.model, session)))

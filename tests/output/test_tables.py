@@ -10,8 +10,7 @@ import pytest
 
 from switchrun.dtypes import Dtype, Precision
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
-from switchrun.output.plan_tables import render_plan
-from switchrun.output.stats_tables import render_stats
+from switchrun.output.tables import render_plan, render_stats
 from switchrun.planning.plan import CPU, DISK, Estimate, Placement, Plan, TierUse, gpu_tier
 from switchrun.units import GIB, MIB
 
