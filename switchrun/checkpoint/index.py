@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from switchrun.checkpoint.files import read_json_object, unreadable
-from switchrun.checkpoint.index_cache import FileStamp, default_cache_dir, read_cache, stamp, write_cache
+from switchrun.checkpoint.index_cache import default_cache_dir, read_cache, stamp, write_cache
 from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.checkpoint.torch_file import read_torch
-from switchrun.checkpoint.types import Entry, Kind, Row, TensorTable
+from switchrun.checkpoint.types import Index, Kind
 from switchrun.errors import CorruptCheckpointError, ModelError
 
 CONFIG = "config.json"
@@ -25,21 +24,6 @@ _ENTRIES = (
 #: Files that training leaves beside the weights.
 _NOT_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
 _READERS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """The raw tensors of a folder.
-
-    Attributes:
-        entry: The file from which the others are found: an index JSON, or the only weights file.
-        tensors: All tensors, by the names they have in the files.
-        stamps: Names, sizes and modification times of all files that were read, the configuration's too.
-    """
-
-    entry: Path
-    tensors: TensorTable
-    stamps: tuple[FileStamp, ...]
 
 
 def load_index(folder: Path, cache_dir: Path | None = None) -> Index:
@@ -56,23 +40,11 @@ def load_index(folder: Path, cache_dir: Path | None = None) -> Index:
     folder = folder.resolve()
     entry = _find_entry(folder)
     cache_dir = cache_dir or default_cache_dir()
-    cached = read_cache(cache_dir, folder, entry.name)
-    if cached is not None:
-        return Index(entry, *cached)
-    weight_map = _weight_map(entry) if entry.suffix == ".json" else None
-    files = _shards(entry, weight_map)
-    # Stamped before they are read: a file that changes meanwhile is then seen to have changed.
-    try:
-        stamps = tuple(stamp(folder, path) for path in dict.fromkeys((folder / CONFIG, entry, *files)))
-    except OSError as error:
-        raise unreadable(Path(error.filename or folder), error) from error
-    read = read_torch if entry.name.endswith((".bin", ".bin.index.json", ".pt")) else read_safetensors
-    with ThreadPoolExecutor(_READERS) as pool:
-        # Reading headers from a cold disk is waiting; the parsing itself does not gain from threads.
-        headers = list(pool.map(read, files))
-    tensors = _table(folder, files, headers, weight_map)
-    write_cache(cache_dir, folder, entry.name, tensors, stamps)
-    return Index(entry, tensors, stamps)
+    index = read_cache(cache_dir, entry)
+    if index is None:
+        index = _read_index(folder, entry)
+        write_cache(cache_dir, index)
+    return index
 
 
 def _find_entry(folder: Path) -> Path:
@@ -91,10 +63,39 @@ def _find_entry(folder: Path) -> Path:
             return folder / found[0]
         if found:
             raise ModelError(
-                f"{folder}: {len(found)} {suffix} files and no index that tells which tensor is in which",
+                f"{folder}: {len(found)} {suffix} files and no index that says which tensor is in which",
                 f"add model.safetensors.index.json, or leave only one of {found[0]}, {found[1]}, …",
             )
     raise ModelError(f"{folder}: there are no weights (looked for {', '.join(_ENTRIES)}, *.pt)")
+
+
+def _read_index(folder: Path, entry: Path) -> Index:
+    weight_map = _weight_map(entry) if entry.suffix == ".json" else None
+    names = [entry.name] if weight_map is None else sorted(set(weight_map.values()))
+    files = [folder / name for name in names]
+    if weight_map is not None:
+        _check_shards(entry, files)
+    # Stamped before they are read: a file that changes meanwhile is then seen to have changed.
+    try:
+        stamps = tuple(stamp(folder, path) for path in dict.fromkeys((folder / CONFIG, entry, *files)))
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from error
+    read = read_torch if entry.name.endswith((".bin", ".bin.index.json", ".pt")) else read_safetensors
+    with ThreadPoolExecutor(_READERS) as pool:
+        # Reading headers from a cold disk is waiting; the parsing itself does not gain from threads.
+        headers = dict(zip(names, pool.map(read, files), strict=True))
+    if weight_map is None:
+        weight_map = dict.fromkeys(headers[entry.name], entry.name)
+    numbers = {name: number for number, name in enumerate(names)}
+    kinds: dict[Kind, int] = {}
+    rows: dict[str, tuple[int, int, int]] = {}
+    for name, file in weight_map.items():
+        found = headers[file].get(name)
+        if found is None:
+            raise CorruptCheckpointError(f"{folder / file}: tensor {name} is not in this file, but the index says so")
+        kind = Kind(found.nbytes, found.dtype, found.shape, found.transposed)
+        rows[name] = numbers[file], found.offset, kinds.setdefault(kind, len(kinds))
+    return Index(entry=entry, files=tuple(files), kinds=tuple(kinds), rows=rows, stamps=stamps)
 
 
 def _weight_map(entry: Path) -> dict[str, str]:
@@ -110,10 +111,7 @@ def _weight_map(entry: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shards(entry: Path, weight_map: dict[str, str] | None) -> list[Path]:
-    if weight_map is None:
-        return [entry]
-    files = [entry.parent / name for name in sorted(set(weight_map.values()))]
+def _check_shards(entry: Path, files: list[Path]) -> None:
     try:
         missing = [path for path in files if not path.exists()]
     except OSError as error:  # A name that is longer than the system allows, or a folder that must not be entered.
@@ -124,23 +122,3 @@ def _shards(entry: Path, weight_map: dict[str, str] | None) -> list[Path]:
             f"{missing[0]}: the file is missing{others}; {entry.name} names {len(files)} files",
             "finish the download",
         )
-    return files
-
-
-def _table(
-    folder: Path, files: list[Path], headers: list[dict[str, Entry]], weight_map: dict[str, str] | None
-) -> TensorTable:
-    numbers = {path: number for number, path in enumerate(files)}
-    kinds: dict[Kind, int] = {}
-    rows: dict[str, tuple[int, int, int]] = {}
-    if weight_map is None:
-        weight_map = dict.fromkeys(headers[0], files[0].name)
-    by_name = {name: numbers[folder / name] for name in set(weight_map.values())}
-    for name, file in weight_map.items():
-        number = by_name[file]
-        entry = headers[number].get(name)
-        if entry is None:
-            raise CorruptCheckpointError(f"{files[number]}: tensor {name} is not in this file, but the index says so")
-        kind = Kind(entry.nbytes, entry.dtype, entry.shape, entry.transposed)
-        rows[name] = Row(number, entry.offset, kinds.setdefault(kind, len(kinds)))
-    return TensorTable(tuple(files), tuple(kinds), rows)

@@ -11,59 +11,60 @@ import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
-from switchrun.checkpoint.types import Kind, TensorTable
+from switchrun.checkpoint.types import FileStamp, Index, Kind
 from switchrun.machine.folders import cache_folder
 
 _VERSION = 1
 
 
 def default_cache_dir() -> Path:
-    """The folder for indexes: `index` in `SWITCHRUN_CACHE`, or in the user's cache folder."""
+    """Return the folder for indexes: `index` in `SWITCHRUN_CACHE`, or in the user's cache folder."""
     return cache_folder() / "index"
 
 
-def read_cache(cache_dir: Path, folder: Path, entry: str) -> tuple[TensorTable, tuple[FileStamp, ...]] | None:
-    """Take a folder's index from the cache.
+def read_cache(cache_dir: Path, entry: Path) -> Index | None:
+    """Return the index that belongs to an entry; None if there is none, or a file has changed since.
 
     Args:
         cache_dir: Where indexes are kept.
-        folder: The checkpoint, resolved.
-        entry: The name of the file from which the others are found.
-
-    Returns:
-        The tensors and the stamps; None if there is no index, or it is damaged, or a file has changed since.
+        entry: The file from which the others are found, in the checkpoint's resolved folder.
     """
+    folder = entry.parent
     try:
         checksum, text = _cache_file(cache_dir, folder).read_bytes().split(b"\n", 1)
         if checksum != _checksum(text):
             return None
         record = json.loads(text)
-        if (record["version"], record["folder"], record["entry"]) != (_VERSION, str(folder), entry):
+        if (record["version"], record["folder"], record["entry"]) != (_VERSION, str(folder), entry.name):
             return None
         stamps = tuple(FileStamp(*row) for row in record["stamps"])
         if any(stamp(folder, folder / old.name) != old for old in stamps):
             return None
-        kinds = tuple(Kind(nbytes, dtype, tuple(shape), flag) for nbytes, dtype, shape, flag in record["kinds"])
         places = zip(record["file"], record["offset"], record["kind"], strict=True)
-        rows = dict(zip(record["name"], places, strict=True))
-        return TensorTable(tuple(folder / name for name in record["files"]), kinds, rows), stamps
+        return Index(
+            entry=entry,
+            files=tuple(folder / name for name in record["files"]),
+            kinds=tuple(Kind(nbytes, dtype, tuple(shape), flag) for nbytes, dtype, shape, flag in record["kinds"]),
+            rows=dict(zip(record["name"], places, strict=True)),
+            stamps=stamps,
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_cache(cache_dir: Path, folder: Path, entry: str, tensors: TensorTable, stamps: tuple[FileStamp, ...]) -> None:
-    """Keep a folder's index; a cache that cannot be written to is no reason to fail."""
-    file, offset, kind = zip(*tensors.rows.values(), strict=True) if tensors.rows else ((), (), ())
+def write_cache(cache_dir: Path, index: Index) -> None:
+    """Keep an index; a cache that cannot be written is no reason to fail."""
+    folder = index.entry.parent
+    file, offset, kind = zip(*index.rows.values(), strict=True) if index.rows else ((), (), ())
     record = {
         "version": _VERSION,
         "folder": str(folder),
-        "entry": entry,
-        "stamps": stamps,
-        "files": [path.relative_to(folder).as_posix() for path in tensors.files],
-        "kinds": tensors.kinds,
-        "name": list(tensors.rows),
+        "entry": index.entry.name,
+        "stamps": index.stamps,
+        "files": [path.relative_to(folder).as_posix() for path in index.files],
+        "kinds": index.kinds,
+        "name": list(index.rows),
         "file": file,
         "offset": offset,
         "kind": kind,
@@ -91,16 +92,8 @@ def _checksum(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest().encode()
 
 
-class FileStamp(NamedTuple):
-    """One file as it was when it was read; `name` is relative to the checkpoint's folder."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-
 def stamp(folder: Path, path: Path) -> FileStamp:
-    """Stamp one file.
+    """Return a file's name, size and time of modification.
 
     Raises:
         OSError: There is no such file any more.
@@ -110,11 +103,11 @@ def stamp(folder: Path, path: Path) -> FileStamp:
 
 
 def fingerprint(stamps: Iterable[FileStamp], content: str = "") -> str:
-    """One hash of all stamps: another one if any file has changed.
+    """Return one hash of all stamps, which changes when any file does.
 
     Args:
         stamps: Of all files.
-        content: What tells their content apart, such as a commit. Then their times count for nothing, which another
+        content: What identifies their content, such as a commit. It takes the place of their times, which another
             download or installation of the same files changes.
     """
     lines = "".join(f"{name}\0{size}\0{content or mtime_ns}\n" for name, size, mtime_ns in sorted(stamps))

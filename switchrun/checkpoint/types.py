@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from switchrun.errors import CorruptCheckpointError
 
 Stack = Literal["encoder", "decoder"]
 
@@ -94,7 +96,7 @@ class SwitchCheckpoint:
     experts: Mapping[ExpertKey, ExpertSlices]
     sparse_blocks: Mapping[Stack, tuple[int, ...]]
     fingerprint: str
-    stored_dtype: str = field(default="F32")
+    stored_dtype: str = "F32"
     forms: tuple[tuple[ExpertSlices, int], ...] = ()
 
     @property
@@ -129,23 +131,12 @@ class SwitchCheckpoint:
         return experts + sum(tensor.stored_bytes for tensor in self.dense.values())
 
 
-def plausible(numbers: Iterable[object]) -> bool:
-    """Whether a header's sizes and offsets are whole numbers that a tensor can have.
+class FileStamp(NamedTuple):
+    """One file as it was when it was read; `name` is relative to the checkpoint's folder."""
 
-    Files are not to be trusted: beyond 64 bits even to print a number can fail.
-    """
-    values = list(numbers)
-    return len(values) < 100 and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
-
-
-class Entry(NamedTuple):
-    """One tensor as a container's header tells it: like a `TensorSlice`, without the file."""
-
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    transposed: bool = False
+    name: str
+    size: int
+    mtime_ns: int
 
 
 class Kind(NamedTuple):
@@ -157,34 +148,27 @@ class Kind(NamedTuple):
     transposed: bool
 
 
-class Row(NamedTuple):
-    """One tensor: the number of its file, its first byte there, and the number of its kind."""
-
-    file: int
-    offset: int
-    kind: int
-
-
-class TensorTable(Mapping[str, TensorSlice]):
-    """All tensors of a checkpoint by the names they have in its files.
+@dataclass(frozen=True, slots=True, eq=False)
+class Index(Mapping[str, TensorSlice]):
+    """All tensors of a checkpoint by the names they have in its files; a slice is made when it is asked for.
 
     Attributes:
+        entry: The file from which the others are found: an index JSON, or the only weights file.
         files: The weights files' absolute paths.
         kinds: The distinct kinds.
-        rows: `(file, offset, kind)` of every tensor, as a `Row` or a plain tuple of the same order.
+        rows: The place of every tensor: the number of its file, its first byte there, and the number of its kind.
+        stamps: Of all files that were read, the configuration's too.
     """
 
-    def __init__(
-        self, files: tuple[Path, ...], kinds: tuple[Kind, ...], rows: Mapping[str, tuple[int, int, int]]
-    ) -> None:
-        self.files = files
-        self.kinds = kinds
-        self.rows = rows
+    entry: Path
+    files: tuple[Path, ...]
+    kinds: tuple[Kind, ...]
+    rows: Mapping[str, tuple[int, int, int]]
+    stamps: tuple[FileStamp, ...]
 
     def __getitem__(self, name: str) -> TensorSlice:
-        file, offset, number = self.rows[name]
-        kind = self.kinds[number]
-        return TensorSlice(self.files[file], offset, kind.nbytes, kind.dtype, kind.shape, kind.transposed)
+        file, offset, kind = self.rows[name]
+        return TensorSlice(self.files[file], offset, *self.kinds[kind])
 
     def __contains__(self, name: object) -> bool:
         return name in self.rows
@@ -194,3 +178,19 @@ class TensorTable(Mapping[str, TensorSlice]):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def missing(self, name: str) -> CorruptCheckpointError:
+        """The error to raise for a tensor that the model needs and the checkpoint lacks."""
+        return CorruptCheckpointError(
+            f"{self.entry}: tensor {name} is missing", "the checkpoint is incomplete; download it again"
+        )
+
+    def require(self, name: str) -> TensorSlice:
+        """Return a tensor that the model needs.
+
+        Raises:
+            CorruptCheckpointError: The checkpoint lacks it.
+        """
+        if name not in self.rows:
+            raise self.missing(name)
+        return self[name]
