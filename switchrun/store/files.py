@@ -52,12 +52,8 @@ class StoredExpert:
 class ExpertFormat:
     """Makes and checks the headers of one store's experts.
 
-    A header names its store and its expert, so that a file of another model, or one that was copied to another's
-    place, is told apart without reading its data.
-
-    Args:
-        layout: What the data is.
-        identity: Another one for every other manifest.
+    A header names its store (by its manifest's identity) and its expert, so that a file of another model, or one that
+    was copied to another's place, is recognised without reading its data.
 
     Attributes:
         header_bytes: Length of every header, a multiple of 4096: the data begins there.
@@ -83,7 +79,7 @@ class ExpertFormat:
         return self.header_bytes + self.layout.nbytes
 
     def header(self, key: ExpertKey, checksum: int) -> bytes:
-        """Give all that comes before the data; spaces fill it up, which the format allows."""
+        """Return all that comes before the data; spaces fill it up, which the format allows."""
         length = self.header_bytes - 8
         return length.to_bytes(8, "little") + self._text(key, checksum).ljust(length)
 
@@ -125,11 +121,8 @@ class ExpertFormat:
 def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryview]) -> None:
     """Write a file that is there whole or not at all, whatever happens to the process or the machine.
 
-    Args:
-        store: The store's folder. The temporary file lies in it and not beside the target, so that one listing finds
-            what killed processes left, not one for each of sixty layers.
-        target: The file; one that is there is replaced.
-        chunks: Its bytes.
+    One that is there is replaced. The temporary file lies in the store's folder and not beside the target, so that one
+    listing finds what killed processes left, not one for each of sixty layers.
 
     Raises:
         OSError: It could not be written. Nothing is left behind.
@@ -191,7 +184,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def temporaries(store: Path) -> list[Path]:
-    """Give the temporary files in a store's folder, whoever's they are."""
+    """Return the temporary files in a store's folder, whoever's they are."""
     try:
         return [path for path in store.iterdir() if _TEMPORARY.fullmatch(path.name)]
     except OSError:

@@ -20,7 +20,7 @@ _SCAN_SHARE = 20
 class SizeLimit:
     """Makes room in a store's folder; any thread may call.
 
-    The files' times of modification tell, beyond the life of a process, when each was used (`touch` sets them; times of
+    The files' times of modification show, beyond the life of a process, when each was used (`touch` sets them; times of
     access are not kept by most mounts). Other processes may write into the folder: it is looked through again before
     room is made, unless that was done just now, so together they may exceed the limit by what they wrote meanwhile.
 
@@ -68,7 +68,7 @@ class SizeLimit:
             return True
 
     def settle(self, key: ExpertKey, size: int, written: bool) -> None:
-        """Say what became of reserved bytes: an expert's file, or nothing."""
+        """Give reserved bytes back; if the file was written, it counts from now on."""
         with self._lock:
             self._reserved[key] -= size
             if not self._reserved[key]:

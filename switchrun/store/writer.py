@@ -18,12 +18,8 @@ class BackgroundWriter:
     The disk may be slower than the model meets new experts. Then what does not fit into the buffers is not stored:
     it will be met again, and must not make the model wait now.
 
-    Args:
-        store: Where to.
-        buffers: How many experts may wait, the one being written included. Each takes an expert's bytes of memory
-            once it was used.
-
-    It owns its thread and buffers until `close`. Nothing that happens on the thread is raised anywhere.
+    It owns its thread and its buffers until `close`; a buffer takes an expert's bytes of memory once it was used.
+    Nothing that happens on the thread is raised anywhere.
     """
 
     def __init__(self, store: ExpertStore, buffers: int = 2) -> None:
@@ -49,11 +45,7 @@ class BackgroundWriter:
         return sum(map(len, self._memory))
 
     def offer(self, key: ExpertKey, data: memoryview) -> bool:
-        """Have an expert stored; blocks only for the copy into a buffer.
-
-        Args:
-            key: Which one.
-            data: Its bytes, laid out as the store's layout says; the caller's again when this returns.
+        """Have an expert stored; blocks only for the copy of its data into a buffer.
 
         Returns:
             False if no buffer is free, or nothing is written any more; True if it will be tried, or is being tried.
@@ -88,11 +80,7 @@ class BackgroundWriter:
             self._changed.wait_for(lambda: not self._waiting)
 
     def close(self, finish: bool = True) -> None:
-        """End the thread.
-
-        Args:
-            finish: Write what waits; if not, only the expert being written is finished.
-        """
+        """End the thread; unless it shall `finish` what waits, only the expert being written is finished."""
         with self._changed:
             self._closed = True
         if not finish:
