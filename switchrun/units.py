@@ -23,13 +23,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size: `6GiB`, `6G`, `512 MiB`, `1.5GB` (decimal), `1048576`.
-
-    Args:
-        text: A number and a unit; without a unit it is bytes. `G` alone means GiB.
-
-    Returns:
-        The size in bytes, rounded down.
+    """Read a size: `6GiB`, `6G` (the same), `1.5GB` (decimal), `1048576` (bytes); fractions of a byte are cut off.
 
     Raises:
         UsageError: The text is not a size.

@@ -25,9 +25,8 @@ def cache_folder() -> Path:
 def offload_folder(given: str | Path | None) -> Path:
     """Return the folder for the disk tier that switchrun writes, and for parsed indexes.
 
-    Args:
-        given: The user's choice; without one it is `offload/` in the current folder, if that is there and switchrun's
-            own or empty, else a folder in the user's cache.
+    Unless one is given, it is `offload/` in the current folder, if that is there and switchrun's own or empty; else it
+    is a folder in the user's cache.
     """
     if given is not None:
         return Path(given)
