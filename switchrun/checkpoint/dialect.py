@@ -12,25 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from switchrun.checkpoint import names
 from switchrun.checkpoint.experts import Experts, check_int8, check_rows, check_tensor
 from switchrun.checkpoint.files import open_weights, read_json_object
 from switchrun.checkpoint.index import CONFIG
-from switchrun.checkpoint.index_cache import fingerprint
 from switchrun.checkpoint.locate import Location
-from switchrun.checkpoint.names import (
-    BLOCK_NAME,
-    DECODER_HEAD,
-    EMBEDDINGS,
-    EXPERT_NAME,
-    HEAD,
-    LINEAR_NAME,
-    ROUTER_NAME,
-    SHARED,
-    STACKS,
-    dense_tensors,
-    mlp_layer,
-    mlp_prefix,
-)
 from switchrun.checkpoint.types import Index, Stack, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import CorruptCheckpointError, ModelError
@@ -80,7 +66,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
     matrices = [*dense.values(), *(matrix for form, _ in forms for matrix in form)]
     int8 = any(matrix.dtype == "I8" for matrix in matrices)
     # In transformers' 8 bit models the embedding shows what the rest is computed in.
-    plain = dense[SHARED].dtype if int8 else forms[0][0].wi.dtype
+    plain = dense[names.SHARED].dtype if int8 else forms[0][0].wi.dtype
     repairs.fill(dtype=WEIGHT_DTYPES[plain])
     repairs.change("dtype", WEIGHT_DTYPES[plain], "the experts are stored so")
     return SwitchCheckpoint(
@@ -92,7 +78,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         dense=dense,
         experts=experts,
         sparse_blocks=sparse_blocks,
-        fingerprint=fingerprint(index.stamps, location.content),
+        fingerprint=index.fingerprint(location.content),
         stored_dtype="I8" if int8 else plain,
         forms=forms,
     )
@@ -108,22 +94,22 @@ class _Survey:
         self.has_experts = False
         self.gated = False
         for name in index:
-            if match := EXPERT_NAME.fullmatch(name):
+            if match := names.EXPERT_NAME.fullmatch(name):
                 self._add_sparse(match)
                 self.has_experts = True
                 self.num_experts = max(self.num_experts, int(match[4]) + 1)
-            elif match := ROUTER_NAME.fullmatch(name):
+            elif match := names.ROUTER_NAME.fullmatch(name):
                 self._add_sparse(match)
                 # The router knows how many experts there should be, even if the last ones are lost.
                 self.num_experts = max(self.num_experts, *index[name].shape[:1], 0)
             else:
-                if match := BLOCK_NAME.match(name):
+                if match := names.BLOCK_NAME.match(name):
                     self.blocks[cast(Stack, match[1])].add(int(match[2]))
                 self.gated = self.gated or _GATED_EXPERT.search(name) is not None
 
     def _add_sparse(self, match: re.Match[str]) -> None:
         stack, block, layer = cast(Stack, match[1]), int(match[2]), int(match[3])
-        if layer == mlp_layer(stack):
+        if layer == names.mlp_layer(stack):
             self.blocks[stack].add(block)
             self.sparse[stack].add(block)
 
@@ -140,7 +126,7 @@ def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> No
         )
     if not survey.has_experts:
         raise ModelError(f"{model} is not a Switch Transformers model: none of its tensors belongs to an expert")
-    for stack in STACKS:
+    for stack in names.STACKS:
         if not survey.blocks[stack]:
             raise ModelError(f"{model} has no {stack} blocks; both stacks are needed")
 
@@ -189,7 +175,7 @@ class _Repairs:
 def _repair_geometry(repairs: _Repairs, survey: _Survey, index: Index, model: str) -> dict[Stack, tuple[int, ...]]:
     """Set how many blocks and experts there are; return the blocks of each stack that have experts."""
     sparse_blocks: dict[Stack, tuple[int, ...]] = {}
-    for stack in STACKS:
+    for stack in names.STACKS:
         blocks = survey.blocks[stack]
         layers = max(blocks) + 1
         if len(blocks) != layers:
@@ -200,7 +186,7 @@ def _repair_geometry(repairs: _Repairs, survey: _Survey, index: Index, model: st
         _repair_step(repairs, stack, layers, sparse_blocks[stack], model)
     experts = survey.num_experts
     repairs.change("num_experts", experts, f"the checkpoint has {format_count(experts, 'expert')} in a sparse block")
-    sparse_layers = [mlp_prefix(stack, block) for stack in STACKS for block in sparse_blocks[stack]]
+    sparse_layers = [names.mlp_prefix(stack, block) for stack in names.STACKS for block in sparse_blocks[stack]]
     repairs.fill(router_bias=False)
     if any(f"{layer}.router.classifier.bias" in index for layer in sparse_layers):
         repairs.change("router_bias", True, "the checkpoint's routers have biases")
@@ -256,26 +242,26 @@ def _built_sparse(layers: int, step: int) -> tuple[int, ...]:
 def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], index: Index) -> dict[str, TensorSlice]:
     """Return the tensors that are no expert's, by their canonical names, each of them checked."""
     # A save of tied weights may keep any one of their three names.
-    shared = next((name for name in (SHARED, *EMBEDDINGS) if name in index), None)
+    shared = next((name for name in (names.SHARED, *names.EMBEDDINGS) if name in index), None)
     if shared is None:
-        raise index.missing(SHARED)
-    if shared != SHARED:
-        repairs.rename(shared, SHARED, "the embedding was saved under this name only")
+        raise index.missing(names.SHARED)
+    if shared != names.SHARED:
+        repairs.rename(shared, names.SHARED, "the embedding was saved under this name only")
     head = find_head(index, shared, repairs)
-    stored_as = {SHARED: shared, HEAD: head}
+    stored_as = {names.SHARED: shared, names.HEAD: head}
     dense: dict[str, TensorSlice] = {}
-    for name, shape in dense_tensors(repairs.config, sparse_blocks, tied=head is None):
+    for name, shape in names.dense_tensors(repairs.config, sparse_blocks, tied=head is None):
         source = stored_as.get(name) or name
-        if LINEAR_NAME.fullmatch(source) and index.require(source).dtype == "I8":
+        if names.LINEAR_NAME.fullmatch(source) and index.require(source).dtype == "I8":
             dense[name] = check_int8(index, source, shape)
             check_rows(index, source)
         else:
             dense[name] = check_tensor(index, source, shape)
     if head is not None:
         # With an untied head transformers 5 lets the stacks have embeddings of their own, and saves them.
-        for name in EMBEDDINGS:
-            if name in index and index[name] != dense[SHARED]:
-                dense[name] = check_tensor(index, name, dense[SHARED].shape)
+        for name in names.EMBEDDINGS:
+            if name in index and index[name] != dense[names.SHARED]:
+                dense[name] = check_tensor(index, name, dense[names.SHARED].shape)
     return dense
 
 
@@ -288,20 +274,20 @@ def find_head(index: Index, shared: str, repairs: _Repairs) -> str | None:
         The name of the head's tensor, or None if the head is tied to the embedding, which is called `shared`.
     """
     says_tied = repairs.config.get(_TIE) is not False
-    if HEAD not in index and DECODER_HEAD in index:
-        repairs.rename(DECODER_HEAD, HEAD, "transformers knows the head by this name")
+    if names.HEAD not in index and names.DECODER_HEAD in index:
+        repairs.rename(names.DECODER_HEAD, names.HEAD, "transformers knows the head by this name")
         repairs.change(_TIE, False, "the checkpoint has a head of its own")
-        return DECODER_HEAD
-    if HEAD not in index:
+        return names.DECODER_HEAD
+    if names.HEAD not in index:
         if not says_tied:
             repairs.change(_TIE, True, "the checkpoint has no head of its own")
         repairs.config[_TIE] = True
         return None
-    if says_tied and _same(index[HEAD], index[shared]):
+    if says_tied and _same(index[names.HEAD], index[shared]):
         repairs.config[_TIE] = True
         return None
-    repairs.change(_TIE, False, f"{HEAD} differs from {shared}")
-    return HEAD
+    repairs.change(_TIE, False, f"{names.HEAD} differs from {shared}")
+    return names.HEAD
 
 
 def _same(head: TensorSlice, shared: TensorSlice) -> bool:

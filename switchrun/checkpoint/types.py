@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,9 @@ class TensorSlice:
     """Where one tensor lies: a dense byte range of one file.
 
     Attributes:
-        file: The file's absolute path.
-        offset: First byte of the tensor in the file.
-        nbytes: Length in bytes.
+        file: An absolute path.
         dtype: The stored dtype, as safetensors names it (`BF16`).
-        shape: The tensor's shape, for a linear layer's weight `[out, in]`.
+        shape: For a linear layer's weight `[out, in]`.
         transposed: A matrix whose bytes are in column-major order: the range holds `[in, out]`. Torch files keep
             strides, and conversions from JAX leave such matrices behind.
         scales: Where the scales of a matrix in int8 lie (`SCB`, float32 `[out]`); None for any other tensor.
@@ -78,10 +77,8 @@ class SwitchCheckpoint:
         repairs: What was wrong in the checkpoint's configuration or names, one sentence each.
         dense: Every tensor that is not an expert's, by its canonical name in transformers. `lm_head.weight` is
             there only when the head is not tied, the two `embed_tokens` only when they are not `shared.weight`.
-        experts: The slices of every expert.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
-        fingerprint: Changes when any file of the checkpoint does: names, sizes, and the Hub's commit, what the demo's
-            weights begin and end with, or else modification times.
+        fingerprint: Changes when any file of the checkpoint does; see `Index.fingerprint`.
         stored_dtype: What the experts are stored in; `I8` if any linear layer of the checkpoint is.
         forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how many have
             that form; empty if all are like the first.
@@ -137,6 +134,16 @@ class FileStamp(NamedTuple):
     name: str
     size: int
     mtime_ns: int
+
+    @classmethod
+    def of(cls, folder: Path, path: Path) -> FileStamp:
+        """Stamp one file.
+
+        Raises:
+            OSError: There is no such file any more.
+        """
+        status = path.stat()
+        return cls(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
 
 
 class Kind(NamedTuple):
@@ -194,3 +201,13 @@ class Index(Mapping[str, TensorSlice]):
         if name not in self.rows:
             raise self.missing(name)
         return self[name]
+
+    def fingerprint(self, content: str) -> str:
+        """Return one hash of all stamps, which changes when any file does.
+
+        Args:
+            content: What identifies the files' content, such as a commit. It takes the place of their times, which
+                another download or installation of the same files changes. Empty if nothing does.
+        """
+        lines = "".join(f"{name}\0{size}\0{content or mtime_ns}\n" for name, size, mtime_ns in sorted(self.stamps))
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchrun.machine.folders import cache_folder
+from switchrun.machine.folders import cache_folder, write_cache_file
 
 
 def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: float = 0.5) -> float | None:
@@ -113,20 +113,11 @@ def known_bandwidth(path: Path) -> float | None:
 
 
 def remember(what: str, path: Path, value: Any) -> None:
-    """Keep something about the filesystem that `path` lies on, as JSON.
-
-    Nothing is kept of one that nothing identifies, and a cache that cannot be written is no reason to fail.
-    """
+    """Keep something about the filesystem that `path` lies on, as JSON, if anything identifies that."""
     identity = filesystem_id(path)
-    if identity is None:
-        return
-    file = cache_folder() / f"{what}.json"
-    with contextlib.suppress(OSError):
+    if identity is not None:
         known = _remembered(what) | {identity: value}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        temporary.replace(file)
+        write_cache_file(cache_folder() / f"{what}.json", json.dumps(known).encode())
 
 
 def recall(what: str, path: Path) -> Any:

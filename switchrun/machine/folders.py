@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 from pathlib import Path
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
@@ -20,6 +22,19 @@ def cache_folder() -> Path:
     import platformdirs  # not needed by `switchrun --help`
 
     return platformdirs.user_cache_path("switchrun")
+
+
+def write_cache_file(file: Path, data: bytes) -> None:
+    """Write a file that may be lost, whole or not at all; a cache that cannot be written is no reason to fail."""
+    # A name of its own: two processes may write the same file at once.
+    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def offload_folder(given: str | Path | None) -> Path:

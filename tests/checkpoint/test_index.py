@@ -95,7 +95,7 @@ def test_a_deleted_shard_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "version", "columns", "directory"])
 def test_a_damaged_cache_counts_as_absent(tmp_path: Path, reads: list[str], damage: str) -> None:
-    from switchrun.checkpoint.index_cache import _checksum
+    from switchrun.checkpoint.index import _checksum
 
     folder = save(tmp_path / "m")
     expected = dict(load_index(folder, tmp_path / "c"))
