@@ -22,9 +22,7 @@ from pathlib import Path
 class SwitchrunError(Exception):
     """The base of every error that switchrun raises on purpose.
 
-    Args:
-        message: What is wrong, in one line, naming the file, tensor or option.
-        hint: What to do about it, in one line; empty if there is nothing to say.
+    The message names the file, tensor or option in one line; the hint says in another one what to do, or is empty.
     """
 
     exit_code = 1

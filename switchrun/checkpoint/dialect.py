@@ -39,10 +39,7 @@ _SAMPLE_BYTES = 4096
 
 
 def understand(location: Location, index: Index) -> SwitchCheckpoint:
-    """Make a Switch checkpoint of a folder's tensors and its `config.json`.
-
-    Returns:
-        The checkpoint, every tensor of which is there and has the right shape.
+    """Make a Switch checkpoint of a folder's tensors, all of which are checked, and its `config.json`.
 
     Raises:
         ModelError: It is no Switch model, or of a kind that is not supported.
@@ -80,7 +77,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         sparse_blocks=sparse_blocks,
         fingerprint=index.fingerprint(location.content),
         stored_dtype="I8" if int8 else plain,
-        forms=forms,
+        expert_forms=forms,
     )
 
 
@@ -132,12 +129,7 @@ def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> No
 
 
 class _Repairs:
-    """A copy of `config.json` and what was changed in it.
-
-    Attributes:
-        config: The configuration so far.
-        sentences: What was wrong, one sentence each.
-    """
+    """A copy of `config.json`, and what was wrong with it, one sentence each."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
@@ -167,10 +159,6 @@ class _Repairs:
         self.sentences.append(f"{key}{shown} → {json.dumps(value)}: {why}")
         self.config[key] = value
 
-    def rename(self, stored: str, canonical: str, why: str) -> None:
-        """Note that a tensor is stored under another name than transformers has for it."""
-        self.sentences.append(f"{stored} → {canonical}: {why}")
-
 
 def _repair_geometry(repairs: _Repairs, survey: _Survey, index: Index, model: str) -> dict[Stack, tuple[int, ...]]:
     """Set how many blocks and experts there are; return the blocks of each stack that have experts."""
@@ -195,7 +183,8 @@ def _repair_geometry(repairs: _Repairs, survey: _Survey, index: Index, model: st
 
 def _repair_step(repairs: _Repairs, stack: Stack, layers: int, sparse: tuple[int, ...], model: str) -> None:
     own = _configured_step(repairs.config, stack, layers)
-    step = _find_step(layers, sparse, own)
+    candidates = (own, *range(layers, -1, -1))  # as it is, else the largest
+    step = next((step for step in candidates if _built_sparse(layers, step) == sparse), None)
     which = f"experts in {stack} blocks {', '.join(map(str, sparse)) or 'none'}"
     if step is None:
         raise ModelError(
@@ -221,17 +210,6 @@ def _configured_step(config: Mapping[str, Any], stack: Stack, layers: int) -> in
     return layers // num_sparse if num_sparse > 0 else layers
 
 
-def _find_step(layers: int, sparse: tuple[int, ...], own: int) -> int | None:
-    """Return the step, `own` if it will do, that makes transformers build just these blocks with experts."""
-    if not sparse:
-        guess = 0
-    elif sparse[0] == 0:
-        guess = 1
-    else:
-        guess = sparse[1] - sparse[0] if len(sparse) > 1 else layers
-    return next((step for step in (own, guess) if _built_sparse(layers, step) == sparse), None)
-
-
 def _built_sparse(layers: int, step: int) -> tuple[int, ...]:
     """Return the blocks that transformers builds with experts (SwitchTransformersStack.__init__)."""
     if step == 0:
@@ -246,7 +224,7 @@ def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], in
     if shared is None:
         raise index.missing(names.SHARED)
     if shared != names.SHARED:
-        repairs.rename(shared, names.SHARED, "the embedding was saved under this name only")
+        repairs.sentences.append(f"{shared} → {names.SHARED}: the embedding was saved under this name only")
     head = find_head(index, shared, repairs)
     stored_as = {names.SHARED: shared, names.HEAD: head}
     dense: dict[str, TensorSlice] = {}
@@ -266,16 +244,14 @@ def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], in
 
 
 def find_head(index: Index, shared: str, repairs: _Repairs) -> str | None:
-    """Decide from the tensors whether the head is tied, and put the answer into the configuration.
+    """Return the name of the head's tensor, or None if the head is tied to the embedding, which is called `shared`.
 
-    It matters beyond the matrix itself: with a tied head the decoder's output is scaled by d_model^-0.5.
-
-    Returns:
-        The name of the head's tensor, or None if the head is tied to the embedding, which is called `shared`.
+    The configuration is repaired to say so. It matters beyond the matrix itself: with a tied head the decoder's output
+    is scaled by d_model^-0.5.
     """
     says_tied = repairs.config.get(_TIE) is not False
     if names.HEAD not in index and names.DECODER_HEAD in index:
-        repairs.rename(names.DECODER_HEAD, names.HEAD, "transformers knows the head by this name")
+        repairs.sentences.append(f"{names.DECODER_HEAD} → {names.HEAD}: transformers knows the head by this name")
         repairs.change(_TIE, False, "the checkpoint has a head of its own")
         return names.DECODER_HEAD
     if names.HEAD not in index:

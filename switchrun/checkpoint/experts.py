@@ -17,11 +17,7 @@ _ROWS = 0
 
 
 def check_tensor(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
-    """Return a tensor that has the right shape and a dtype that weights may have.
-
-    Raises:
-        CorruptCheckpointError: It is missing, or has another shape or dtype.
-    """
+    """Return a tensor; CorruptCheckpointError if it is missing, or its shape or dtype is not that of the weights."""
     tensor = _check_shape(index, name, shape)
     if tensor.dtype not in WEIGHT_DTYPES:
         allowed = ", ".join(sorted(WEIGHT_DTYPES))
@@ -32,11 +28,7 @@ def check_tensor(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice
 
 
 def check_int8(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
-    """Return a matrix in int8 that has the right shape, with its scales as bitsandbytes stores them.
-
-    Raises:
-        CorruptCheckpointError: The matrix or its scales are missing, or have another shape or dtype.
-    """
+    """Return a matrix in int8 with its scales; CorruptCheckpointError if they are not as bitsandbytes saves them."""
     tensor = _check_shape(index, name, shape)
     scales = _check_shape(index, scales_of(name), shape[:1])
     if scales.dtype != "F32":
@@ -54,12 +46,7 @@ def _check_shape(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice
 
 
 def check_rows(index: Index, name: str) -> None:
-    """Check that a matrix in int8 lies row by row; before 0.45, bitsandbytes might save the tiles that a GPU wants.
-
-    Raises:
-        ModelError: It does not.
-        CorruptCheckpointError: The file is truncated.
-    """
+    """Raise ModelError for a matrix in int8 that lies in a GPU's tiles, as bitsandbytes before 0.45 might save it."""
     layout = index.get(f"{name}_format")
     if layout is None or layout.nbytes != 1:
         return
@@ -112,13 +99,10 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
         return len(self._prefixes) * self._num_experts
 
     def check(self, d_model: int, d_ff: int) -> tuple[tuple[ExpertSlices, int], ...]:
-        """Check that every expert is there, with the right shapes and one dtype, beside which there may be int8.
-
-        Returns:
-            An expert of each form, and how many have it.
+        """Check every expert, and return one of each form in which they are stored, with how many there are of it.
 
         Raises:
-            CorruptCheckpointError: A tensor is missing or wrong; it names the first one.
+            CorruptCheckpointError: A tensor is missing or has the wrong shape, or there are two dtypes beside int8.
         """
         shapes = {"wi": (d_ff, d_model), "wo": (d_model, d_ff)}
         plain: str | None = None

@@ -15,13 +15,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 class WeightsFile:
-    """A weights file that is open for reading its headers; see `open_weights`.
-
-    Attributes:
-        path: Where it lies.
-        file: The open file.
-        size: Its length in bytes.
-    """
+    """A weights file that is open for reading its headers, and its size in bytes; see `open_weights`."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
@@ -29,11 +23,7 @@ class WeightsFile:
         self.size = file.seek(0, os.SEEK_END)
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset`.
-
-        Raises:
-            CorruptCheckpointError: The file ends before that.
-        """
+        """Read `length` bytes from `offset`, or raise CorruptCheckpointError if the file ends before that."""
         self.file.seek(offset)
         parts: list[bytes] = []
         missing = length
@@ -81,11 +71,7 @@ def plausible(numbers: Iterable[object]) -> bool:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Raises:
-        CorruptCheckpointError: It is not JSON, not an object, or cannot be read.
-    """
+    """Read a JSON file that holds one object, or raise CorruptCheckpointError if it does not."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:

@@ -37,10 +37,6 @@ _CACHE_VERSION = 1
 def load_index(folder: Path, cache_dir: Path | None = None) -> Index:
     """Index a folder's tensors, or take the index from the cache if no file has changed since.
 
-    Args:
-        folder: The checkpoint.
-        cache_dir: Where indexes are kept; by default `index` in the user's cache folder.
-
     Raises:
         ModelError: The folder holds no configuration or no weights.
         CorruptCheckpointError: A shard is missing or damaged, or does not hold what the index JSON says.

@@ -19,13 +19,9 @@ _WAYS = "give a folder that holds config.json, or a Hub id such as google/switch
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a checkpoint lies.
+    """Where a checkpoint lies; its id is what the user called it, its revision the Hub's commit.
 
-    Attributes:
-        id: What the user called it.
-        revision: The Hub's commit, if it came from there.
-        path: The folder.
-        content: What identifies the files' content, whatever their times; empty if nothing but those does.
+    `content` is what identifies the files' content, whatever their times; empty if nothing but those does.
     """
 
     id: str

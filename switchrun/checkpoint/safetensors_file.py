@@ -20,11 +20,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 def read_safetensors(path: Path) -> dict[str, TensorSlice]:
-    """Read which tensors a safetensors file holds, and where.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated, or its header makes no sense.
-    """
+    """Read which tensors a safetensors file holds, and where; CorruptCheckpointError if its header makes no sense."""
     with open_weights(path) as file:
         header_bytes = int.from_bytes(file.read(0, 8), "little")
         if header_bytes > _MAX_HEADER_BYTES:

@@ -58,7 +58,7 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-# The stand-ins have empty `__slots__`: a pickle can set attributes on whatever it holds, and these have none to set.
+# A pickle can set attributes on whatever it holds: the stand-ins have none to set, hence the empty `__slots__`.
 
 
 class _StorageType(NamedTuple):
@@ -83,13 +83,6 @@ class _RebuildParameter:
         return data
 
 
-class _Size:
-    __slots__ = ()
-
-    def __call__(self, items: Any = ()) -> tuple[Any, ...]:
-        return tuple(items)
-
-
 class _Ignored:
     """Stands for a dtype or layout, as a value or as what makes one."""
 
@@ -104,7 +97,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     ("torch.serialization", "_get_layout"): _Ignored(),
-    ("torch", "Size"): _Size(),
+    ("torch", "Size"): tuple,
     **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
     **{
         ("torch", name): _Ignored()
@@ -165,7 +158,6 @@ class _Archive:
     def __init__(self, file: WeightsFile) -> None:
         self._file = file
         self._infos = self._directory()
-        self._offsets: dict[str, int] = {}
         pickles = [name for name in self._infos if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
             raise self._corrupt("a zip archive, but not one that torch wrote (no data.pkl)")
@@ -208,14 +200,8 @@ class _Archive:
         offset = tensor.offset * itemsize
         if offset + nbytes > length:
             raise self._corrupt(f"tensor {name} needs {offset + nbytes} bytes of a storage that has {length}")
-        return TensorSlice(
-            self._file.path,
-            offset=start + offset,
-            nbytes=nbytes,
-            dtype=dtype,
-            shape=tensor.shape,
-            transposed=transposed,
-        )
+        place = start + offset
+        return TensorSlice(self._file.path, place, nbytes, dtype=dtype, shape=tensor.shape, transposed=transposed)
 
     def _read(self, name: str) -> bytes:
         return self._file.read(*self._range(name))
@@ -226,9 +212,7 @@ class _Archive:
             raise self._corrupt(f"the archive lacks its entry {ascii(name)[1:-1]}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise self._corrupt("the archive is compressed, so that it cannot be read in place", _RESAVE)
-        start = self._offsets.get(name)
-        if start is None:
-            start = self._offsets[name] = self._data_offset(info)
+        start = self._data_offset(info)
         if start + info.file_size > self._file.size:
             raise self._file.truncated("its zip directory names a place beyond its end")
         return start, info.file_size

@@ -80,8 +80,8 @@ class SwitchCheckpoint:
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
         fingerprint: Changes when any file of the checkpoint does; see `Index.fingerprint`.
         stored_dtype: What the experts are stored in; `I8` if any linear layer of the checkpoint is.
-        forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how many have
-            that form; empty if all are like the first.
+        expert_forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how
+            many have that form; never empty.
     """
 
     id: str
@@ -93,8 +93,8 @@ class SwitchCheckpoint:
     experts: Mapping[ExpertKey, ExpertSlices]
     sparse_blocks: Mapping[Stack, tuple[int, ...]]
     fingerprint: str
-    stored_dtype: str = "F32"
-    forms: tuple[tuple[ExpertSlices, int], ...] = ()
+    stored_dtype: str
+    expert_forms: tuple[tuple[ExpertSlices, int], ...]
 
     @property
     def num_experts(self) -> int:
@@ -105,11 +105,6 @@ class SwitchCheckpoint:
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored; of the largest, if some are in int8 and some are not."""
         return max(form.nbytes for form, _ in self.expert_forms)
-
-    @property
-    def expert_forms(self) -> tuple[tuple[ExpertSlices, int], ...]:
-        """`forms`, never empty."""
-        return self.forms or ((next(iter(self.experts.values())), len(self.experts)),)
 
     @property
     def has_int8_experts(self) -> bool:
@@ -137,11 +132,7 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, folder: Path, path: Path) -> FileStamp:
-        """Stamp one file.
-
-        Raises:
-            OSError: There is no such file any more.
-        """
+        """Stamp one file, or raise OSError if it is not there any more."""
         status = path.stat()
         return cls(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
 
@@ -177,9 +168,6 @@ class Index(Mapping[str, TensorSlice]):
         file, offset, kind = self.rows[name]
         return TensorSlice(self.files[file], offset, *self.kinds[kind])
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.rows
-
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
 
@@ -193,11 +181,7 @@ class Index(Mapping[str, TensorSlice]):
         )
 
     def require(self, name: str) -> TensorSlice:
-        """Return a tensor that the model needs.
-
-        Raises:
-            CorruptCheckpointError: The checkpoint lacks it.
-        """
+        """Return a tensor that the model needs, or raise CorruptCheckpointError if the checkpoint lacks it."""
         if name not in self.rows:
             raise self.missing(name)
         return self[name]
@@ -205,9 +189,8 @@ class Index(Mapping[str, TensorSlice]):
     def fingerprint(self, content: str) -> str:
         """Return one hash of all stamps, which changes when any file does.
 
-        Args:
-            content: What identifies the files' content, such as a commit. It takes the place of their times, which
-                another download or installation of the same files changes. Empty if nothing does.
+        If anything identifies the files' content, such as a commit, that takes the place of their times, which another
+        download or installation of the same files changes.
         """
         lines = "".join(f"{name}\0{size}\0{content or mtime_ns}\n" for name, size, mtime_ns in sorted(self.stamps))
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

@@ -26,11 +26,7 @@ _NAME_BYTES = 128
 class Gpu:
     """A GPU that this process may use.
 
-    Attributes:
-        number: Its number for torch and in a device map: the 1 of `cuda:1` and `gpu:1`.
-        name: What its maker calls it.
-        total_bytes: Its memory.
-        free_bytes: What no process has taken of it.
+    Its number is that of torch and of device maps: the 1 of `cuda:1` and `gpu:1`. What no process has taken is free.
     """
 
     number: int
@@ -62,12 +58,10 @@ def driver_version() -> str | None:
     if _load_cuda() is None:
         return None
     with _nvml() as nvml:
-        if nvml is None:
-            return None
-        try:
-            return str(nvml.nvmlSystemGetDriverVersion())
-        except nvml.NVMLError:
-            return None
+        if nvml is not None:
+            with contextlib.suppress(nvml.NVMLError):
+                return str(nvml.nvmlSystemGetDriverVersion())
+    return None
 
 
 def torch_cuda() -> str | None:

@@ -16,7 +16,7 @@ from switchrun.errors import StorageError
 from switchrun.machine.processor import has_avx512_bf16
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
 from switchrun.store.layout import Layout, layout_of, nf4_layout
-from switchrun.store.limit import SizeLimit, touch
+from switchrun.store.limit import SizeLimit
 from switchrun.store.manifest import MANIFEST, Manifest, check_manifest
 from switchrun.store.paths import clear_hint, expert_path, model_name, store_folder
 from switchrun.units import format_bytes
@@ -43,7 +43,7 @@ class ExpertStore:
         offload: The offload folder; the store is a folder in it, begun here if it is not there.
         manifest: What the store is of, with the layout of one that is begun now.
         other_layouts: What the layout may be in one that is there.
-        limit_bytes: What the experts may take on disk; None is no limit.
+        limit_bytes: What the experts may take on disk.
         read_only: Write, delete and touch nothing.
         must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
         warn: Gets warnings; they are logged without it.
@@ -91,7 +91,7 @@ class ExpertStore:
             try:
                 manifest.write(self.folder)
             except OSError as error:
-                self._give_up(error)
+                self.stop_writing(error.strerror or str(error))
         if self._limit is not None:
             self._limit.trim()
 
@@ -121,9 +121,9 @@ class ExpertStore:
     def find(self, key: ExpertKey) -> StoredExpert | None:
         """Return the place of an expert, if it is stored.
 
-        The first time, its header is read and checked. From then on that is remembered, so it may be gone; see the
-        class. An expert that is not there costs one failing system call each time, so what other processes write is
-        found. A damaged file is discarded here.
+        The first time, its header is read and checked, and a damaged file is discarded. From then on it is remembered,
+        so it may be gone; see the class. An expert that is not there costs one failing system call each time, so what
+        other processes write is found.
         """
         with self._lock:
             known = self._known.get(key)
@@ -149,20 +149,18 @@ class ExpertStore:
                 self._warn(f"cannot read {path}: {error.strerror}; such experts are taken from the checkpoint")
             return None
         if not self._read_only:
-            touch(path)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # for the size limit: it was used now
         with self._lock:
             return self._known.setdefault(key, found)
 
     def write(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
-        """Store an expert, laid out as the store's layout says; one that is there is replaced.
+        """Store an expert, or replace it, and return whether that worked; blocks until it is safely on disk.
 
-        Blocks until it is safely on disk. Trouble with the disk ends all further writing, with one warning.
-
-        Returns:
-            Whether it is stored now.
+        Trouble with the disk ends all further writing, with one warning.
 
         Raises:
-            ValueError: The buffer has another length than the layout.
+            ValueError: The buffer has another length than the store's layout.
             StorageError: There is trouble with the disk, and the store was opened with `must_write`.
         """
         data = memoryview(buffer).cast("B")
@@ -184,7 +182,7 @@ class ExpertStore:
         except FileNotFoundError:
             return False  # The folder was cleared meanwhile. It is made again for the next expert.
         except OSError as error:
-            self._give_up(error)
+            self.stop_writing(error.strerror or str(error))
             return False
         finally:
             if self._limit is not None:
@@ -209,10 +207,7 @@ class ExpertStore:
             return key in self._verified
 
     def verify(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
-        """Whether an expert's data, as read from its file, has the checksum that the file states.
-
-        If it has not, the caller discards the expert.
-        """
+        """Whether an expert's data has the checksum that its file states; if not, the caller discards the expert."""
         checksum = xxh3_64_intdigest(memoryview(buffer).cast("B"))
         known = self.find(key)
         if known is not None and known.checksum != checksum:
@@ -226,7 +221,7 @@ class ExpertStore:
         return True
 
     def discard(self, key: ExpertKey, reason: str = "its bytes do not match its checksum") -> None:
-        """Delete an expert's file that is damaged, and warn. One that is gone is forgotten without a word.
+        """Delete an expert's file that is damaged, and warn; one that is gone is forgotten without a word.
 
         Whoever has the file open closes it: a new file of that name will be another one.
         """
@@ -255,9 +250,6 @@ class ExpertStore:
             raise StorageError(f"{self.folder} cannot be written: {reason}", "make room, or name another folder")
         if was:
             self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
-
-    def _give_up(self, error: OSError) -> None:
-        self.stop_writing(error.strerror or str(error))
 
     def _forget(self, key: ExpertKey) -> None:
         with self._lock:

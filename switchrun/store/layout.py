@@ -84,11 +84,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, rows: Any) -> Layout:
-        """Read what `to_json` returned.
-
-        Raises:
-            ValueError: It is not that.
-        """
+        """Read what `to_json` returned, or raise ValueError if it is not that."""
         try:
             return cls.of((str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in rows)
         except (TypeError, KeyError, OverflowError) as error:
@@ -139,11 +135,7 @@ def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
 
 
 def layout_of(dtype: str, d_model: int, d_ff: int) -> Layout:
-    """Lay out an expert in a packed dtype, as bitsandbytes does.
-
-    Raises:
-        ValueError: It is neither `int8` nor `nf4`.
-    """
+    """Lay out an expert in a packed dtype, `int8` or `nf4`, as bitsandbytes does."""
     if dtype == "int8":
         return int8_layout(d_model, d_ff)
     if dtype == "nf4":

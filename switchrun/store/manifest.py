@@ -25,10 +25,8 @@ class Manifest:
     Attributes:
         model: What names the model: its Hub id and commit, its folder (absolute, since any other means another model
             elsewhere), or `demo`.
-        fingerprint: Changes when the checkpoint does: the Hub's commit, or a hash of its files' stamps.
+        fingerprint: Changes when the checkpoint does.
         dtype: The packed dtype that the experts are stored in, such as `int8`.
-        layout: What an expert's data is.
-        version: The format of the store.
     """
 
     model: str
@@ -53,11 +51,7 @@ class Manifest:
         return json.dumps(record, indent=1).encode() + b"\n"
 
     def write(self, folder: Path) -> None:
-        """Write it into a store's folder, which is made if it is not there.
-
-        Raises:
-            OSError: That is not possible.
-        """
+        """Write it into a store's folder, which is made if it is not there; OSError if that is not possible."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder, folder / MANIFEST, [self._text()])
 
@@ -89,11 +83,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], hint: str) -> Manifest | None:
-    """Return the manifest of a store, which may have any of these layouts; None if there is no store yet.
-
-    Raises:
-        CorruptCheckpointError: It is damaged, or something else's.
-    """
+    """Return a store's manifest, None without one; CorruptCheckpointError if it is damaged, or something else's."""
     try:
         found = read_manifest(folder)
     except (ValueError, OSError) as error:

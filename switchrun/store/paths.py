@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -66,16 +67,9 @@ def block_folders(folder: Path) -> list[tuple[Stack, int, Path]]:
 def stored_experts(folder: Path) -> Iterator[tuple[ExpertKey, os.stat_result]]:
     """Yield the experts that a store has; what vanishes meanwhile is left out."""
     for stack, block, block_folder in block_folders(folder):
-        try:
-            with os.scandir(block_folder) as entries:
-                for entry in entries:
-                    match = _EXPERT.fullmatch(entry.name)
-                    if match is None:
-                        continue
-                    try:
-                        if entry.is_file(follow_symlinks=False):
-                            yield ExpertKey(stack, block, int(match[1])), entry.stat(follow_symlinks=False)
-                    except OSError:
-                        continue
-        except OSError:
-            continue
+        with contextlib.suppress(OSError), os.scandir(block_folder) as entries:
+            for entry in entries:
+                match = _EXPERT.fullmatch(entry.name)
+                with contextlib.suppress(OSError):
+                    if match and entry.is_file(follow_symlinks=False):
+                        yield ExpertKey(stack, block, int(match[1])), entry.stat(follow_symlinks=False)

@@ -25,14 +25,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """One store that was found.
+    """One store that was found, and how many experts it has, with what they take, headers included.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it is of; None if that cannot be read. One of another format version has no layout.
-        experts: How many are stored.
-        nbytes: What they take, headers included.
-        problem: Why it cannot be used, in words; empty if it can.
+        manifest: None if it cannot be read. One of another format version has no layout.
+        problem: Why the store cannot be used, in words; empty if it can.
     """
 
     folder: Path
@@ -44,13 +41,7 @@ class StoreInfo:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify_store` found.
-
-    Attributes:
-        experts: How many were read.
-        nbytes: Their bytes, headers included.
-        damaged: (file, what is wrong) of each that is not as it was written.
-    """
+    """How many experts `verify_store` read, their bytes with headers, and (file, what is wrong) of damaged ones."""
 
     experts: int
     nbytes: int
@@ -76,9 +67,7 @@ def _describe(folder: Path) -> StoreInfo:
 
 
 def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool = False) -> VerifyReport:
-    """Read every expert of a store and compare it with its checksum; memory stays small.
-
-    With `delete`, what is damaged is deleted, where that is possible.
+    """Read every expert of a store and compare it with its checksum; with `delete`, delete what is damaged.
 
     Raises:
         CorruptCheckpointError: The store's manifest is missing, or cannot be used.
@@ -130,13 +119,10 @@ def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
 
 
 def clear_store(folder: Path, progress: Progress | None = None) -> int:
-    """Delete a store, and return the bytes that were freed; only files that switchrun writes go.
+    """Delete the files that switchrun writes into a store, and return the bytes that were freed.
 
-    The manifest goes last: a store that was cleared halfway is still found, and can be cleared again. A process that
-    uses the store meanwhile takes its experts from the checkpoint.
-
-    Raises:
-        OSError: A file cannot be deleted.
+    The manifest goes last: if OSError ends this halfway, the store is still found, and can be cleared again. A process
+    that uses the store meanwhile takes its experts from the checkpoint.
     """
     found = list(stored_experts(folder))
     total, freed = sum(status.st_size for _, status in found), 0
