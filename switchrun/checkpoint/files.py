@@ -25,14 +25,12 @@ class WeightsFile:
     def read(self, offset: int, length: int) -> bytes:
         """Read `length` bytes from `offset`, or raise CorruptCheckpointError if the file ends before that."""
         self.file.seek(offset)
-        parts: list[bytes] = []
-        missing = length
-        while missing and (part := self.file.read(missing)):
-            parts.append(part)
-            missing -= len(part)
-        if missing:
+        data = bytearray()
+        while len(data) < length and (part := self.file.read(length - len(data))):
+            data += part
+        if len(data) < length:
             raise self.truncated(f"it has {self.size} bytes, not {offset + length} or more")
-        return b"".join(parts)
+        return bytes(data)
 
     def truncated(self, detail: str) -> CorruptCheckpointError:
         """The error to raise for a file that ends too early."""
@@ -41,11 +39,7 @@ class WeightsFile:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[WeightsFile]:
-    """Open a weights file for reading its headers.
-
-    Raises:
-        CorruptCheckpointError: It is empty, a Git LFS pointer, or the system refuses to read it.
-    """
+    """Open a weights file to read headers; CorruptCheckpointError if it is empty, a Git LFS pointer, or unreadable."""
     try:
         # Unbuffered: headers are read whole, and a buffer would read ahead into the weights.
         with open(path, "rb", buffering=0) as file:

@@ -35,16 +35,9 @@ class NotDownloadedError(ModelError):
 
 
 def locate(model: str | None, *, download: bool = True) -> Location:
-    """Find the folder of a checkpoint, downloading it if need be.
+    """Find the folder of a checkpoint, downloading it if need be; arguments and errors are those of `open_checkpoint`.
 
-    Args:
-        model: A folder, `org/name`, `org/name@revision`, or None for the demo model. A folder that exists wins.
-        download: Whether the Hub may be asked at all.
-
-    Raises:
-        ModelError: There is no such folder and no such model on the Hub.
-        NetworkError: The Hub could not be reached, and the model is not in its local cache.
-        UsageError: A revision of a local folder.
+    A folder that exists wins over a model of that id on the Hub, which is not asked at all unless `download` is true.
     """
     if model is None:
         if not (demo_folder() / "config.json").is_file():

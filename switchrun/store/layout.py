@@ -40,11 +40,7 @@ class Layout:
 
     @classmethod
     def of(cls, parts: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
-        """Lay out parts, each a name, a safetensors dtype and a shape, one after the other.
-
-        Raises:
-            ValueError: Two have the same name, or one has a name kept for padding, or there is none.
-        """
+        """Lay out parts (name, safetensors dtype, shape); ValueError without any, or for a name that is taken."""
         tensors: list[Part] = []
         end = 0
         for name, dtype, shape in parts:

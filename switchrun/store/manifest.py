@@ -92,13 +92,13 @@ def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], 
     if found is None:
         return None
     if found.version != wanted.version:
-        problem = f"it was written in format {found.version}, this switchrun has format {wanted.version}"
-    elif found.model != wanted.model:
-        problem = f"it belongs to another model, {found.model}"
-    elif found.fingerprint != wanted.fingerprint:
-        problem = "the checkpoint has changed since these experts were made of it"
-    elif found.dtype != wanted.dtype or found.layout not in layouts:
-        problem = "its experts have another dtype or another layout"
-    else:
-        return found
-    raise CorruptCheckpointError(f"{folder}: {problem}", hint)
+        raise CorruptCheckpointError(
+            f"{folder}: it was written in format {found.version}, this switchrun has format {wanted.version}", hint
+        )
+    if found.model != wanted.model:
+        raise CorruptCheckpointError(f"{folder}: it belongs to another model, {found.model}", hint)
+    if found.fingerprint != wanted.fingerprint:
+        raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", hint)
+    if found.dtype != wanted.dtype or found.layout not in layouts:
+        raise CorruptCheckpointError(f"{folder}: its experts have another dtype or another layout", hint)
+    return found

@@ -28,13 +28,10 @@ def model_name(checkpoint: SwitchCheckpoint) -> str:
 
 
 def store_folder(offload: str | Path, model: str, dtype: str) -> Path:
-    """Return the folder of a model's experts in one dtype: `<offload>/<model>/<dtype>`.
+    """Return the folder of a model's experts in one dtype, `<offload>/<model>/<dtype>`; ValueError if that is no dtype.
 
     A model's name may be a path, absolute or with `..`. Its last words name the folder for people; a hash of all of it
     keeps models apart whose names end alike, or differ in letters that a folder's name cannot have.
-
-    Raises:
-        ValueError: The dtype cannot be a folder's name.
     """
     if not DTYPE_NAME.fullmatch(dtype):
         raise ValueError(f"{dtype!r} is not a dtype's name")
