@@ -19,7 +19,7 @@ import torch
 from switchrun.kernels.int8 import linear_int8, quantise_int8
 from switchrun.kernels.nf4 import linear_nf4, packed_size, quantise_nf4
 from switchrun.kernels.nf4_tiles import linear_tiled, quantise_tiled
-from switchrun.store import nf4_layout
+from switchrun.store.layout import nf4_layout
 
 Linear = Callable[[torch.Tensor, int], torch.Tensor]
 

@@ -82,7 +82,7 @@ def verify(
 ) -> None:
     """Read every stored expert and compare it with its checksum."""
     from switchrun.output.tables import render_stores, render_verified
-    from switchrun.store import mending_command, verify_store
+    from switchrun.store import clear_hint, verify_store
 
     place = folders.offload_folder(offload_folder)
     stores = _chosen(place, model, dtype)
@@ -97,7 +97,7 @@ def verify(
         except CorruptCheckpointError as error:
             unusable += 1
             progress.clear()
-            report(f"{error.message} ({mending_command(place, info.folder.parent.name, info.folder.name)})")
+            report(f"{error.message} ({clear_hint(place, info.folder.parent.name, info.folder.name)})")
             continue
         finally:
             progress.clear()

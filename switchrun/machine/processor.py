@@ -28,7 +28,7 @@ def has_bf16_instructions() -> bool:
 
 
 def process_age_seconds() -> float:
-    """Give the time since this process was started, to a hundredth of a second."""
+    """Return the time since this process was started, to a hundredth of a second."""
     # After the command's name, which may hold spaces, `starttime` is field 22 of 52: the 20th.
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")

@@ -17,7 +17,8 @@ from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import packed_views
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.kernels.matrices import ExpertWeights, multiply, quantise
-from switchrun.store import expert_store, layout_of, list_stores, nf4_layout, store_folder
+from switchrun.store import expert_store, list_stores, store_folder
+from switchrun.store.layout import layout_of, nf4_layout
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec
