@@ -22,7 +22,7 @@ from switchrun.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
-    from switchrun.planning.estimate import Bandwidth
+    from switchrun.planning.plan import Bandwidth
     from switchrun.planning.preparation import PreparedCounts
     from switchrun.store import ExpertStore
 

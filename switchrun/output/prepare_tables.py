@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from switchrun.output.consoles import make_list, render
-from switchrun.planning.estimate import Bandwidth
+from switchrun.planning.plan import Bandwidth
 from switchrun.planning.preparation import Preparation
 from switchrun.store import ExpertStore
 from switchrun.units import format_bytes, format_rate, format_seconds
