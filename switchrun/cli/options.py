@@ -120,11 +120,7 @@ Format = Annotated[TableFormat, typer.Option("--format", help="table: to read; j
 
 
 def words(option: str, text: str) -> list[str]:
-    """Split a list of values.
-
-    Raises:
-        UsageError: One is empty, or there twice.
-    """
+    """Split a list of values; none may be empty or there twice."""
     found = [word.strip() for word in text.split(",")]
     if not all(found) or len(set(found)) < len(found):
         raise UsageError(f"{option}: '{text}' is not a list", "write different values with commas between them")
@@ -132,11 +128,7 @@ def words(option: str, text: str) -> list[str]:
 
 
 def dtype_list(text: str, option: str = "--dtype") -> list[str]:
-    """Split a list of dtypes.
-
-    Raises:
-        UsageError: One is not a dtype, or there twice.
-    """
+    """Split a list of dtypes; none may be there twice."""
     found = words(option, text)
     for word in found:
         resolve_dtype(word, "BF16")

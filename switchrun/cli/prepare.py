@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill shall compute the experts in.")],
+    dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill will compute the experts in.")],
     model: options.Model = None,
     layers: Annotated[
         str | None,

@@ -58,11 +58,7 @@ def read_lines(stream: BinaryIO) -> Iterator[Entry]:
 
 
 def stdin_lines() -> Iterator[Entry]:
-    """Yield each line of stdin.
-
-    Raises:
-        UsageError: stdin is closed.
-    """
+    """Yield each line of stdin; a `UsageError` if it is closed."""
     if sys.stdin is None:
         raise UsageError("there is no TEXT, and stdin is closed", "give TEXT, or pipe lines in")
     return read_lines(sys.stdin.buffer)

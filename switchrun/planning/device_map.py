@@ -84,13 +84,10 @@ def computing_tiers(layers: Iterable[SparseLayer], placed: Mapping[str, Tier]) -
 
 
 def check_device_map(device_map: Mapping[str, Tier], names: Iterable[str]) -> None:
-    """Refuse a map that names modules which the model does not have.
+    """Raise a `UsageError` if a map names modules which the model does not have.
 
     Entries below `.mlp.experts` pass: accelerate's own maps may have them, and experts are placed by the cache. So do
     other names of `shared`.
-
-    Raises:
-        UsageError: An entry matches nothing.
     """
     names = [*names, *(f"{alias}.weight" for alias in SHARED_ALIASES)]
     known = {"", *(prefix for name in names for prefix in _prefixes(name))}
@@ -100,11 +97,7 @@ def check_device_map(device_map: Mapping[str, Tier], names: Iterable[str]) -> No
 
 
 def check_layers(placed: Mapping[str, Tier]) -> None:
-    """Refuse to split a layer of a block: it adds its output to its input, so both must be on one device.
-
-    Raises:
-        UsageError: A layer would compute on two devices.
-    """
+    """Raise a `UsageError` if a layer of a block is split: it adds its output to its input, both on one device."""
     # What stays on disk computes there too.
     first = main_tier(placed.values())
     devices: dict[str, Tier] = {}

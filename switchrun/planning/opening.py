@@ -71,8 +71,7 @@ def plan_model(
 def _stored_share(checkpoint: SwitchCheckpoint, options: OpenOptions) -> float:
     """Return which share of a model's experts is in the offload folder already; 0 for what is never kept there.
 
-    Raises:
-        CorruptCheckpointError: What is kept there belongs to something else, so that a session would refuse it.
+    What is kept there for something else is refused, as a session would refuse it.
     """
     if options.dtype not in list(PackedDtype) or checkpoint.has_int8_experts:
         return 0.0

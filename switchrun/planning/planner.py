@@ -67,6 +67,8 @@ def make_plan(
             f"{format_bytes(budgets.cpu_bytes)} is allowed",
             f"use --cpu-memory {mib_up(needs.minimum).replace(' ', '')} or more",
         )
+
+    # A tier for each dense tensor.
     notes = budgets.notes
     chosen: Mapping[str, Tier]
     if device_map is None:
@@ -85,6 +87,8 @@ def make_plan(
         tier = tier_of(f"{alias}.weight", full_map)
         if tier != placed[_SHARED]:
             placed[alias], weights[alias] = tier, weights[_SHARED]
+
+    # What that takes: on disk as stored, elsewhere as it is kept.
     in_memory = {name: memory.dense_bytes(name, tensor, precision) for name, tensor in weights.items()}
     kept = {name: weights[name].stored_bytes if placed[name] == DISK else in_memory[name] for name in weights}
     if device_map is None:
@@ -98,6 +102,8 @@ def make_plan(
             Placement(name, tier, kept[name], reasons.get(name, "by the given device map"))
             for name, tier in placed.items()
         ]
+
+    # What is left becomes slots.
     computing = computing_tiers(needs.sparse_layers, placed)
     passing = max((in_memory[name] for name, tier in placed.items() if tier == DISK), default=0)
     tiers = _divide(needs, budgets, placements, passing, computing, checkpoint.expert_bytes)
@@ -226,9 +232,6 @@ def _divide(
 
     `passing` is the largest dense tensor that stays on disk and is brought in for each use, `computing` the tier on
     which the experts of each sparse layer compute, `stored_bytes` an expert as stored.
-
-    Raises:
-        BudgetError: A tier is too small for what was placed there.
     """
     dense = Counter[Tier]()
     for placement in placements:

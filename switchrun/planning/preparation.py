@@ -196,11 +196,7 @@ def make_preparation(
 
 
 def check_room(preparation: Preparation, folder: Path) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Raises:
-        StorageError: The disk has too little room.
-    """
+    """Raise a `StorageError` if the disk has too little room for all of it."""
     if preparation.write_bytes > preparation.free_bytes:
         raise StorageError(
             f"{folder} has {format_bytes(preparation.free_bytes)} free, "
