@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,13 +12,6 @@ from switchrun.cli.streams import write_answer
 from switchrun.machine import folders
 
 
-class DoctorFormat(StrEnum):
-    """What `switchrun doctor --format` takes."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
 def doctor(
     model: options.Model = None,
     cpu_memory: options.CpuMemory = None,
@@ -28,9 +20,7 @@ def doctor(
     online: Annotated[
         bool, typer.Option("--online", help="Ask the Hub too; otherwise there is no network access.")
     ] = False,
-    style: Annotated[
-        DoctorFormat, typer.Option("--format", help="table: to read; json: to process.")
-    ] = DoctorFormat.TABLE,
+    style: options.Format = options.TableFormat.TABLE,
 ) -> None:
     """Check that switchrun will work here: packages, torch, GPUs, memory, disks, the Hub, the model.
 
@@ -46,6 +36,6 @@ def doctor(
     folder = folders.offload_folder(offload_folder)
     checks = examine(folder, model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, online=online)
     record = checks_record(checks)
-    write_answer(format_record(record, indent=True) if style is DoctorFormat.JSON else render_checks(checks))
+    write_answer(format_record(record, indent=True) if style is options.TableFormat.JSON else render_checks(checks))
     if record["exit_code"]:
         raise typer.Exit(record["exit_code"])

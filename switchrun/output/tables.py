@@ -19,8 +19,7 @@ from switchrun.units import format_bytes, format_count, format_rate, format_seco
 if TYPE_CHECKING:
     from switchrun.doctor import Check
     from switchrun.model.records import SessionStats
-    from switchrun.planning.estimate import Bandwidth
-    from switchrun.planning.plan import Estimate, Placement, Plan, TierUse
+    from switchrun.planning.plan import Bandwidth, Estimate, Placement, Plan, TierUse
     from switchrun.planning.preparation import Preparation
     from switchrun.store import ExpertStore, StoreInfo, VerifyReport
 
