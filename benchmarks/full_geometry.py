@@ -14,7 +14,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from switchrun.bench.synthetic import GEOMETRIES, make_checkpoint
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from switchrun.bench.synthetic import GEOMETRIES, Container, Shapes, make_checkpoint
+from switchrun.checkpoint.torch_file import read_torch
 
 
 def main() -> None:
@@ -30,12 +34,22 @@ def main() -> None:
     geometry = GEOMETRIES[arguments.geometry]
     if arguments.experts:
         geometry = replace(geometry, num_experts=arguments.experts)
-    tensors = make_checkpoint(arguments.folder, geometry, arguments.container)
+    container = Container("pytorch_model", ".bin", write_torch) if arguments.container == "torch" else None
+    tensors = make_checkpoint(arguments.folder, geometry, container=container)
     files = [file.stat() for file in arguments.folder.iterdir()]
     print(
         f"{len(files) - 2} shards, {tensors} tensors, {sum(f.st_size for f in files) / 1e12:.3f} TB as seen, "
         f"{sum(f.st_blocks * 512 for f in files) / 1e9:.2f} GB on disk, made in {time.perf_counter() - start:.0f} s"
     )
+
+
+def write_torch(path: Path, shapes: Shapes) -> dict[str, int]:
+    """Write what `torch.save` writes, with holes for the data; return the offset of every tensor."""
+    with FakeTensorMode():
+        fakes = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(fakes, path)
+    return {name: entry.offset for name, entry in read_torch(path).items()}
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ import torch
 
 from switchrun.kernels.int8 import linear_int8, quantise_int8
 from switchrun.kernels.nf4 import linear_nf4, linear_tiled, quantise_nf4, quantise_tiled
-from switchrun.store import nf4_layout
-from switchrun.store.layout import nf4_sizes
+from switchrun.store.layout import nf4_layout, nf4_sizes
 
 Linear = Callable[[torch.Tensor, int], torch.Tensor]
 

@@ -82,14 +82,11 @@ class DtypeChoice(StrEnum):
 def resolve_dtype(choice: str, stored: str, plain: str | None = None) -> Precision:
     """Decide what to compute in, and what experts are kept in.
 
-    Args:
-        choice: One of `DtypeChoice`. `auto` is as stored, and packs nothing that is stored otherwise.
-        stored: The safetensors name of the format that the experts are stored in; `I8` of a model in 8 bit.
-        plain: For such a model, what the rest of it is stored in.
+    `auto` is as stored, and packs nothing that is stored otherwise. fp16 is never computed in (T5's activations
+    overflow it): `auto` takes fp32, which keeps every stored bit. With packed experts, everything else is as `auto`.
 
-    Returns:
-        The precision. fp16 is never computed in (T5's activations overflow it): `auto` takes fp32, which keeps every
-        stored bit. With packed experts, everything else is as `auto` has it.
+    `stored` is safetensors' name of what experts are stored in. For a model in 8 bit that is `I8`, and `plain` is what
+    its other weights are stored in.
 
     Raises:
         UsageError: An unknown name, or another precision for a model in 8 bit.

@@ -22,9 +22,7 @@ from pathlib import Path
 class SwitchrunError(Exception):
     """The base of every error that switchrun raises on purpose.
 
-    Args:
-        message: What is wrong, in one line, naming the file, tensor or option.
-        hint: What to do about it, in one line; empty if there is nothing to say.
+    The message names the file, tensor or option in one line; the hint says in another one what to do, or is empty.
     """
 
     exit_code = 1
@@ -42,10 +40,7 @@ class SwitchrunError(Exception):
 class UsageError(SwitchrunError):
     """Options or arguments that cannot be used together, or that have no meaning.
 
-    Args:
-        message: As of the base class.
-        hint: The same.
-        option: The argument that it is about, such as `cpu_memory`; the message begins with it.
+    `option` is the argument that it is about, such as `cpu_memory`; the message begins with it.
     """
 
     exit_code = 2
@@ -106,24 +101,13 @@ class StorageError(SwitchrunError):
 def command(
     *words: str, model: str | None = None, dtype: str | None = None, offload_folder: str | Path | None = None
 ) -> str:
-    """Give a command of switchrun with the user's own options, quoted for the shell.
-
-    Args:
-        words: What comes after `switchrun`.
-        model: As `--model` has it; None, as of the others, leaves it out.
-        dtype: As `--dtype` has it.
-        offload_folder: As `--offload-folder` has it.
-    """
+    """Return a command, `switchrun` with these words and the options that are not None, quoted for the shell."""
     given = (("--model", model), ("--dtype", dtype), ("--offload-folder", offload_folder))
     options = [word for option, value in given if value is not None for word in (option, str(value))]
     return shlex.join(["switchrun", *words, *options])
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuse what is not a whole number above 0.
-
-    Raises:
-        UsageError: It is not.
-    """
+    """Raise UsageError for what is not a whole number above 0."""
     if type(value) is not int or value < 1:
         raise UsageError(f"{name}: {value!r} is not a whole number above 0", option=name)

@@ -23,17 +23,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size: `6GiB`, `6G`, `512 MiB`, `1.5GB` (decimal), `1048576`.
-
-    Args:
-        text: A number and a unit; without a unit it is bytes. `G` alone means GiB.
-
-    Returns:
-        The size in bytes, rounded down.
-
-    Raises:
-        UsageError: The text is not a size.
-    """
+    """Read a size: `6GiB`, `6G` (the same), `1.5GB` (decimal), `1048576` (bytes); UsageError if the text is none."""
     match = _SIZE.fullmatch(text)
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:

@@ -20,7 +20,7 @@ from demo_train import is_span_token
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.switch_transformers.modeling_switch_transformers import SwitchTransformersTop1Router
 
-from switchrun.model.spans import span_starts
+from switchrun.bench.spans import span_starts
 
 SEED = 7
 BATCH = 64

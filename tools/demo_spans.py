@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from demo_tokenizer import Units, split_units
 
-from switchrun.model.spans import span_starts
+from switchrun.bench.spans import span_starts
 
 EOS, PAD, IGNORE = 1, 0, -100
 

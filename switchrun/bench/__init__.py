@@ -1,1 +1,1 @@
-"""Measuring: workloads, the processes that run them, statistics, and records that describe themselves."""
+"""Measuring and evaluating: child processes that do it, the disk beside them, records that describe themselves."""

@@ -1,30 +1,40 @@
-"""Checkpoints of real geometries without their weights: sparse files of full size, to try a machine before a download.
+"""`--synthetic`: checkpoints of real geometries without their weights, to try a machine before a download.
 
-Dense weights are real random bytes. Experts are holes, which read as zeros and cost no disk time, unless they are
-materialised: then they are random bytes too, and reading them is real.
+They are sparse files of full size. Dense weights are real random bytes. Experts are holes, which read as zeros and cost
+no disk time, unless they are materialised: then they are random bytes too, and reading them is real.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import math
 import os
+import re
+import shutil
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from switchrun.bench.raw_disk import drop_page_cache
+from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
+from switchrun.errors import BudgetError, UsageError
+from switchrun.units import format_bytes, parse_bytes
 
-from switchrun.checkpoint.torch_file import read_torch
-from switchrun.checkpoint.types import ExpertKey, Stack
-
-Container = Literal["torch", "safetensors"]
 Shapes = dict[str, tuple[int, ...]]
 
 #: As large as the Hub's shards of switch-c-2048.
 SHARD_BYTES = 9_990_000_000
+
+#: Lies beside a checkpoint that is complete.
+_MARK = "synthetic.json"
+#: Changes when what was made before would not do any more.
+_VERSION = 1
+_SPEC = re.compile(r"(?:switch-)?([\w-]+?)(?::experts=(\d+))?")
+_HINT = "write it like switch-c-2048, base-128 or switch-c-2048:experts=16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +55,13 @@ class Geometry:
     hub_faults: bool = False
 
     def sparse(self, block: int) -> bool:
-        """Tell whether a block has experts, by transformers' rule."""
+        """Whether a block has experts, by transformers' rule."""
         return self.sparse_step == 1 or block % self.sparse_step == 1
+
+    @property
+    def sparse_layers(self) -> int:
+        """Sparse layers of both stacks."""
+        return 2 * sum(map(self.sparse, range(self.num_layers)))
 
     @property
     def expert_bytes(self) -> int:
@@ -54,20 +69,14 @@ class Geometry:
         return 2 * 2 * self.d_model * self.d_ff
 
     def config(self) -> dict[str, Any]:
-        """Give config.json."""
+        """Return config.json; what it leaves out is as transformers has it."""
         sparse_layers = self.num_layers // self.sparse_step
         config: dict[str, Any] = {
             "d_ff": self.d_ff,
             "d_kv": self.d_kv,
             "d_model": self.d_model,
             "decoder_start_token_id": 0,
-            "dense_act_fn": "relu",
-            "dropout_rate": 0.1,
-            "eos_token_id": 1,
             "expert_capacity": self.expert_capacity,
-            "is_encoder_decoder": True,
-            "is_gated_act": False,
-            "layer_norm_epsilon": 1e-06,
             "model_type": "switch_transformers",
             "num_decoder_layers": self.num_layers,
             "num_experts": self.num_experts,
@@ -75,12 +84,8 @@ class Geometry:
             "num_layers": self.num_layers,
             "num_sparse_decoder_layers": sparse_layers,
             "num_sparse_encoder_layers": sparse_layers,
-            "pad_token_id": 0,
-            "relative_attention_max_distance": 128,
             "relative_attention_num_buckets": 32,
             "router_bias": False,
-            "router_dtype": "float32",
-            "use_cache": True,
             "vocab_size": self.vocab_size,
         }
         if self.hub_faults:
@@ -93,7 +98,7 @@ class Geometry:
         }
 
 
-#: The checkpoints that Google published (FACTS: the Hub's own config files).
+#: The checkpoints that Google published (the Hub's own config files).
 GEOMETRIES: Mapping[str, Geometry] = {
     "switch-c-2048": Geometry(2080, 6144, 64, 30, 15, 2048, hub_faults=True),
     "switch-large-128": Geometry(1024, 4096, 64, 16, 24, 128, sparse_step=2, tied=True),
@@ -104,101 +109,148 @@ GEOMETRIES: Mapping[str, Geometry] = {
 }
 
 
-def make_checkpoint(
-    folder: Path,
-    geometry: Geometry,
-    container: Container = "safetensors",
-    materialize: Callable[[ExpertKey], bool] | None = None,
-    on_bytes: Callable[[int], None] | None = None,
-    routed: int | None = None,
-) -> int:
-    """Write a synthetic checkpoint.
+class Synthetic(NamedTuple):
+    """A synthetic checkpoint's folder, and what stands in every record of it."""
 
-    Args:
-        folder: Where; made if need be.
-        geometry: Which.
-        container: `torch` (as the Hub has switch-c-2048) or `safetensors`.
-        materialize: Tells which experts get real bytes; None is none of them.
-        on_bytes: Called with the number of real bytes after each write.
-        routed: Routers choose among so many first experts of every layer, at least 2; None is among all.
+    path: Path
+    description: dict[str, Any]
 
-    Returns:
-        The number of tensors.
+
+class Container(NamedTuple):
+    """How a checkpoint's files are called, and what writes one with holes and returns the offsets of its tensors."""
+
+    stem: str
+    suffix: str
+    write: Callable[[Path, Shapes], dict[str, int]]
+
+
+def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tell: Callable[[str], None]) -> Synthetic:
+    """Make what `--synthetic` and `--materialize` ask for in the offload folder, or find what was made before.
+
+    Key names and config.json are transformers' own, so that plain transformers can load it too.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written.
+        UsageError: There is no such geometry, or less is to be real than two experts of each layer.
+        BudgetError: The disk has no room for it.
+    """
+    name, geometry = parse_geometry(spec)
+    real = 0 if materialize is None else _real_experts(materialize, geometry)
+    description = {
+        "geometry": name,
+        "num_experts": geometry.num_experts,
+        "materialized_experts": real,
+        "note": _note(real, geometry.num_experts),
+    }
+    folder = offload_folder / "synthetic" / f"{name}-{geometry.num_experts}-{real}"
+    mark = {"version": _VERSION, "geometry": asdict(geometry), "materialized_experts": real}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / _MARK).read_text(encoding="utf-8")) == mark:
+            return Synthetic(folder, description)
+    needed = real_bytes(geometry, real)
+    offload_folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(offload_folder).free
+    if needed > free:
+        raise BudgetError(
+            f"{offload_folder} has {format_bytes(free)} free, the synthetic checkpoint takes {format_bytes(needed)}",
+            "lower --materialize or use another --offload-folder",
+        )
+    tell(f"making {folder}: {format_bytes(needed)} of random weights")
+    shutil.rmtree(folder, ignore_errors=True)
+    make_checkpoint(folder, geometry, real_experts=real)
+    drop_page_cache(folder.iterdir())
+    (folder / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+    return Synthetic(folder, description)
+
+
+def parse_geometry(spec: str) -> tuple[str, Geometry]:
+    """Return the full name, and the geometry, that `--synthetic` asks for; a `UsageError` if there is none."""
+    match = _SPEC.fullmatch(spec.strip())
+    name = f"switch-{match[1]}" if match else ""
+    if match is None or name not in GEOMETRIES:
+        raise UsageError(f"--synthetic: '{spec}' is not a geometry", f"{_HINT}; there are: {', '.join(GEOMETRIES)}")
+    geometry = replace(GEOMETRIES[name], hub_faults=False)
+    count = int(match[2] or geometry.num_experts)
+    if not 2 <= count <= geometry.num_experts:
+        raise UsageError(f"--synthetic: {name} has 2 to {geometry.num_experts} experts a layer, not {count}", _HINT)
+    return name, replace(geometry, num_experts=count)
+
+
+def real_bytes(geometry: Geometry, real_experts: int) -> int:
+    """Return the bytes on disk of a checkpoint with so many real experts in each layer."""
+    dense = sum(2 * math.prod(shape) for shape in _dense_shapes(geometry).values())
+    return dense + real_experts * geometry.sparse_layers * geometry.expert_bytes
+
+
+def _real_experts(size: str, geometry: Geometry) -> int:
+    """Return how many experts of each layer a size has room for."""
+    try:
+        wanted = parse_bytes(size)
+    except UsageError as error:
+        raise UsageError(f"--materialize: {error.message}", error.hint) from None
+    layers = geometry.sparse_layers
+    count = min(wanted // (layers * geometry.expert_bytes), geometry.num_experts)
+    if count < 2:
+        least = 2 * layers * geometry.expert_bytes
+        raise UsageError(
+            f"--materialize: {format_bytes(wanted)} is less than two experts in each of {layers} layers",
+            f"give at least {-(-least // 2**20)}MiB",
+        )
+    return count
+
+
+def _note(real: int, count: int) -> str:
+    if not real:
+        return "the weights are synthetic, and experts are holes that cost no disk time: reading speeds mean nothing"
+    part = "all experts" if real == count else f"{real} of {count} experts"
+    return f"the weights are synthetic: random numbers in {part} of each layer, and what comes out means nothing"
+
+
+def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, container: Container | None = None) -> int:
+    """Write a synthetic checkpoint, safetensors without a container, and return the number of its tensors.
+
+    So many first experts of every layer get real bytes, and routers choose among those alone; with 0, among all.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write = _write_torch if container == "torch" else _write_safetensors
-    stem, suffix = ("pytorch_model", ".bin") if container == "torch" else ("model", ".safetensors")
+    stem, suffix, write = container or Container("model", ".safetensors", _write_safetensors)
     shards = list(_split(geometry))
     weight_map: dict[str, str] = {}
-    fill = _Filler(geometry, on_bytes or (lambda _: None), routed)
+    filler = _Filler(geometry, real_experts)
     for number, shapes in enumerate(shards, 1):
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
         offsets = write(path, shapes)
         weight_map |= dict.fromkeys(shapes, path.name)
-        wanted = [name for name in shapes if _wanted(name, materialize)]
-        fill.write(path, {name: shapes[name] for name in wanted}, offsets)
+        filler.fill(path, shapes, offsets)
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(geometry.config(), indent=2))
     return len(weight_map)
 
 
-def _wanted(name: str, materialize: Callable[[ExpertKey], bool] | None) -> bool:
-    if ".experts." not in name:
-        return True
-    if materialize is None:
-        return False
-    parts = name.split(".")
-    stack: Stack = "encoder" if parts[0] == "encoder" else "decoder"
-    return materialize(ExpertKey(stack, int(parts[2]), int(parts[-3].removeprefix("expert_"))))
-
-
-def _dense_shapes(g: Geometry) -> Shapes:
-    shapes: Shapes = {"shared.weight": (g.vocab_size, g.d_model)}
-    if not g.tied:
-        shapes["decoder.lm_head.weight" if g.hub_faults else "lm_head.weight"] = (g.vocab_size, g.d_model)
-    inner = g.num_heads * g.d_kv
-    for stack, attentions in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
-        for block in range(g.num_layers):
-            for layer, attention in enumerate(attentions):
-                prefix = f"{stack}.block.{block}.layer.{layer}"
-                for matrix in "qkv":
-                    shapes[f"{prefix}.{attention}.{matrix}.weight"] = (inner, g.d_model)
-                shapes[f"{prefix}.{attention}.o.weight"] = (g.d_model, inner)
-                shapes[f"{prefix}.layer_norm.weight"] = (g.d_model,)
-            prefix = f"{stack}.block.{block}.layer.{len(attentions)}"
-            if g.sparse(block):
-                shapes[f"{prefix}.mlp.router.classifier.weight"] = (g.num_experts, g.d_model)
-            else:
-                shapes[f"{prefix}.mlp.wi.weight"] = (g.d_ff, g.d_model)
-                shapes[f"{prefix}.mlp.wo.weight"] = (g.d_model, g.d_ff)
-            shapes[f"{prefix}.layer_norm.weight"] = (g.d_model,)
-        shapes[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, g.num_heads)
-        shapes[f"{stack}.final_layer_norm.weight"] = (g.d_model,)
+def _dense_shapes(geometry: Geometry) -> Shapes:
+    config = replace(geometry, hub_faults=False).config()
+    sparse = [block for block in range(geometry.num_layers) if geometry.sparse(block)]
+    shapes = dict(dense_tensors(config, dict.fromkeys(STACKS, sparse), geometry.tied))
+    if geometry.hub_faults and not geometry.tied:
+        shapes[DECODER_HEAD] = shapes.pop(HEAD)
     return shapes
 
 
 def _split(g: Geometry) -> Iterator[Shapes]:
     """Divide tensors into shards as the Hub does: dense weights, then all `wi` of a layer, then its `wo`."""
     yield _dense_shapes(g)
-    for stack, layer in (("encoder", 1), ("decoder", 2)):
-        for block in filter(g.sparse, range(g.num_layers)):
-            for matrix, shape in (("wi", (g.d_ff, g.d_model)), ("wo", (g.d_model, g.d_ff))):
-                prefix = f"{stack}.block.{block}.layer.{layer}.mlp.experts"
-                each = max(1, SHARD_BYTES // (g.expert_bytes // 2))
-                for start in range(0, g.num_experts, each):
-                    experts = range(start, min(start + each, g.num_experts))
-                    yield {f"{prefix}.expert_{expert}.{matrix}.weight": shape for expert in experts}
+    each = max(1, SHARD_BYTES // (g.expert_bytes // 2))
+    for stack, block in itertools.product(STACKS, filter(g.sparse, range(g.num_layers))):
+        prefix = f"{mlp_prefix(stack, block)}.experts"
+        for matrix, shape in (("wi", (g.d_ff, g.d_model)), ("wo", (g.d_model, g.d_ff))):
+            for start in range(0, g.num_experts, each):
+                experts = range(start, min(start + each, g.num_experts))
+                yield {f"{prefix}.expert_{expert}.{matrix}.weight": shape for expert in experts}
 
 
 def _write_safetensors(path: Path, shapes: Shapes) -> dict[str, int]:
-    """Write a header and a hole; give the offset of every tensor."""
     header: dict[str, dict[str, Any]] = {}
     cursor = 0
     for name, shape in shapes.items():
-        nbytes = 2 * torch.Size(shape).numel()
+        nbytes = 2 * math.prod(shape)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [cursor, cursor + nbytes]}
         cursor += nbytes
     text = json.dumps(header).encode()
@@ -207,15 +259,6 @@ def _write_safetensors(path: Path, shapes: Shapes) -> dict[str, int]:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + cursor)
     return {name: 8 + len(text) + entry["data_offsets"][0] for name, entry in header.items()}
-
-
-def _write_torch(path: Path, shapes: Shapes) -> dict[str, int]:
-    """Write what `torch.save` writes, with holes for the data; give the offset of every tensor."""
-    with FakeTensorMode():
-        fakes = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(fakes, path)
-    return {name: entry.offset for name, entry in read_torch(path).items()}
 
 
 class _Filler:
@@ -227,44 +270,45 @@ class _Filler:
 
     _POOL = 1 << 24
 
-    def __init__(self, geometry: Geometry, on_bytes: Callable[[int], None], routed: int | None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._normal = torch.randn(self._POOL, generator=generator)
+    def __init__(self, geometry: Geometry, real_experts: int) -> None:
+        # Torch takes seconds to import: not where a checkpoint that was made before is found.
+        import torch
+
+        self._torch = torch
+        self._normal = torch.randn(self._POOL, generator=torch.Generator().manual_seed(0))
         self._pools: dict[float, bytes] = {}
         self._geometry = geometry
-        self._on_bytes = on_bytes
-        self._routed = routed
+        self._real = real_experts
         self._turn = 0
 
-    def write(self, path: Path, shapes: Shapes, offsets: Mapping[str, int]) -> None:
+    def fill(self, path: Path, shapes: Shapes, offsets: Mapping[str, int]) -> None:
         with open(path, "r+b") as file:
             for name, shape in shapes.items():
-                nbytes = 2 * torch.Size(shape).numel()
+                if ".experts." in name and int(name.split(".")[-3].removeprefix("expert_")) >= self._real:
+                    continue
+                nbytes = 2 * math.prod(shape)
                 self._write_tensor(file.fileno(), name, nbytes, offsets[name])
-                if ".router." in name and self._routed is not None:
+                if ".router." in name and self._real:
                     self._restrict(file.fileno(), nbytes // shape[0], nbytes, offsets[name])
-                self._on_bytes(nbytes)
 
     def _restrict(self, descriptor: int, row_bytes: int, nbytes: int, offset: int) -> None:
-        """Let a router never choose an expert from number `routed` on.
+        """Keep a router from ever choosing an expert that is a hole.
 
         Their rows are 0, and the last row before them is the first one's negative: one of the two gives a logit
         above 0, whatever comes in.
         """
-        assert self._routed is not None
+        torch = self._torch
         first = torch.frombuffer(bytearray(os.pread(descriptor, row_bytes, offset)), dtype=torch.bfloat16)
-        negative = (-first).view(torch.uint8).numpy().tobytes()
-        rest = bytes(nbytes - self._routed * row_bytes)
-        os.pwrite(descriptor, negative + rest, offset + (self._routed - 1) * row_bytes)
+        rest = bytes(nbytes - self._real * row_bytes)
+        os.pwrite(descriptor, self._bytes(-first) + rest, offset + (self._real - 1) * row_bytes)
 
     def _write_tensor(self, descriptor: int, name: str, nbytes: int, offset: int) -> None:
         if "layer_norm" in name:
-            ones = torch.ones(nbytes // 2, dtype=torch.bfloat16).view(torch.uint8).numpy()
-            os.pwrite(descriptor, ones.tobytes(), offset)
+            os.pwrite(descriptor, self._bytes(self._torch.ones(nbytes // 2)), offset)
             return
         scale = 1.0 if "shared" in name else self._geometry.d_model**-0.5
         if scale not in self._pools:
-            self._pools[scale] = (self._normal * scale).to(torch.bfloat16).view(torch.uint8).numpy().tobytes()
+            self._pools[scale] = self._bytes(self._normal * scale)
         pool = memoryview(self._pools[scale])
         self._turn = (self._turn + 7_919) % (self._POOL // 2)
         start, done = 2 * self._turn, 0
@@ -273,7 +317,7 @@ class _Filler:
             done += os.pwrite(descriptor, piece, offset + done)
             start = 0
 
-
-def restrict_to(experts: Collection[int]) -> Callable[[ExpertKey], bool]:
-    """Give a `materialize` that takes the experts of these numbers in every layer."""
-    return lambda key: key.expert in experts
+    def _bytes(self, values: Any) -> bytes:
+        """Return a tensor's values in bf16."""
+        raw: bytes = values.to(self._torch.bfloat16).view(self._torch.uint8).numpy().tobytes()
+        return raw

@@ -8,59 +8,48 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from switchrun.checkpoint.checks import check_int8, check_rows, check_tensor, missing_tensor, with_scales
-from switchrun.checkpoint.experts import Experts
-from switchrun.checkpoint.files import open_weights, read_exactly, read_json_object
-from switchrun.checkpoint.index import CONFIG, Index
-from switchrun.checkpoint.index_cache import fingerprint
+from switchrun.checkpoint import names
+from switchrun.checkpoint.experts import Experts, check_int8, check_rows, check_tensor
+from switchrun.checkpoint.files import open_weights, read_json_object
+from switchrun.checkpoint.index import CONFIG
 from switchrun.checkpoint.locate import Location
-from switchrun.checkpoint.names import (
-    BLOCK_NAME,
-    DECODER_HEAD,
-    EMBEDDINGS,
-    EXPERT_NAME,
-    HEAD,
-    LINEAR_NAME,
-    ROUTER_NAME,
-    SHARED,
-    STACKS,
-    dense_tensors,
-    mlp_layer,
-    mlp_prefix,
-)
-from switchrun.checkpoint.types import Stack, SwitchCheckpoint, TensorSlice, TensorTable
+from switchrun.checkpoint.types import Index, Stack, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import CorruptCheckpointError, ModelError
+from switchrun.units import format_count
 
 _MODEL_TYPE = "switch_transformers"
 _GATED_EXPERT = re.compile(r"\.mlp\.experts\.expert_\d+\.wi_[01]\.weight")
 _LAYERS: dict[Stack, str] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
+#: transformers' own values for what a config.json leaves out (SwitchTransformersConfig, 5.23).
+_DEFAULTS = {
+    "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_heads": 12, "expert_capacity": 64,
+    "num_experts": 8, "num_layers": 12, "num_decoder_layers": 12, "relative_attention_num_buckets": 32,
+    "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3,
+}  # fmt: skip
+#: What may be zero: transformers takes it for "one sparse block, or none".
+_MAY_BE_ZERO = frozenset({"num_sparse_encoder_layers", "num_sparse_decoder_layers"})
+_TIE = "tie_word_embeddings"
+_SAMPLES = 8
+_SAMPLE_BYTES = 4096
 
 
 def understand(location: Location, index: Index) -> SwitchCheckpoint:
-    """Make a Switch checkpoint of a folder's tensors and its `config.json`.
-
-    Args:
-        location: Where the checkpoint lies.
-        index: Its tensors.
-
-    Returns:
-        The checkpoint, every tensor of which is there and has the right shape.
+    """Make a Switch checkpoint of a folder's tensors, all of which are checked, and its `config.json`.
 
     Raises:
         ModelError: It is no Switch model, or of a kind that is not supported.
         CorruptCheckpointError: A tensor is missing or wrong, or config.json is damaged.
     """
-    tensors = index.tensors
     config_path = location.path / CONFIG
     config = read_json_object(config_path)
-    survey = _Survey(tensors)
+    survey = _Survey(index)
     _refuse_others(config, survey, location.id)
-    repairs = Repairs(config_path, config)
+    repairs = _Repairs(config_path, config)
     repairs.fill(
         model_type=_MODEL_TYPE, architectures=["SwitchTransformersForConditionalGeneration"], is_encoder_decoder=True,
         decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
@@ -69,13 +58,14 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
     repairs.change("is_encoder_decoder", True, "the checkpoint has both stacks")
     sparse_blocks = _repair_geometry(repairs, survey, index, location.id)
     dense = _dense(repairs, sparse_blocks, index)
-    experts = Experts(tensors, sparse_blocks, repairs.config["num_experts"])
-    forms = experts.check(index.entry, repairs.config["d_model"], repairs.config["d_ff"])
+    experts = Experts(index, sparse_blocks, repairs.config["num_experts"])
+    forms = experts.check(repairs.config["d_model"], repairs.config["d_ff"])
     matrices = [*dense.values(), *(matrix for form, _ in forms for matrix in form)]
     int8 = any(matrix.dtype == "I8" for matrix in matrices)
-    # In transformers' 8 bit models the embedding tells what the rest is computed in.
-    plain = dense[SHARED].dtype if int8 else forms[0][0].wi.dtype
-    _repair_dtype(repairs, plain)
+    # In transformers' 8 bit models the embedding shows what the rest is computed in.
+    plain = dense[names.SHARED].dtype if int8 else forms[0][0].wi.dtype
+    repairs.fill(dtype=WEIGHT_DTYPES[plain])
+    repairs.change("dtype", WEIGHT_DTYPES[plain], "the experts are stored so")
     return SwitchCheckpoint(
         id=location.id,
         revision=location.revision,
@@ -85,160 +75,61 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         dense=dense,
         experts=experts,
         sparse_blocks=sparse_blocks,
-        fingerprint=fingerprint(index.stamps, location.content),
+        fingerprint=index.fingerprint(location.content),
         stored_dtype="I8" if int8 else plain,
-        forms=forms,
+        expert_forms=forms,
     )
 
 
 class _Survey:
-    """What the names tell: blocks, sparse blocks, experts, and marks of other formats."""
+    """What the names show: blocks, sparse blocks, experts, and marks of other formats."""
 
-    def __init__(self, tensors: TensorTable) -> None:
+    def __init__(self, index: Index) -> None:
         self.blocks: dict[Stack, set[int]] = {"encoder": set(), "decoder": set()}
         self.sparse: dict[Stack, set[int]] = {"encoder": set(), "decoder": set()}
         self.num_experts = 0
         self.has_experts = False
         self.gated = False
-        for name in tensors:
-            if match := EXPERT_NAME.fullmatch(name):
+        for name in index:
+            if match := names.EXPERT_NAME.fullmatch(name):
                 self._add_sparse(match)
                 self.has_experts = True
                 self.num_experts = max(self.num_experts, int(match[4]) + 1)
+            elif match := names.ROUTER_NAME.fullmatch(name):
+                self._add_sparse(match)
+                # The router knows how many experts there should be, even if the last ones are lost.
+                self.num_experts = max(self.num_experts, *index[name].shape[:1], 0)
             else:
-                self._add_dense(tensors, name)
+                if match := names.BLOCK_NAME.match(name):
+                    self.blocks[cast(Stack, match[1])].add(int(match[2]))
+                self.gated = self.gated or _GATED_EXPERT.search(name) is not None
 
     def _add_sparse(self, match: re.Match[str]) -> None:
-        for stack in STACKS:
-            if match[1] == stack and int(match[3]) == mlp_layer(stack):
-                self.blocks[stack].add(int(match[2]))
-                self.sparse[stack].add(int(match[2]))
-
-    def _add_dense(self, tensors: TensorTable, name: str) -> None:
-        if match := ROUTER_NAME.fullmatch(name):
-            self._add_sparse(match)
-            # The router knows how many experts there should be, even if the last ones are lost.
-            self.num_experts = max(self.num_experts, *tensors[name].shape[:1], 0)
-        elif match := BLOCK_NAME.match(name):
-            for stack in STACKS:
-                if match[1] == stack:
-                    self.blocks[stack].add(int(match[2]))
-        self.gated = self.gated or _GATED_EXPERT.search(name) is not None
+        stack, block, layer = cast(Stack, match[1]), int(match[2]), int(match[3])
+        if layer == names.mlp_layer(stack):
+            self.blocks[stack].add(block)
+            self.sparse[stack].add(block)
 
 
 def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> None:
     model_type = config.get("model_type")
-    is_switch = model_type in (None, _MODEL_TYPE) or survey.has_experts or survey.gated
-    activation = config.get("dense_act_fn")
-    if not is_switch:
+    if not (model_type in (None, _MODEL_TYPE) or survey.has_experts or survey.gated):
         raise ModelError(f"{model} is not a Switch Transformers model (model_type {ascii(model_type)[1:-1][:50]})")
-    if survey.gated or config.get("is_gated_act") is True or str(activation).startswith("gated"):
+    activation = str(config.get("dense_act_fn"))
+    if survey.gated or config.get("is_gated_act") is True or activation.startswith("gated"):
         raise ModelError(
             f"{model} has gated experts (wi_0, wi_1), as switch-xxl-128 does, which is not supported",
             "no version of transformers builds such a model right, so there is nothing to compare answers with",
         )
     if not survey.has_experts:
         raise ModelError(f"{model} is not a Switch Transformers model: none of its tensors belongs to an expert")
-    for stack in STACKS:
+    for stack in names.STACKS:
         if not survey.blocks[stack]:
             raise ModelError(f"{model} has no {stack} blocks; both stacks are needed")
 
 
-def _repair_geometry(repairs: Repairs, survey: _Survey, index: Index, model: str) -> dict[Stack, tuple[int, ...]]:
-    sparse_blocks: dict[Stack, tuple[int, ...]] = {}
-    for stack in STACKS:
-        blocks = survey.blocks[stack]
-        layers = max(blocks) + 1
-        if len(blocks) != layers:
-            lost = min(set(range(layers)) - blocks)
-            raise missing_tensor(index.entry, f"{stack}.block.{lost}.layer.0.SelfAttention.q.weight")
-        repairs.change(_LAYERS[stack], layers, f"the checkpoint has {_count(layers, f'{stack} block')}")
-        sparse_blocks[stack] = tuple(sorted(survey.sparse[stack]))
-        own = configured_step(repairs.config, stack, layers)
-        step = find_step(layers, sparse_blocks[stack], own)
-        which = f"experts in {stack} blocks {_list(sparse_blocks[stack])}"
-        if step is None:
-            raise ModelError(
-                f"{model} has {which} of {layers}, which is not supported",
-                "transformers can only build experts into every n-th block",
-            )
-        repairs.config[f"{stack}_sparse_step"] = own
-        if step != own:
-            repairs.change(f"{stack}_sparse_step", step, f"the checkpoint has {which}")
-            repairs.config[f"num_sparse_{stack}_layers"] = len(sparse_blocks[stack])
-    experts = survey.num_experts
-    repairs.change("num_experts", experts, f"the checkpoint has {_count(experts, 'expert')} in a sparse block")
-    biases = any(
-        f"{mlp_prefix(stack, block)}.router.classifier.bias" in index.tensors
-        for stack in STACKS
-        for block in sparse_blocks[stack]
-    )
-    repairs.fill(router_bias=False)
-    if biases:
-        repairs.change("router_bias", True, "the checkpoint's routers have biases")
-    return sparse_blocks
-
-
-def _dense(repairs: Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], index: Index) -> dict[str, TensorSlice]:
-    tensors = index.tensors
-    # A save of tied weights may keep any one of their three names.
-    shared = next((name for name in (SHARED, *EMBEDDINGS) if name in tensors), None)
-    if shared is None:
-        raise missing_tensor(index.entry, SHARED)
-    if shared != SHARED:
-        repairs.note(f"{shared} → {SHARED}: the embedding was saved under this name only")
-    head = find_head(tensors, shared, repairs)
-    stored_as = {SHARED: shared, HEAD: head}
-    dense: dict[str, TensorSlice] = {}
-    for name, shape in dense_tensors(repairs.config, sparse_blocks, tied=head is None):
-        source = stored_as.get(name) or name
-        if source not in tensors:
-            raise missing_tensor(index.entry, source)
-        if tensors[source].dtype == "I8" and LINEAR_NAME.fullmatch(source):
-            check_int8(tensors, source, shape, index.entry)
-            check_rows(tensors, source)
-        else:
-            check_tensor(tensors, source, shape)
-        dense[name] = with_scales(tensors, source)
-    if head is not None:
-        # With an untied head transformers 5 lets the stacks have embeddings of their own, and saves them.
-        for name in EMBEDDINGS:
-            if name in tensors and tensors[name] != dense[SHARED]:
-                check_tensor(tensors, name, dense[SHARED].shape)
-                dense[name] = tensors[name]
-    return dense
-
-
-def _repair_dtype(repairs: Repairs, stored: str) -> None:
-    repairs.fill(dtype=WEIGHT_DTYPES[stored])
-    repairs.change("dtype", WEIGHT_DTYPES[stored], "the experts are stored so")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _list(blocks: Iterable[int]) -> str:
-    return ", ".join(map(str, blocks)) or "none"
-
-
-#: transformers' own values for what a config.json leaves out (SwitchTransformersConfig, 5.23).
-_DEFAULTS = {
-    "vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_heads": 12, "expert_capacity": 64,
-    "num_experts": 8, "num_layers": 12, "num_decoder_layers": 12, "relative_attention_num_buckets": 32,
-    "num_sparse_encoder_layers": 3, "num_sparse_decoder_layers": 3,
-}  # fmt: skip
-#: What may be zero: transformers takes it for "one sparse block, or none".
-_MAY_BE_ZERO = frozenset({"num_sparse_encoder_layers", "num_sparse_decoder_layers"})
-
-
-class Repairs:
-    """A copy of `config.json` and what was changed in it.
-
-    Attributes:
-        config: The configuration so far.
-        sentences: What was wrong, one sentence each.
-    """
+class _Repairs:
+    """A copy of `config.json`, and what was wrong with it, one sentence each."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self.config = dict(config)
@@ -268,13 +159,46 @@ class Repairs:
         self.sentences.append(f"{key}{shown} → {json.dumps(value)}: {why}")
         self.config[key] = value
 
-    def note(self, sentence: str) -> None:
-        """Report a repair of something other than the configuration."""
-        self.sentences.append(sentence)
+
+def _repair_geometry(repairs: _Repairs, survey: _Survey, index: Index, model: str) -> dict[Stack, tuple[int, ...]]:
+    """Set how many blocks and experts there are; return the blocks of each stack that have experts."""
+    sparse_blocks: dict[Stack, tuple[int, ...]] = {}
+    for stack in names.STACKS:
+        blocks = survey.blocks[stack]
+        layers = max(blocks) + 1
+        if len(blocks) != layers:
+            lost = min(set(range(layers)) - blocks)
+            raise index.missing(f"{stack}.block.{lost}.layer.0.SelfAttention.q.weight")
+        repairs.change(_LAYERS[stack], layers, f"the checkpoint has {format_count(layers, f'{stack} block')}")
+        sparse_blocks[stack] = tuple(sorted(survey.sparse[stack]))
+        _repair_step(repairs, stack, layers, sparse_blocks[stack], model)
+    experts = survey.num_experts
+    repairs.change("num_experts", experts, f"the checkpoint has {format_count(experts, 'expert')} in a sparse block")
+    sparse_layers = [names.mlp_prefix(stack, block) for stack in names.STACKS for block in sparse_blocks[stack]]
+    repairs.fill(router_bias=False)
+    if any(f"{layer}.router.classifier.bias" in index for layer in sparse_layers):
+        repairs.change("router_bias", True, "the checkpoint's routers have biases")
+    return sparse_blocks
 
 
-def configured_step(config: Mapping[str, Any], stack: Stack, num_layers: int) -> int:
-    """The step that transformers would take: the configuration's own key, or else what it computes.
+def _repair_step(repairs: _Repairs, stack: Stack, layers: int, sparse: tuple[int, ...], model: str) -> None:
+    own = _configured_step(repairs.config, stack, layers)
+    candidates = (own, *range(layers, -1, -1))  # as it is, else the largest
+    step = next((step for step in candidates if _built_sparse(layers, step) == sparse), None)
+    which = f"experts in {stack} blocks {', '.join(map(str, sparse)) or 'none'}"
+    if step is None:
+        raise ModelError(
+            f"{model} has {which} of {layers}, which is not supported",
+            "transformers can only build experts into every n-th block",
+        )
+    repairs.config[f"{stack}_sparse_step"] = own
+    if step != own:
+        repairs.change(f"{stack}_sparse_step", step, f"the checkpoint has {which}")
+        repairs.config[f"num_sparse_{stack}_layers"] = len(sparse)
+
+
+def _configured_step(config: Mapping[str, Any], stack: Stack, layers: int) -> int:
+    """Return the step that transformers would take: the configuration's own key, or else what it computes.
 
     Source: SwitchTransformersConfig.__post_init__, where unknown keys override what has been computed. Its edges are
     kept: no sparse layers gives a step of `num_layers`, more sparse layers than layers gives 0.
@@ -283,69 +207,63 @@ def configured_step(config: Mapping[str, Any], stack: Stack, num_layers: int) ->
     if type(own) is int and own >= 0:
         return own
     num_sparse: int = config[f"num_sparse_{stack}_layers"]
-    return num_layers // num_sparse if num_sparse > 0 else num_layers
+    return layers // num_sparse if num_sparse > 0 else layers
 
 
-def sparse_blocks(num_layers: int, step: int) -> tuple[int, ...]:
-    """The blocks that transformers builds with experts (SwitchTransformersStack.__init__)."""
+def _built_sparse(layers: int, step: int) -> tuple[int, ...]:
+    """Return the blocks that transformers builds with experts (SwitchTransformersStack.__init__)."""
     if step == 0:
         return ()
-    return tuple(i for i in range(num_layers) if step == 1 or i % step == 1)
+    return tuple(i for i in range(layers) if step == 1 or i % step == 1)
 
 
-def find_step(num_layers: int, blocks: tuple[int, ...], own: int) -> int | None:
-    """Find the step that makes transformers build just these blocks with experts.
+def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], index: Index) -> dict[str, TensorSlice]:
+    """Return the tensors that are no expert's, by their canonical names, each of them checked."""
+    # A save of tied weights may keep any one of their three names.
+    shared = next((name for name in (names.SHARED, *names.EMBEDDINGS) if name in index), None)
+    if shared is None:
+        raise index.missing(names.SHARED)
+    if shared != names.SHARED:
+        repairs.sentences.append(f"{shared} → {names.SHARED}: the embedding was saved under this name only")
+    head = find_head(index, shared, repairs)
+    stored_as = {names.SHARED: shared, names.HEAD: head}
+    dense: dict[str, TensorSlice] = {}
+    for name, shape in names.dense_tensors(repairs.config, sparse_blocks, tied=head is None):
+        source = stored_as.get(name) or name
+        if names.LINEAR_NAME.fullmatch(source) and index.require(source).dtype == "I8":
+            dense[name] = check_int8(index, source, shape)
+            check_rows(index, source)
+        else:
+            dense[name] = check_tensor(index, source, shape)
+    if head is not None:
+        # With an untied head transformers 5 lets the stacks have embeddings of their own, and saves them.
+        for name in names.EMBEDDINGS:
+            if name in index and index[name] != dense[names.SHARED]:
+                dense[name] = check_tensor(index, name, dense[names.SHARED].shape)
+    return dense
 
-    Args:
-        num_layers: Blocks of the stack.
-        blocks: The numbers of those with experts, ascending.
-        own: The step by the configuration as it is; kept if it will do.
 
-    Returns:
-        The step, or None if transformers cannot build this pattern.
-    """
-    if not blocks:
-        guess = 0
-    elif blocks[0] == 0:
-        guess = 1
-    else:
-        guess = blocks[1] - blocks[0] if len(blocks) > 1 else num_layers
-    return next((step for step in (own, guess) if sparse_blocks(num_layers, step) == blocks), None)
+def find_head(index: Index, shared: str, repairs: _Repairs) -> str | None:
+    """Return the name of the head's tensor, or None if the head is tied to the embedding, which is called `shared`.
 
-
-_TIE = "tie_word_embeddings"
-_SAMPLES = 8
-_SAMPLE_BYTES = 4096
-
-
-def find_head(tensors: TensorTable, shared: str, repairs: Repairs) -> str | None:
-    """Decide from the tensors whether the head is tied, and put the answer into the configuration.
-
-    It matters beyond the matrix itself: with a tied head the decoder's output is scaled by d_model^-0.5.
-
-    Args:
-        tensors: The checkpoint's tensors.
-        shared: The shared embedding's name among them.
-        repairs: The configuration.
-
-    Returns:
-        The name of the head's tensor, or None if the head is tied.
+    The configuration is repaired to say so. It matters beyond the matrix itself: with a tied head the decoder's output
+    is scaled by d_model^-0.5.
     """
     says_tied = repairs.config.get(_TIE) is not False
-    if HEAD not in tensors and DECODER_HEAD in tensors:
-        repairs.note(f"{DECODER_HEAD} → {HEAD}: transformers knows the head by this name")
+    if names.HEAD not in index and names.DECODER_HEAD in index:
+        repairs.sentences.append(f"{names.DECODER_HEAD} → {names.HEAD}: transformers knows the head by this name")
         repairs.change(_TIE, False, "the checkpoint has a head of its own")
-        return DECODER_HEAD
-    if HEAD not in tensors:
+        return names.DECODER_HEAD
+    if names.HEAD not in index:
         if not says_tied:
             repairs.change(_TIE, True, "the checkpoint has no head of its own")
         repairs.config[_TIE] = True
         return None
-    if says_tied and _same(tensors[HEAD], tensors[shared]):
+    if says_tied and _same(index[names.HEAD], index[shared]):
         repairs.config[_TIE] = True
         return None
-    repairs.change(_TIE, False, f"{HEAD} differs from {shared}")
-    return HEAD
+    repairs.change(_TIE, False, f"{names.HEAD} differs from {shared}")
+    return names.HEAD
 
 
 def _same(head: TensorSlice, shared: TensorSlice) -> bool:
@@ -360,11 +278,6 @@ def _same(head: TensorSlice, shared: TensorSlice) -> bool:
 def _samples(tensor: TensorSlice) -> list[bytes]:
     length = min(_SAMPLE_BYTES, tensor.nbytes)
     last = tensor.nbytes - length
-    try:
-        with open_weights(tensor.file) as file:
-            return [
-                read_exactly(file, tensor.offset + last * number // (_SAMPLES - 1), length)
-                for number in range(_SAMPLES)
-            ]
-    except EOFError:
-        raise CorruptCheckpointError(f"{tensor.file}: the file is truncated", "download it again") from None
+    places = [tensor.offset + last * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
+    with open_weights(tensor.file) as file:
+        return [file.read(place, length) for place in places]

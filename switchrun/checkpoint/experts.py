@@ -1,21 +1,69 @@
-"""The experts of a checkpoint: all present, all alike, and looked up without building 61,440 objects."""
+"""What a checkpoint's tensors must be, and its experts: all there, all alike, each made when it is asked for."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import replace
 
-from switchrun.checkpoint.checks import check_int8, check_tensor, missing_tensor, with_scales
+from switchrun.checkpoint.files import open_weights
 from switchrun.checkpoint.names import STACKS, mlp_prefix, scales_of
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Stack, TensorTable
-from switchrun.errors import CorruptCheckpointError
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Index, Stack, TensorSlice
+from switchrun.dtypes import WEIGHT_DTYPES
+from switchrun.errors import CorruptCheckpointError, ModelError
+
+#: bitsandbytes' number for the layout of a matrix that lies row by row.
+_ROWS = 0
+
+
+def check_tensor(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
+    """Return a tensor; CorruptCheckpointError if it is missing, or its shape or dtype is not that of the weights."""
+    tensor = _check_shape(index, name, shape)
+    if tensor.dtype not in WEIGHT_DTYPES:
+        allowed = ", ".join(sorted(WEIGHT_DTYPES))
+        raise CorruptCheckpointError(
+            f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, not as one of {allowed}"
+        )
+    return tensor
+
+
+def check_int8(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
+    """Return a matrix in int8 with its scales; CorruptCheckpointError if they are not as bitsandbytes saves them."""
+    tensor = _check_shape(index, name, shape)
+    scales = _check_shape(index, scales_of(name), shape[:1])
+    if scales.dtype != "F32":
+        raise CorruptCheckpointError(f"{scales.file}: tensor {scales_of(name)} is stored as {scales.dtype}, not as F32")
+    return replace(tensor, scales=scales)
+
+
+def _check_shape(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
+    tensor = index.require(name)
+    if tensor.shape != shape:
+        raise CorruptCheckpointError(
+            f"{tensor.file}: tensor {name} has the shape {list(tensor.shape)}; by config.json it must be {list(shape)}"
+        )
+    return tensor
+
+
+def check_rows(index: Index, name: str) -> None:
+    """Raise ModelError for a matrix in int8 that lies in a GPU's tiles, as bitsandbytes before 0.45 might save it."""
+    layout = index.get(f"{name}_format")
+    if layout is None or layout.nbytes != 1:
+        return
+    with open_weights(layout.file) as file:
+        number = file.read(layout.offset, 1)[0]
+    if number != _ROWS:
+        raise ModelError(
+            f"{layout.file}: tensor {name} is not stored row by row (its weight_format is {number})",
+            "save it again with bitsandbytes 0.45 or later, or give the original checkpoint",
+        )
 
 
 class Experts(Mapping[ExpertKey, ExpertSlices]):
-    """Every expert's slices by key, in the model's order; built when asked for."""
+    """Every expert's slices by key, in the model's order."""
 
-    def __init__(self, tensors: TensorTable, sparse_blocks: Mapping[Stack, Sequence[int]], num_experts: int) -> None:
-        self._tensors = tensors
+    def __init__(self, index: Index, sparse_blocks: Mapping[Stack, Sequence[int]], num_experts: int) -> None:
+        self._index = index
         self._num_experts = num_experts
         self._prefixes = {
             (stack, block): mlp_prefix(stack, block) + ".experts.expert_"
@@ -26,9 +74,16 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
     def __getitem__(self, key: ExpertKey) -> ExpertSlices:
         if key not in self:
             raise KeyError(key)
+        return ExpertSlices(self._slice(key, "wi"), self._slice(key, "wo"))
+
+    def _slice(self, key: ExpertKey, matrix: str) -> TensorSlice:
+        name = self._name(key, matrix)
+        tensor = self._index[name]
+        return replace(tensor, scales=self._index[scales_of(name)]) if tensor.dtype == "I8" else tensor
+
+    def _name(self, key: ExpertKey, matrix: str) -> str:
         stack, block, expert = key
-        prefix = f"{self._prefixes[stack, block]}{expert}"
-        return ExpertSlices(*(with_scales(self._tensors, f"{prefix}.{matrix}.weight") for matrix in ("wi", "wo")))
+        return f"{self._prefixes[stack, block]}{expert}.{matrix}.weight"
 
     def __contains__(self, key: object) -> bool:
         if not isinstance(key, tuple) or len(key) != 3:
@@ -43,54 +98,44 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
     def __len__(self) -> int:
         return len(self._prefixes) * self._num_experts
 
-    def check(self, entry: Path, d_model: int, d_ff: int) -> tuple[tuple[ExpertSlices, int], ...]:
-        """See that every expert is there, with the right shapes and one dtype, beside which there may be int8.
-
-        Args:
-            entry: The file to name when a tensor is missing.
-            d_model: The width of the model.
-            d_ff: The width inside an expert.
-
-        Returns:
-            An expert of each form, and how many have it.
+    def check(self, d_model: int, d_ff: int) -> tuple[tuple[ExpertSlices, int], ...]:
+        """Check every expert, and return one of each form in which they are stored, with how many there are of it.
 
         Raises:
-            CorruptCheckpointError: The first tensor that is missing or wrong.
+            CorruptCheckpointError: A tensor is missing or has the wrong shape, or there are two dtypes beside int8.
         """
-        rows = self._tensors.rows
-        dtype: str | None = None
-        # By number of kind: 120,000 tensors are of two kinds or a few more.
-        good: dict[str, set[int]] = {"wi": set(), "wo": set()}
-        good_int8: dict[str, set[tuple[int, int]]] = {"wi": set(), "wo": set()}
-        int8 = {number for number, kind in enumerate(self._tensors.kinds) if kind.dtype == "I8"}
         shapes = {"wi": (d_ff, d_model), "wo": (d_model, d_ff)}
-        forms: dict[tuple[int, ...], tuple[ExpertKey, int]] = {}
-        for (stack, block), prefix in self._prefixes.items():
-            for expert in range(self._num_experts):
-                form = []
-                for matrix in ("wi", "wo"):
-                    name = f"{prefix}{expert}.{matrix}.weight"
-                    row = rows.get(name)
-                    if row is None:
-                        raise missing_tensor(entry, name)
-                    if row[2] in int8:
-                        scales = rows.get(scales_of(name))
-                        if scales is None or (row[2], scales[2]) not in good_int8[matrix]:
-                            check_int8(self._tensors, name, shapes[matrix], entry)
-                            good_int8[matrix].add((row[2], rows[scales_of(name)][2]))
-                    elif row[2] not in good[matrix]:
-                        check_tensor(self._tensors, name, shapes[matrix])
-                        dtype = self._one_dtype(name, dtype)
-                        good[matrix].add(row[2])
-                    form.append(row[2])
-                first, count = forms.get(tuple(form), (ExpertKey(stack, block, expert), 0))
-                forms[tuple(form)] = first, count + 1
-        return tuple((self[first], count) for first, count in forms.values())
+        plain: str | None = None
+        # By kinds: 120,000 tensors are of two of them, or a few more.
+        firsts: dict[tuple[tuple[int, ...], ...], ExpertKey] = {}
+        counts: Counter[tuple[tuple[int, ...], ...]] = Counter()
+        for key in self:
+            form = self._kinds(self._name(key, "wi")), self._kinds(self._name(key, "wo"))
+            if form not in firsts:
+                for matrix, shape in shapes.items():
+                    plain = self._check_matrix(self._name(key, matrix), shape, plain)
+                firsts[form] = key
+            counts[form] += 1
+        return tuple((self[key], counts[form]) for form, key in firsts.items())
 
-    def _one_dtype(self, name: str, dtype: str | None) -> str:
-        tensor = self._tensors[name]
-        if dtype is not None and tensor.dtype != dtype:
+    def _kinds(self, name: str) -> tuple[int, ...]:
+        """Return the number of a matrix's kind, and that of its scales if it is in int8 and has some."""
+        row = self._index.rows.get(name)
+        if row is None:
+            raise self._index.missing(name)
+        if self._index.kinds[row[2]].dtype != "I8":
+            return (row[2],)
+        scales = self._index.rows.get(scales_of(name))
+        return (row[2],) if scales is None else (row[2], scales[2])
+
+    def _check_matrix(self, name: str, shape: tuple[int, ...], plain: str | None) -> str | None:
+        """Check one matrix, and return the dtype of those that are not in int8: `plain` if it is known already."""
+        if self._index.require(name).dtype == "I8":
+            check_int8(self._index, name, shape)
+            return plain
+        tensor = check_tensor(self._index, name, shape)
+        if plain not in (None, tensor.dtype):
             raise CorruptCheckpointError(
-                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, and other experts as {dtype}"
+                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, and other experts as {plain}"
             )
         return tensor.dtype

@@ -29,14 +29,7 @@ _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin",
 
 
 def find_snapshot(repo: str, revision: str | None) -> Path:
-    """Find a model's files in the Hub's local cache, downloading what is missing of them.
-
-    Args:
-        repo: `org/name`.
-        revision: A branch, tag or commit; None for the main branch.
-
-    Returns:
-        The snapshot's folder, which is named by its commit.
+    """Return a model's folder in the Hub's local cache, named by its commit; download what is missing of it.
 
     Raises:
         ModelError: The Hub has no such model or revision, refuses it, or the disk is too small for it.
@@ -48,7 +41,7 @@ def find_snapshot(repo: str, revision: str | None) -> Path:
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
     except Exception as error:
-        # A model that is here already needs no Hub. Whether it is complete, the index tells.
+        # A model that is here already needs no Hub; if it is incomplete, the index finds that.
         cached = cached_snapshot(repo, revision)
         if cached is not None:
             return cached
@@ -64,12 +57,7 @@ def find_snapshot(repo: str, revision: str | None) -> Path:
 
 
 def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
-    """Ask the Hub for a model, and for nothing else than whether it is there.
-
-    Args:
-        repo: `org/name`.
-        revision: A branch, tag or commit; None for the main branch.
-        timeout: Seconds to wait for the answer.
+    """Ask the Hub whether it has a model; wait `timeout` seconds at most.
 
     Raises:
         ModelError: The Hub has no such model or revision, or refuses it.
@@ -89,7 +77,7 @@ def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
 
 
 def choose_files(names: Iterable[str]) -> list[str]:
-    """Choose what to download: one container's weights (safetensors if there), configuration, tokenizer."""
+    """Return what to download: one container's weights (safetensors if there), configuration, tokenizer."""
     top = [name for name in names if "/" not in name]
     chosen = [name for name in top if name in _SMALL_FILES]
     for suffix, index in _CONTAINERS:
@@ -117,7 +105,7 @@ def _check_space(repo: str, commit: str | None, sizes: dict[str, int]) -> None:
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:
-    """Give a model's folder in the Hub's local cache; None if it is not there. Never asks the Hub."""
+    """Return a model's folder in the Hub's local cache; None if it is not there. Never asks the Hub."""
     from huggingface_hub import snapshot_download
 
     try:

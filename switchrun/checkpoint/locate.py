@@ -12,20 +12,16 @@ from pathlib import Path
 from switchrun.errors import ModelError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-#: So much of both ends of the demo's weights tells it from one that was trained again.
+#: This much of both ends of the demo's weights differs from those of a demo that was trained again.
 _SAMPLE_BYTES = 64 * 1024
 _WAYS = "give a folder that holds config.json, or a Hub id such as google/switch-base-8"
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a checkpoint lies.
+    """Where a checkpoint lies; its id is what the user called it, its revision the Hub's commit.
 
-    Attributes:
-        id: What the user called it.
-        revision: The Hub's commit, if it came from there.
-        path: The folder.
-        content: What tells the files' content apart, whatever their times; empty if nothing but those does.
+    `content` is what identifies the files' content, whatever their times; empty if nothing but those does.
     """
 
     id: str
@@ -39,26 +35,19 @@ class NotDownloadedError(ModelError):
 
 
 def locate(model: str | None, *, download: bool = True) -> Location:
-    """Find the folder of a checkpoint, downloading it if need be.
+    """Find the folder of a checkpoint, downloading it if need be; arguments and errors are those of `open_checkpoint`.
 
-    Args:
-        model: A folder, `org/name`, `org/name@revision`, or None for the demo model. A folder that exists wins.
-        download: Whether the Hub may be asked at all.
-
-    Returns:
-        Where it is.
-
-    Raises:
-        ModelError: There is no such folder and no such model on the Hub.
-        NetworkError: The Hub could not be reached, and the model is not in its local cache.
-        UsageError: A revision of a local folder.
+    A folder that exists wins over a model of that id on the Hub, which is not asked at all unless `download` is true.
     """
     if model is None:
-        return _demo()
+        if not (demo_folder() / "config.json").is_file():
+            raise ModelError("the demo model is not part of this installation", _WAYS)
+        return Location(id="demo", revision=None, path=demo_folder(), content=_demo_content())
     path = Path(model).expanduser()
     if _is_dir(path):
         path = path.resolve()
-        return Location(model, None, path, _demo_content() if path == demo_folder() else "")
+        content = _demo_content() if path == demo_folder() else ""
+        return Location(id=model, revision=None, path=path, content=content)
     if _exists(path):
         raise ModelError(f"{model} is a file, not a model's folder", f"give its folder: {path.parent}")
     name, at, revision = model.partition("@")
@@ -72,11 +61,11 @@ def locate(model: str | None, *, download: bool = True) -> Location:
     snapshot = find_snapshot(*found) if download else cached_snapshot(*found)
     if snapshot is None:
         raise NotDownloadedError(f"{model} is not in the Hub's local cache", f"download it: hf download {name}")
-    return Location(name, snapshot.name, snapshot, snapshot.name)
+    return Location(id=name, revision=snapshot.name, path=snapshot, content=snapshot.name)
 
 
 def hub_id(model: str | None) -> tuple[str, str | None] | None:
-    """Take an id and its revision apart; None of what is not meant for the Hub: the demo, a folder or file, no id."""
+    """Return a Hub id and its revision; None for the demo, a folder or file that is there, or what is no id."""
     if model is None or _exists(Path(model).expanduser()):
         return None
     name, at, revision = model.partition("@")
@@ -84,15 +73,8 @@ def hub_id(model: str | None) -> tuple[str, str | None] | None:
 
 
 def demo_folder() -> Path:
-    """Give the folder of the demo model inside the package."""
+    """Return the folder of the demo model inside the package."""
     return Path(str(importlib.resources.files("switchrun") / "demo"))
-
-
-def _demo() -> Location:
-    path = demo_folder()
-    if not (path / "config.json").is_file():
-        raise ModelError("the demo model is not part of this installation", _WAYS)
-    return Location("demo", None, path, _demo_content())
 
 
 def _demo_content() -> str:
@@ -115,5 +97,5 @@ def _is_dir(path: Path) -> bool:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # As above.
         return False

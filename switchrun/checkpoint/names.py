@@ -33,17 +33,17 @@ ROUTER_NAME = re.compile(
 
 
 def scales_of(weight: str) -> str:
-    """Give the name of the scales that belong to a weight in int8, as bitsandbytes has it."""
+    """Return the name of the scales that belong to a weight in int8, as bitsandbytes has it."""
     return f"{weight.removesuffix('.weight')}.SCB"
 
 
 def mlp_layer(stack: Stack) -> int:
-    """The number of a block's feed-forward layer: after self-attention, and in the decoder cross-attention."""
+    """Return the number of a block's MLP layer: after self-attention, and in the decoder cross-attention."""
     return 1 if stack == "encoder" else 2
 
 
 def mlp_prefix(stack: Stack, block: int) -> str:
-    """The canonical name of a block's MLP: `encoder.block.3.layer.1.mlp`."""
+    """Return the canonical name of a block's MLP: `encoder.block.3.layer.1.mlp`."""
     return f"{stack}.block.{block}.layer.{mlp_layer(stack)}.mlp"
 
 
@@ -52,10 +52,7 @@ def dense_tensors(
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the canonical name and shape of every tensor that is not an expert's, in the model's order.
 
-    Args:
-        config: The configuration, repaired.
-        sparse_blocks: Which blocks have experts.
-        tied: Whether the head is the shared embedding.
+    `config` is repaired; `tied` is whether the head is the shared embedding.
     """
     d_model, d_ff, experts = config["d_model"], config["d_ff"], config["num_experts"]
     inner = config["num_heads"] * config["d_kv"]

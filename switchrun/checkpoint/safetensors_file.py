@@ -10,8 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from switchrun.checkpoint.files import open_weights, read_exactly
-from switchrun.checkpoint.types import Entry, plausible
+from switchrun.checkpoint.files import WeightsFile, open_weights, plausible
+from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError
 
@@ -19,58 +19,37 @@ from switchrun.errors import CorruptCheckpointError
 _MAX_HEADER_BYTES = 100_000_000
 
 
-def read_safetensors(path: Path) -> dict[str, Entry]:
-    """Read which tensors a safetensors file holds, and where.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The tensors by name. Their offsets count from the start of the file.
-
-    Raises:
-        CorruptCheckpointError: The file is truncated, or its header makes no sense.
-    """
+def read_safetensors(path: Path) -> dict[str, TensorSlice]:
+    """Read which tensors a safetensors file holds, and where; CorruptCheckpointError if its header makes no sense."""
     with open_weights(path) as file:
-        size = file.seek(0, 2)
+        header_bytes = int.from_bytes(file.read(0, 8), "little")
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise CorruptCheckpointError(f"{path}: not a safetensors file (its header would be {header_bytes} bytes)")
+        text = file.read(8, header_bytes)
         try:
-            header_bytes = int.from_bytes(read_exactly(file, 0, 8), "little")
-            if header_bytes > _MAX_HEADER_BYTES:
-                raise CorruptCheckpointError(
-                    f"{path}: not a safetensors file (its header would be {header_bytes} bytes)"
-                )
-            text = read_exactly(file, 8, header_bytes)
-        except EOFError:
-            raise _truncated(path, "it ends within its header") from None
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path}: its header is not valid JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise CorruptCheckpointError(f"{path}: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    start = 8 + header_bytes
-    return {name: _entry(path, name, value, start, size) for name, value in header.items()}
+            header = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpointError(f"{path}: its header is not valid JSON: {error}") from error
+        if not isinstance(header, dict):
+            raise CorruptCheckpointError(f"{path}: its header is not a JSON object")
+        header.pop("__metadata__", None)
+        return {name: _slice(file, name, value, 8 + header_bytes) for name, value in header.items()}
 
 
-def _entry(path: Path, name: str, value: Any, start: int, size: int) -> Entry:
+def _slice(file: WeightsFile, name: str, value: Any, start: int) -> TensorSlice:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        if type(dtype) is not str or not plausible((*shape, begin, end)) or begin > end:
+            raise ValueError
     except (TypeError, KeyError, ValueError) as error:
-        raise CorruptCheckpointError(f"{path}: the header's entry for tensor {name} is malformed") from error
-    if type(dtype) is not str or not plausible((*shape, begin, end)) or begin > end:
-        raise CorruptCheckpointError(f"{path}: the header's entry for tensor {name} is malformed")
+        raise CorruptCheckpointError(f"{file.path}: the header's entry for tensor {name} is malformed") from error
     itemsize = STORED_ITEMSIZE.get(dtype)
     # A dtype unknown here is no weight's; a tensor that the model needs is refused later, by its dtype.
     if itemsize is not None and math.prod(shape) * itemsize != end - begin:
         raise CorruptCheckpointError(
-            f"{path}: tensor {name} has {end - begin} bytes, but {dtype} {list(shape)} takes "
+            f"{file.path}: tensor {name} has {end - begin} bytes, but {dtype} {list(shape)} takes "
             f"{math.prod(shape) * itemsize}"
         )
-    if start + end > size:
-        raise _truncated(path, f"tensor {name} ends at byte {start + end}, the file at {size}")
-    return Entry(start + begin, end - begin, dtype, shape)
-
-
-def _truncated(path: Path, detail: str) -> CorruptCheckpointError:
-    return CorruptCheckpointError(f"{path}: the file is truncated: {detail}", "download it again")
+    if start + end > file.size:
+        raise file.truncated(f"tensor {name} ends at byte {start + end}, the file at {file.size}")
+    return TensorSlice(file.path, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape)

@@ -1,7 +1,7 @@
 """Where the tensors lie in a torch `.bin` or `.pt` file, found without torch and without running its pickle.
 
 Since torch 1.6 such a file is a zip archive. Its entries are stored uncompressed, one for each storage, so that a
-tensor is a byte range of the file; `data.pkl` tells which tensor is which part of which storage. A pickle is a program:
+tensor is a byte range of the file; `data.pkl` says which tensor is which part of which storage. A pickle is a program:
 here it is run by an unpickler that knows only what weights need, each mapped to an inert stand-in.
 """
 
@@ -15,10 +15,10 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from switchrun.checkpoint.files import open_weights, read_exactly
-from switchrun.checkpoint.types import Entry, plausible
+from switchrun.checkpoint.files import WeightsFile, open_weights, plausible
+from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError
 
@@ -28,48 +28,22 @@ _STORAGES = {
     "BoolStorage": "BOOL",
 }  # fmt: skip
 _ZIP_MAGIC = b"PK\x03\x04"
-_RESAVE = "write it anew in the zip format: torch.save(torch.load(path, weights_only=True), path)"
+_RESAVE = "save it again in the zip format: torch.save(torch.load(path, weights_only=True), path)"
 #: Keys under which training scripts nest the weights.
 _NESTED = ("state_dict", "model_state_dict", "model", "module")
 
 
-def read_torch(path: Path) -> dict[str, Entry]:
+def read_torch(path: Path) -> dict[str, TensorSlice]:
     """Read which tensors a torch zip file holds, and where.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The tensors by name. Their offsets count from the start of the file.
 
     Raises:
         CorruptCheckpointError: The file is truncated, of the old format from before torch 1.6, compressed, or its
             pickle asks for anything that weights do not need.
     """
     with open_weights(path) as file:
-        size = file.seek(0, 2)
-        _check_magic(path, file)
-        try:
-            with zipfile.ZipFile(file) as archive:
-                # The entries' places are read from `infos`; ZipFile.open is not used, for it checks a CRC over it all.
-                infos = {info.filename: info for info in archive.infolist()}
-        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError) as error:
-            raise CorruptCheckpointError(
-                f"{path}: the file is truncated or damaged: its zip directory cannot be read ({error})",
-                "download it again",
-            ) from error
-        reader = _Archive(path, file, size, infos)
-        tensors = _unpickle(path, reader.data_pickle())
-        return {name: reader.entry(name, tensor) for name, tensor in tensors.items()}
-
-
-def _check_magic(path: Path, file: BinaryIO) -> None:
-    magic = read_exactly(file, 0, 4, at_most=True)
-    if magic == _ZIP_MAGIC:
-        return
-    if magic[:1] == b"\x80":
-        raise CorruptCheckpointError(f"{path}: a torch file of the old format, which cannot be read in place", _RESAVE)
-    raise CorruptCheckpointError(f"{path}: not a torch file (neither a zip archive nor a pickle)")
+        archive = _Archive(file)
+        tensors = _unpickle(path, archive.data_pickle())
+        return {name: archive.slice(name, tensor) for name, tensor in tensors.items()}
 
 
 class _Storage(NamedTuple):
@@ -84,7 +58,7 @@ class _Tensor(NamedTuple):
     stride: tuple[int, ...]
 
 
-# The stand-ins have empty `__slots__`: a pickle can set attributes on whatever it holds, and these have none to set.
+# A pickle can set attributes on whatever it holds: the stand-ins have none to set, hence the empty `__slots__`.
 
 
 class _StorageType(NamedTuple):
@@ -109,13 +83,6 @@ class _RebuildParameter:
         return data
 
 
-class _Size:
-    __slots__ = ()
-
-    def __call__(self, items: Any = ()) -> tuple[Any, ...]:
-        return tuple(items)
-
-
 class _Ignored:
     """Stands for a dtype or layout, as a value or as what makes one."""
 
@@ -130,7 +97,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
     ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
     ("torch.serialization", "_get_layout"): _Ignored(),
-    ("torch", "Size"): _Size(),
+    ("torch", "Size"): tuple,
     **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
     **{
         ("torch", name): _Ignored()
@@ -188,75 +155,80 @@ def _tensors(value: object) -> dict[str, _Tensor]:
 class _Archive:
     """The zip archive's entries as byte ranges of the file."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, infos: Mapping[str, zipfile.ZipInfo]) -> None:
-        self._path = path
+    def __init__(self, file: WeightsFile) -> None:
         self._file = file
-        self._size = size
-        self._infos = infos
-        self._offsets: dict[str, int] = {}
-        pickles = [name for name in infos if name.endswith("/data.pkl") and name.count("/") == 1]
+        self._infos = self._directory()
+        pickles = [name for name in self._infos if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise CorruptCheckpointError(f"{path}: a zip archive, but not one that torch wrote (no data.pkl)")
+            raise self._corrupt("a zip archive, but not one that torch wrote (no data.pkl)")
         self._root = pickles[0].removesuffix("data.pkl")
+
+    def _directory(self) -> dict[str, zipfile.ZipInfo]:
+        magic = self._file.read(0, min(self._file.size, 4))
+        if magic[:1] == b"\x80":
+            raise self._corrupt("a torch file of the old format, which cannot be read in place", _RESAVE)
+        if magic != _ZIP_MAGIC:
+            raise self._corrupt("not a torch file (neither a zip archive nor a pickle)")
+        try:
+            with zipfile.ZipFile(self._file.file) as archive:
+                # ZipFile.open is not used to read the entries, for it checks a CRC over all of each.
+                return {info.filename: info for info in archive.infolist()}
+        except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError, OverflowError) as error:
+            problem = f"the file is truncated or damaged: its zip directory cannot be read ({error})"
+            raise self._corrupt(problem, "download it again") from error
 
     def data_pickle(self) -> bytes:
         order = self._read("byteorder") if self._root + "byteorder" in self._infos else b"little"
         if order != b"little":
-            raise CorruptCheckpointError(f"{self._path}: stored in {order.decode('latin-1')!a} byte order", _RESAVE)
+            raise self._corrupt(f"stored in {order.decode('latin-1')!a} byte order", _RESAVE)
         return self._read("data.pkl")
 
-    def entry(self, name: str, tensor: _Tensor) -> Entry:
+    def slice(self, name: str, tensor: _Tensor) -> TensorSlice:
         """Where one tensor lies in the file."""
         dtype = tensor.storage.dtype
         itemsize = STORED_ITEMSIZE[dtype]
         nbytes = math.prod(tensor.shape) * itemsize
-        if not nbytes or _contiguous(tensor):
-            transposed = False
-        elif len(tensor.shape) == 2 and tensor.stride == (1, tensor.shape[0]):
-            transposed = True
-        else:
-            raise CorruptCheckpointError(
-                f"{self._path}: tensor {name} {list(tensor.shape)} is stored with strides {list(tensor.stride)}",
-                "save contiguous tensors: tensor.contiguous()",
-            )
+        transposed = False
+        if nbytes and not _contiguous(tensor):
+            transposed = len(tensor.shape) == 2 and tensor.stride == (1, tensor.shape[0])
+            if not transposed:
+                raise self._corrupt(
+                    f"tensor {name} {list(tensor.shape)} is stored with strides {list(tensor.stride)}",
+                    "save contiguous tensors: tensor.contiguous()",
+                )
         start, length = self._range("data/" + tensor.storage.key)
         offset = tensor.offset * itemsize
         if offset + nbytes > length:
-            raise CorruptCheckpointError(
-                f"{self._path}: tensor {name} needs {offset + nbytes} bytes of a storage that has {length}"
-            )
-        return Entry(start + offset, nbytes, dtype, tensor.shape, transposed)
+            raise self._corrupt(f"tensor {name} needs {offset + nbytes} bytes of a storage that has {length}")
+        place = start + offset
+        return TensorSlice(self._file.path, place, nbytes, dtype=dtype, shape=tensor.shape, transposed=transposed)
 
     def _read(self, name: str) -> bytes:
-        return read_exactly(self._file, *self._range(name))
+        return self._file.read(*self._range(name))
 
     def _range(self, name: str) -> tuple[int, int]:
         info = self._infos.get(self._root + name)
         if info is None:
-            raise CorruptCheckpointError(f"{self._path}: the archive lacks its entry {ascii(name)[1:-1]}")
+            raise self._corrupt(f"the archive lacks its entry {ascii(name)[1:-1]}")
         if info.compress_type != zipfile.ZIP_STORED:
-            raise CorruptCheckpointError(
-                f"{self._path}: the archive is compressed, so that it cannot be read in place", _RESAVE
-            )
-        start = self._offsets.get(name)
-        if start is None:
-            start = self._offsets[name] = self._data_offset(info)
-        if start + info.file_size > self._size:
-            raise self._truncated()
+            raise self._corrupt("the archive is compressed, so that it cannot be read in place", _RESAVE)
+        start = self._data_offset(info)
+        if start + info.file_size > self._file.size:
+            raise self._file.truncated("its zip directory names a place beyond its end")
         return start, info.file_size
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
         # The local header's name and extra field may differ in length from the central directory's: torch pads there.
-        if not 0 <= info.header_offset <= self._size - 30:
-            raise self._truncated()
-        header = read_exactly(self._file, info.header_offset, 30)
+        if not 0 <= info.header_offset <= self._file.size - 30:
+            raise self._file.truncated("its zip directory names a place beyond its end")
+        header = self._file.read(info.header_offset, 30)
         if header[:4] != _ZIP_MAGIC:
-            raise CorruptCheckpointError(f"{self._path}: the archive's entries are not where its directory says")
+            raise self._corrupt("the archive's entries are not where its directory says")
         name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
         return info.header_offset + 30 + int(name_bytes) + int(extra_bytes)
 
-    def _truncated(self) -> CorruptCheckpointError:
-        return CorruptCheckpointError(f"{self._path}: the file is truncated", "download it again")
+    def _corrupt(self, problem: str, hint: str = "") -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"{self._file.path}: {problem}", hint)
 
 
 def _contiguous(tensor: _Tensor) -> bool:

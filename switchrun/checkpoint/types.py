@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+from switchrun.errors import CorruptCheckpointError
 
 Stack = Literal["encoder", "decoder"]
 
@@ -15,11 +18,9 @@ class TensorSlice:
     """Where one tensor lies: a dense byte range of one file.
 
     Attributes:
-        file: The file's absolute path.
-        offset: First byte of the tensor in the file.
-        nbytes: Length in bytes.
+        file: An absolute path.
         dtype: The stored dtype, as safetensors names it (`BF16`).
-        shape: The tensor's shape, for a linear layer's weight `[out, in]`.
+        shape: For a linear layer's weight `[out, in]`.
         transposed: A matrix whose bytes are in column-major order: the range holds `[in, out]`. Torch files keep
             strides, and conversions from JAX leave such matrices behind.
         scales: Where the scales of a matrix in int8 lie (`SCB`, float32 `[out]`); None for any other tensor.
@@ -76,13 +77,11 @@ class SwitchCheckpoint:
         repairs: What was wrong in the checkpoint's configuration or names, one sentence each.
         dense: Every tensor that is not an expert's, by its canonical name in transformers. `lm_head.weight` is
             there only when the head is not tied, the two `embed_tokens` only when they are not `shared.weight`.
-        experts: The slices of every expert.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
-        fingerprint: Changes when any file of the checkpoint does: names, sizes, and the Hub's commit, what the demo's
-            weights begin and end with, or else modification times.
+        fingerprint: Changes when any file of the checkpoint does; see `Index.fingerprint`.
         stored_dtype: What the experts are stored in; `I8` if any linear layer of the checkpoint is.
-        forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how many have
-            that form; empty if all are like the first.
+        expert_forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how
+            many have that form; never empty.
     """
 
     id: str
@@ -94,8 +93,8 @@ class SwitchCheckpoint:
     experts: Mapping[ExpertKey, ExpertSlices]
     sparse_blocks: Mapping[Stack, tuple[int, ...]]
     fingerprint: str
-    stored_dtype: str = field(default="F32")
-    forms: tuple[tuple[ExpertSlices, int], ...] = ()
+    stored_dtype: str
+    expert_forms: tuple[tuple[ExpertSlices, int], ...]
 
     @property
     def num_experts(self) -> int:
@@ -106,11 +105,6 @@ class SwitchCheckpoint:
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored; of the largest, if some are in int8 and some are not."""
         return max(form.nbytes for form, _ in self.expert_forms)
-
-    @property
-    def expert_forms(self) -> tuple[tuple[ExpertSlices, int], ...]:
-        """`forms`, never empty."""
-        return self.forms or ((next(iter(self.experts.values())), len(self.experts)),)
 
     @property
     def has_int8_experts(self) -> bool:
@@ -129,23 +123,18 @@ class SwitchCheckpoint:
         return experts + sum(tensor.stored_bytes for tensor in self.dense.values())
 
 
-def plausible(numbers: Iterable[object]) -> bool:
-    """Whether a header's sizes and offsets are whole numbers that a tensor can have.
+class FileStamp(NamedTuple):
+    """One file as it was when it was read; `name` is relative to the checkpoint's folder."""
 
-    Files are not to be trusted: beyond 64 bits even to print a number can fail.
-    """
-    values = list(numbers)
-    return len(values) < 100 and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+    name: str
+    size: int
+    mtime_ns: int
 
-
-class Entry(NamedTuple):
-    """One tensor as a container's header tells it: like a `TensorSlice`, without the file."""
-
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    transposed: bool = False
+    @classmethod
+    def of(cls, folder: Path, path: Path) -> FileStamp:
+        """Stamp one file, or raise OSError if it is not there any more."""
+        status = path.stat()
+        return cls(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
 
 
 class Kind(NamedTuple):
@@ -157,40 +146,51 @@ class Kind(NamedTuple):
     transposed: bool
 
 
-class Row(NamedTuple):
-    """One tensor: the number of its file, its first byte there, and the number of its kind."""
-
-    file: int
-    offset: int
-    kind: int
-
-
-class TensorTable(Mapping[str, TensorSlice]):
-    """All tensors of a checkpoint by the names they have in its files.
+@dataclass(frozen=True, slots=True, eq=False)
+class Index(Mapping[str, TensorSlice]):
+    """All tensors of a checkpoint by the names they have in its files; a slice is made when it is asked for.
 
     Attributes:
+        entry: The file from which the others are found: an index JSON, or the only weights file.
         files: The weights files' absolute paths.
         kinds: The distinct kinds.
-        rows: `(file, offset, kind)` of every tensor, as a `Row` or a plain tuple of the same order.
+        rows: The place of every tensor: the number of its file, its first byte there, and the number of its kind.
+        stamps: Of all files that were read, the configuration's too.
     """
 
-    def __init__(
-        self, files: tuple[Path, ...], kinds: tuple[Kind, ...], rows: Mapping[str, tuple[int, int, int]]
-    ) -> None:
-        self.files = files
-        self.kinds = kinds
-        self.rows = rows
+    entry: Path
+    files: tuple[Path, ...]
+    kinds: tuple[Kind, ...]
+    rows: Mapping[str, tuple[int, int, int]]
+    stamps: tuple[FileStamp, ...]
 
     def __getitem__(self, name: str) -> TensorSlice:
-        file, offset, number = self.rows[name]
-        kind = self.kinds[number]
-        return TensorSlice(self.files[file], offset, kind.nbytes, kind.dtype, kind.shape, kind.transposed)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.rows
+        file, offset, kind = self.rows[name]
+        return TensorSlice(self.files[file], offset, *self.kinds[kind])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def missing(self, name: str) -> CorruptCheckpointError:
+        """The error to raise for a tensor that the model needs and the checkpoint lacks."""
+        return CorruptCheckpointError(
+            f"{self.entry}: tensor {name} is missing", "the checkpoint is incomplete; download it again"
+        )
+
+    def require(self, name: str) -> TensorSlice:
+        """Return a tensor that the model needs, or raise CorruptCheckpointError if the checkpoint lacks it."""
+        if name not in self.rows:
+            raise self.missing(name)
+        return self[name]
+
+    def fingerprint(self, content: str) -> str:
+        """Return one hash of all stamps, which changes when any file does.
+
+        If anything identifies the files' content, such as a commit, that takes the place of their times, which another
+        download or installation of the same files changes.
+        """
+        lines = "".join(f"{name}\0{size}\0{content or mtime_ns}\n" for name, size, mtime_ns in sorted(self.stamps))
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()

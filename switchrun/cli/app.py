@@ -1,4 +1,4 @@
-"""The `switchrun` command: its subcommands, and what becomes of an exception."""
+"""The `switchrun` command: its subcommands, and the message and exit code of an exception."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from switchrun.errors import BudgetError, SwitchrunError, UsageError
 
 EXIT_BROKEN_PIPE = 141
 
-#: Without rich the help is plain, and there five times as soon.
+# Without rich the help is plain, and appears in a fifth of the time.
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(fill)
 app.command()(plan)
@@ -65,13 +65,7 @@ def main() -> NoReturn:
 
 
 def run(arguments: list[str]) -> int:
-    """Run one command and turn whatever it raises into a line on stderr and an exit code.
-
-    Args:
-        arguments: The words after `switchrun`.
-
-    Returns:
-        The exit code.
+    """Run one command, and turn whatever it raises into a line on stderr and the exit code to return.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came.
@@ -86,38 +80,27 @@ def run(arguments: list[str]) -> int:
         drop_stdout()
         return EXIT_BROKEN_PIPE
     except typer.TyperException as error:
-        report(_describe_usage(error))
-        return error.exit_code
-    except SwitchrunError as error:
-        _show_traceback()
-        report(error.on_command_line() if isinstance(error, UsageError) else str(error))
+        context: typer.Context | None = getattr(error, "ctx", None)
+        report(f"{error.format_message()} (see: {context.command_path if context else 'switchrun'} --help)")
         return error.exit_code
     except Exception as error:
-        _show_traceback()
+        if debugging():
+            traceback.print_exc()
+        if isinstance(error, SwitchrunError):
+            report(error.on_command_line() if isinstance(error, UsageError) else str(error))
+            return error.exit_code
         if _out_of_memory(error):
-            report(
-                f"out of memory: {error or 'the system gave no more'} (allow less with --cpu-memory or --gpu-memory)"
-            )
+            hint = "allow less with --cpu-memory or --gpu-memory"
+            report(f"out of memory: {error or 'the system gave no more'} ({hint})")
             return BudgetError.exit_code
         report(f"internal error: {type(error).__name__}: {error} (set SWITCHRUN_DEBUG=1 to see where)")
         return SwitchrunError.exit_code
 
 
-def _describe_usage(error: typer.TyperException) -> str:
-    context: typer.Context | None = getattr(error, "ctx", None)
-    command = context.command_path if context else "switchrun"
-    return f"{error.format_message()} (see: {command} --help)"
-
-
 def _out_of_memory(error: Exception) -> bool:
-    """Tell whether memory ran out, also in torch, which is not to be imported for the question."""
+    """Whether memory ran out, also in torch, which is not to be imported for the question."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )
-
-
-def _show_traceback() -> None:
-    if debugging():
-        traceback.print_exc()

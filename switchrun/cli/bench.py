@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from switchrun.cli import options
-from switchrun.cli.bench_run import BenchOutput, Exports, bench_cells
-from switchrun.cli.streams import report
-from switchrun.errors import UsageError
-from switchrun.output.bench_tables import BenchFormat
+from switchrun.cli.fill import EXIT_SOME_FAILED
+from switchrun.cli.streams import report, write_answer
+from switchrun.errors import SwitchrunError, UsageError
+from switchrun.output.bench_tables import BenchFormat, format_records
+from switchrun.output.sinks import format_record
 
-
-class BaselineChoice(StrEnum):
-    """What `switchrun bench --baseline` takes."""
-
-    ACCELERATE = "accelerate"
+Record = dict[str, Any]
 
 
 def bench(
@@ -71,19 +69,6 @@ def bench(
         ),
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Decides the input's tokens.")] = 0,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            show_default="none",
-            help="Run in a control group with so much memory, page cache included.",
-        ),
-    ] = None,
-    baseline: Annotated[
-        BaselineChoice | None,
-        typer.Option(show_default="none", help="Run plain transformers with accelerate in turn with it."),
-    ] = None,
-    baseline_timeout: Annotated[float, typer.Option(min=1, help="Seconds for each process of the baseline.")] = 1800,
     style: Annotated[
         BenchFormat, typer.Option("--format", help="table, md: to read; json, jsonl, csv: to process.")
     ] = BenchFormat.TABLE,
@@ -114,19 +99,25 @@ def bench(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
 ) -> None:
     """Measure how fast a model runs here: every combination of the lists is a cell, in processes of its own."""
-    from switchrun.bench.cells import Cell, product
-    from switchrun.planning.budgets import parse_gpu_memory
+    from switchrun.bench.records import compare as compare_records
+    from switchrun.bench.records import read_records
+    from switchrun.bench.runner import Bench, Cell, product
+    from switchrun.bench.synthetic import make_synthetic
+    from switchrun.checkpoint import open_checkpoint
+    from switchrun.machine import folders
+    from switchrun.planning.budgets import parse_gpu_memory, parse_size
 
-    _check_model(model, synthetic, materialize)
+    if model is not None and synthetic is not None:
+        raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
+    if materialize is not None and synthetic is None:
+        raise UsageError("--materialize does nothing without --synthetic", "add --synthetic NAME")
     dtypes = options.dtype_list(dtype)
-    memories = (
-        [None]
-        if cpu_memory is None
-        else [_size("--cpu-memory", word) for word in options.words("--cpu-memory", cpu_memory)]
-    )
-    batches = [_batch(word) for word in options.words("--batch-size", batch_size)]
+    memories: list[int | None] = [None]
+    if cpu_memory is not None:
+        memories = [parse_size("cpu_memory", size) for size in options.words("--cpu-memory", cpu_memory)]
     if gpu_memory is not None:
         parse_gpu_memory(gpu_memory)
+    batches = [_batch(word) for word in options.words("--batch-size", batch_size)]
     first = Cell(
         model,
         gpu_memory=gpu_memory,
@@ -136,39 +127,83 @@ def bench(
         warmup=warmup,
         cache="cold" if cold else "warm",
         seed=seed,
-        memory_limit_bytes=None if memory_limit is None else _size("--memory-limit", memory_limit),
-        baseline=None if baseline is None else "accelerate",
     )
-    output = BenchOutput(style, Exports(export, plot, page), compare, resume)
-    tell: Any = (lambda _: None) if quiet else report
-    cells = product(first, dtypes, memories, batches)
-    raise typer.Exit(
-        bench_cells(
-            cells,
-            output,
-            Path(offload_folder) if offload_folder else None,
-            synthetic,
-            materialize,
-            baseline_timeout,
-            tell,
-        )
-    )
-
-
-def _check_model(model: str | None, synthetic: str | None, materialize: str | None) -> None:
-    if model is not None and synthetic is not None:
-        raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
-    if materialize is not None and synthetic is None:
-        raise UsageError("--materialize does nothing without --synthetic", "add --synthetic NAME")
-
-
-def _size(option: str, word: str) -> int:
-    from switchrun.units import parse_bytes
-
+    files = _Files(export, plot, page)
+    files.check()
+    old = read_records(compare) if compare else []
+    finished = read_records(resume) if resume and resume.exists() else []
+    folder = folders.offload_folder(offload_folder)
+    tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    description = None
+    if synthetic is not None:
+        made = make_synthetic(synthetic, materialize, folder, tell)
+        first, description = replace(first, model=str(made.path)), made.description
+        tell(f"note: {description['note']}")
+    checkpoint = open_checkpoint(first.model, cache_dir=folder / "index")
+    runner = Bench(checkpoint, folder, description, tell)
+    records: list[Record] = []
     try:
-        return parse_bytes(word)
-    except UsageError as error:
-        raise UsageError(f"{option}: {error.message}", error.hint) from None
+        for record in runner.run(product(first, dtypes, memories, batches), finished):
+            records.append(record)
+            if resume and record not in finished:
+                _write(resume, format_record(record, indent=False), "a")
+    finally:
+        # Also after a signal: what was finished is written.
+        records = compare_records(records, old, compare.name) if compare else records
+        if records:
+            files.write(records)
+            write_answer(format_records(records, style))
+    failed = [record for record in records if record["status"] == "failed"]
+    if failed:
+        raise typer.Exit(EXIT_SOME_FAILED if len(failed) < len(records) else failed[0]["error"]["exit_code"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Files to write besides the answer on stdout; None is no such file."""
+
+    records: Path | None
+    plot: Path | None
+    page: Path | None
+
+    def check(self) -> None:
+        """Refuse what could not be written at the end, before hours of measuring."""
+        endings = (
+            (self.records, [f".{style}" for style in BenchFormat if style is not BenchFormat.TABLE]),
+            (self.plot, [".png", ".svg"]),
+            (self.page, [".html"]),
+        )
+        for path, known in endings:
+            if path is None:
+                continue
+            if path.suffix not in known:
+                raise UsageError(f"'{path}' has an ending that is not known", f"use {', '.join(known)}")
+            if not path.parent.is_dir():
+                raise UsageError(f"there is no folder '{path.parent}'", "make it first")
+        if self.plot or self.page:
+            from switchrun.output.bench_report import check_matplotlib
+
+            check_matplotlib()
+
+    def write(self, records: Sequence[Record]) -> None:
+        if self.records:
+            _write(self.records, format_records(records, BenchFormat(self.records.suffix[1:])))
+        if self.plot:
+            from switchrun.output.bench_report import draw
+
+            draw(records, self.plot)
+        if self.page:
+            from switchrun.output.bench_report import render_page
+
+            _write(self.page, render_page(records))
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise SwitchrunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _batch(word: str) -> int:

@@ -1,8 +1,7 @@
-"""`switchrun doctor`: looks whether switchrun will work here, and tells the mend of what will not."""
+"""`switchrun doctor`: checks that switchrun will work here, and says what to do about what will not."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -13,38 +12,30 @@ from switchrun.cli.streams import write_answer
 from switchrun.machine import folders
 
 
-class DoctorFormat(StrEnum):
-    """What `switchrun doctor --format` takes."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
 def doctor(
     model: options.Model = None,
     cpu_memory: options.CpuMemory = None,
     gpu_memory: options.GpuMemory = None,
     offload_folder: options.OffloadFolder = None,
-    online: Annotated[bool, typer.Option("--online", help="Ask the Hub too; there is no network access else.")] = False,
-    style: Annotated[
-        DoctorFormat, typer.Option("--format", help="table: to read; json: to process.")
-    ] = DoctorFormat.TABLE,
+    online: Annotated[
+        bool, typer.Option("--online", help="Ask the Hub too; otherwise there is no network access.")
+    ] = False,
+    style: options.Format = options.TableFormat.TABLE,
 ) -> None:
-    """Look whether switchrun will work here: packages, torch, GPUs, memory, disks, the Hub, the model.
+    """Check that switchrun will work here: packages, torch, GPUs, memory, disks, the Hub, the model.
 
     Exit code: 0, or that of the first check that fails.
     """
-    from switchrun.doctor import Questions, examine, exit_code
-    from switchrun.output.doctor_tables import checks_record, render_checks
-    from switchrun.output.sinks import format_record
+    from switchrun.doctor import examine
+    from switchrun.output.sinks import checks_record, format_record
+    from switchrun.output.tables import render_checks
     from switchrun.planning import resolve_budgets
 
     resolve_budgets(cpu_memory, 0 if gpu_memory is None else gpu_memory)  # refuses what is not a size
     quieten_libraries()
-    checks = examine(Questions(folders.offload_folder(offload_folder), model, cpu_memory, gpu_memory, online))
-    if style is DoctorFormat.JSON:
-        write_answer(format_record(checks_record(checks), indent=True))
-    else:
-        write_answer(render_checks(checks))
-    if code := exit_code(checks):
-        raise typer.Exit(code)
+    folder = folders.offload_folder(offload_folder)
+    checks = examine(folder, model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, online=online)
+    record = checks_record(checks)
+    write_answer(format_record(record, indent=True) if style is options.TableFormat.JSON else render_checks(checks))
+    if record["exit_code"]:
+        raise typer.Exit(record["exit_code"])

@@ -59,7 +59,8 @@ def evaluate(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
 ) -> None:
     """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
-    from switchrun.bench.eval_run import Evaluation, as_error
+    from switchrun.bench.child_process import as_error
+    from switchrun.bench.evaluation import Evaluation
     from switchrun.machine import folders
     from switchrun.planning.budgets import parse_size
 
@@ -96,7 +97,7 @@ def evaluate(
 
 
 def _entries(text: str) -> Iterable[Entry]:
-    """Give the lines of the text.
+    """Yield the lines of the text.
 
     Raises:
         UsageError: There is no such file.
@@ -112,7 +113,7 @@ def _entries(text: str) -> Iterable[Entry]:
 
 
 def _readable(name: str, entries: Iterable[Entry]) -> list[str]:
-    """Give the lines; a loss over those that happen to be readable would not be that of the text.
+    """Return the lines; a loss over those that happen to be readable would not be that of the text.
 
     Raises:
         InputError: A line is not text, or there is none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,16 +13,14 @@ from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError, command
 from switchrun.machine import folders
-from switchrun.output.byte_progress import ByteProgress
+from switchrun.output.progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
 from switchrun.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from switchrun.store import StoreInfo, VerifyReport
 
-app = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=False, help="Show, check and empty the experts kept in the offload folder."
-)
+app = typer.Typer(rich_markup_mode=None)
 
 # No environment variables here: one that is meant for `fill` must not decide what is deleted.
 Model = Annotated[
@@ -39,13 +36,6 @@ Model = Annotated[
 Dtype = Annotated[PackedDtype | None, typer.Option("--dtype", show_default="all", help="Only experts in this dtype.")]
 
 
-class ListFormat(StrEnum):
-    """What `switchrun offload ls --format` takes."""
-
-    TABLE = "table"
-    JSON = "json"
-
-
 @app.callback(invoke_without_command=True)
 def offload(context: typer.Context) -> None:
     """Show, check and empty the experts kept in the offload folder."""
@@ -56,17 +46,17 @@ def offload(context: typer.Context) -> None:
 @app.command("ls")
 def list_them(
     offload_folder: options.OffloadFolder = None,
-    style: Annotated[ListFormat, typer.Option("--format", help="table: to read; json: to process.")] = ListFormat.TABLE,
+    style: options.Format = options.TableFormat.TABLE,
 ) -> None:
     """List the stored experts of every model and dtype."""
     from switchrun.store import list_stores
 
     place = folders.offload_folder(offload_folder)
     stores = list_stores(place)
-    if style is ListFormat.JSON:
+    if style is options.TableFormat.JSON:
         write_answer(format_record(stores_record(place, stores), indent=True))
     else:
-        from switchrun.output.offload_tables import render_stores
+        from switchrun.output.tables import render_stores
 
         write_answer(render_stores(place, stores))
 
@@ -81,8 +71,8 @@ def verify(
     ] = False,
 ) -> None:
     """Read every stored expert and compare it with its checksum."""
-    from switchrun.output.offload_tables import render_stores, render_verified
-    from switchrun.store import mending_command, verify_store
+    from switchrun.output.tables import render_stores, render_verified
+    from switchrun.store import clear_hint, verify_store
 
     place = folders.offload_folder(offload_folder)
     stores = _chosen(place, model, dtype)
@@ -97,7 +87,7 @@ def verify(
         except CorruptCheckpointError as error:
             unusable += 1
             progress.clear()
-            report(f"{error.message} ({mending_command(place, info.folder.parent.name, info.folder.name)})")
+            report(f"{error.message} ({clear_hint(place, info.folder.parent.name, info.folder.name)})")
             continue
         finally:
             progress.clear()
@@ -108,8 +98,7 @@ def verify(
         write_answer(render_verified(place, verified))
     if unusable:
         raise CorruptCheckpointError(
-            f"{unusable} of the stores in {place} cannot be used",
-            "the lines above say how to empty them",
+            f"{unusable} of the stores in {place} cannot be used", "the lines above say how to empty them"
         )
     left = sum(path.exists() for _, found in verified for path, _ in found.damaged)
     if left:
@@ -161,7 +150,7 @@ def _confirmed(question: str) -> bool:
 
 
 def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[StoreInfo]:
-    """Give the stores of a model and a dtype. The model itself need not be there any more."""
+    """Return the stores of a model and a dtype. The model itself need not be there any more."""
     from switchrun.store import list_stores
 
     stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype.value]
@@ -175,11 +164,9 @@ def _is_of(info: StoreInfo, place: Path, model: str) -> bool:
     # A folder called demo is ./demo: what is deleted must not depend on where one is.
     names = {model} if model == "demo" else {model, str(path.absolute()), str(path.resolve())}
     stored = info.manifest.model if info.manifest else ""
-    # `ls` and `verify` name a store whose manifest cannot be read by its folder.
-    if info.folder.parent.name == model:
-        return True
     # A Hub id without a revision means all that are stored of it.
     if stored in names or ("@" not in model and stored.startswith(f"{model}@")):
         return True
-    # A manifest that is damaged, or another model's, does not tell: the folder's name is made of the model's.
-    return any(info.folder == store_folder(place, name, info.folder.name) for name in names)
+    # Without a good manifest the folder's name counts: it is made of the model's, and `ls` and `verify` show it.
+    own_folders = [store_folder(place, name, info.folder.name) for name in names]
+    return info.folder in own_folders or info.folder.parent.name == model

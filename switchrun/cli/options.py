@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from switchrun.dtypes import DtypeChoice
+from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 
 
@@ -37,7 +38,6 @@ Model = Annotated[
 Dtype = Annotated[
     DtypeChoice,
     typer.Option(
-        "--dtype",
         envvar="SWITCHRUN_DTYPE",
         help="What to compute in; auto is as stored. int8 and nf4: experts in 8 or 4 bit, the rest as auto.",
     ),
@@ -45,7 +45,6 @@ Dtype = Annotated[
 CpuMemory = Annotated[
     str | None,
     typer.Option(
-        "--cpu-memory",
         envvar="SWITCHRUN_CPU_MEMORY",
         metavar="SIZE",
         show_default="80 % of what is free",
@@ -55,19 +54,15 @@ CpuMemory = Annotated[
 GpuMemory = Annotated[
     str | None,
     typer.Option(
-        "--gpu-memory",
         envvar="SWITCHRUN_GPU_MEMORY",
         metavar="SIZE",
         show_default="what is free on all GPUs, less a reserve",
         help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB; 0: no GPU.",
     ),
 ]
-
-
 OffloadFolder = Annotated[
     str | None,
     typer.Option(
-        "--offload-folder",
         parser=named("offload-folder"),
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
@@ -78,18 +73,15 @@ OffloadFolder = Annotated[
 OffloadLimit = Annotated[
     str | None,
     typer.Option(
-        "--offload-limit",
         envvar="SWITCHRUN_OFFLOAD_LIMIT",
         metavar="SIZE",
         show_default="no limit",
         help="What the experts that --dtype int8 and nf4 keep there may take, like 200GB; those used last stay.",
     ),
 ]
-
 DeviceMap = Annotated[
     str,
     typer.Option(
-        "--device-map",
         envvar="SWITCHRUN_DEVICE_MAP",
         metavar="auto|FILE",
         help="Which weights go where: a JSON file from `switchrun plan --format json`, or one in accelerate's format.",
@@ -98,7 +90,6 @@ DeviceMap = Annotated[
 Tokenizer = Annotated[
     str | None,
     typer.Option(
-        "--tokenizer",
         parser=named("tokenizer"),
         envvar="SWITCHRUN_TOKENIZER",
         metavar="PATH|ID",
@@ -109,29 +100,27 @@ Tokenizer = Annotated[
 BatchSize = Annotated[
     int,
     typer.Option(
-        "--batch-size",
-        envvar="SWITCHRUN_BATCH_SIZE",
-        min=1,
-        help="Inputs filled together; an expert they share is read once.",
+        envvar="SWITCHRUN_BATCH_SIZE", min=1, help="Inputs filled together; an expert they share is read once."
     ),
 ]
 NumBeams = Annotated[
     int,
-    typer.Option(
-        "--num-beams",
-        envvar="SWITCHRUN_NUM_BEAMS",
-        min=1,
-        help="Beams of the search; 1 is greedy.",
-    ),
+    typer.Option(envvar="SWITCHRUN_NUM_BEAMS", min=1, help="Beams of the search; 1 is greedy."),
 ]
 
 
-def words(option: str, text: str) -> list[str]:
-    """Take a list of values apart.
+class TableFormat(StrEnum):
+    """What `--format` takes where there is nothing to choose but who reads it."""
 
-    Raises:
-        UsageError: One is empty, or there twice.
-    """
+    TABLE = "table"
+    JSON = "json"
+
+
+Format = Annotated[TableFormat, typer.Option("--format", help="table: to read; json: to process.")]
+
+
+def words(option: str, text: str) -> list[str]:
+    """Split a list of values; none may be empty or there twice."""
     found = [word.strip() for word in text.split(",")]
     if not all(found) or len(set(found)) < len(found):
         raise UsageError(f"{option}: '{text}' is not a list", "write different values with commas between them")
@@ -139,13 +128,7 @@ def words(option: str, text: str) -> list[str]:
 
 
 def dtype_list(text: str, option: str = "--dtype") -> list[str]:
-    """Take a list of dtypes apart.
-
-    Raises:
-        UsageError: One is not a dtype, or there twice.
-    """
-    from switchrun.dtypes import resolve_dtype
-
+    """Split a list of dtypes; none may be there twice."""
     found = words(option, text)
     for word in found:
         resolve_dtype(word, "BF16")

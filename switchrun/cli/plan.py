@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import Annotated, Literal
 
 import typer
@@ -13,13 +12,6 @@ from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
 from switchrun.output.sinks import format_record
 from switchrun.units import parse_bytes
-
-
-class PlanFormat(StrEnum):
-    """What `switchrun plan --format` takes."""
-
-    TABLE = "table"
-    JSON = "json"
 
 
 def plan(
@@ -42,17 +34,15 @@ def plan(
         ),
     ] = None,
     style: Annotated[
-        PlanFormat,
+        options.TableFormat,
         typer.Option("--format", help="table: to read; json: to process, and a file for --device-map."),
-    ] = PlanFormat.TABLE,
+    ] = options.TableFormat.TABLE,
 ) -> None:
-    """Tell which weights go to which tier and why, and what a fill will cost."""
+    """Show which weights go to which tier and why, and what a fill will cost."""
     from switchrun.planning.opening import plan_model
     from switchrun.planning.options import OpenOptions
 
-    bandwidth: float | Literal["measure"] | None = None
-    if disk_bandwidth is not None:
-        bandwidth = "measure" if disk_bandwidth.strip() == "measure" else _parse_rate(disk_bandwidth)
+    bandwidth = None if disk_bandwidth is None else _parse_bandwidth(disk_bandwidth)
     chosen = OpenOptions(
         model=model,
         dtype=dtype.value,
@@ -65,15 +55,17 @@ def plan(
         max_new_tokens=output_tokens,
     )
     made = plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=bandwidth).plan
-    if style is PlanFormat.JSON:
+    if style is options.TableFormat.JSON:
         write_answer(format_record(made.as_record(), indent=True))
     else:
-        from switchrun.output.plan_tables import render_plan
+        from switchrun.output.tables import render_plan
 
         write_answer(render_plan(made))
 
 
-def _parse_rate(text: str) -> float:
+def _parse_bandwidth(text: str) -> float | Literal["measure"]:
+    if text.strip() == "measure":
+        return "measure"
     try:
         rate = parse_bytes(text.strip().removesuffix("/s"))
     except UsageError:

@@ -17,18 +17,18 @@ from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
 from switchrun.machine import folders
-from switchrun.output.byte_progress import ByteProgress
+from switchrun.output.progress import ByteProgress
 from switchrun.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
-    from switchrun.planning.estimate import Bandwidth
+    from switchrun.experts.packing import ExpertPacker
     from switchrun.planning.preparation import PreparedCounts
     from switchrun.store import ExpertStore
 
 
 def prepare(
-    dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill shall compute the experts in.")],
+    dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill will compute the experts in.")],
     model: options.Model = None,
     layers: Annotated[
         str | None,
@@ -52,9 +52,9 @@ def prepare(
     ] = None,
     cpu_memory: options.CpuMemory = None,
     offload_folder: options.OffloadFolder = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be done; store nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; store nothing.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read what is stored already, and write it anew where it is damaged.")
+        bool, typer.Option("--verify", help="Read what is stored already, and write it again where it is damaged.")
     ] = False,
 ) -> None:
     """Quantise experts into the offload folder ahead of time.
@@ -79,21 +79,29 @@ def prepare(
     chosen = planning.choose_experts(checkpoint, layers, experts)
     layout = packed_layout(checkpoint, dtype)
     jobs = planning.resolve_jobs(checkpoint, layout, jobs, budgets.cpu_bytes)
-    notes = _Notes()
-    store = open_checkpoint_store(place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=notes.add)
+    # The store's threads warn, and the main thread reports it: it alone knows of the progress line.
+    warnings: deque[str] = deque()
+    store = open_checkpoint_store(
+        place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=warnings.append
+    )
     preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)
-    notes.tell()
+    _report_all(warnings)
     if dry_run:
-        from switchrun.output.prepare_tables import render_preparation
+        from switchrun.output.tables import render_preparation
+        from switchrun.planning.opening import disk_of, measure_disk
 
-        disk, packing_seconds = _calibrate(checkpoint, store, preparation.todo, jobs)
+        packing_seconds = 0.0
+        if preparation.todo:
+            measure_disk(checkpoint)
+            packing_seconds = _preparer(checkpoint, store, jobs).packing_seconds(preparation.todo[0])
         memory = planning.process_bytes(checkpoint, layout, jobs)
-        write_answer(render_preparation(store, preparation, jobs, memory, disk, packing_seconds))
+        write_answer(render_preparation(store, preparation, jobs, memory, disk_of(checkpoint), packing_seconds))
         return
     planning.check_room(preparation, store.folder)
     keys = [*preparation.todo, *(preparation.stored if verify else ())]
-    # Torch takes seconds to import.
-    done = _run(checkpoint, store, keys, jobs, verify, notes) if keys else planning.PreparedCounts(0, 0, 0)
+    done = planning.PreparedCounts(0, 0, 0)
+    if keys:
+        done = _run(_preparer(checkpoint, store, jobs, verify), keys, warnings)
     skipped = done.skipped + (0 if verify else len(preparation.stored))
     rebuilt = done.rebuilt + preparation.damaged
     written = format_count(done.written, "expert")
@@ -105,59 +113,34 @@ def prepare(
     write_answer(f"{', '.join(parts)}, {format_seconds(time.perf_counter() - started)}\n")
 
 
-def _calibrate(
-    checkpoint: SwitchCheckpoint, store: ExpertStore, keys: Sequence[ExpertKey], jobs: int
-) -> tuple[Bandwidth, float]:
-    """Read, and quantise, for half a second; give how fast the disk is and what quantising an expert takes."""
-    from switchrun.planning.opening import disk_of, measure_disk
-
-    if not keys:
-        return disk_of(checkpoint), 0.0
-    measure_disk(checkpoint)
+def _preparer(checkpoint: SwitchCheckpoint, store: ExpertStore, jobs: int, verify: bool = False) -> ExpertPacker:
+    """Import torch, which takes seconds: what is wrong with options, model or budget has been said by now."""
     quieten_libraries()
     from switchrun.experts.packing import ExpertPacker
 
-    return disk_of(checkpoint), ExpertPacker(checkpoint, store, jobs).packing_seconds(keys[0])
+    return ExpertPacker(checkpoint, store, jobs, verify)
 
 
-def _run(
-    checkpoint: SwitchCheckpoint, store: ExpertStore, keys: list[ExpertKey], jobs: int, verify: bool, notes: _Notes
-) -> PreparedCounts:
+def _run(preparer: ExpertPacker, keys: Sequence[ExpertKey], warnings: deque[str]) -> PreparedCounts:
     progress = ByteProgress(sys.stderr, "prepare")
 
     def on_bytes(done: int, total: int) -> None:
-        if notes:
+        if warnings:
             progress.clear()
-            notes.tell()
+            _report_all(warnings)
         progress(done, total)
 
-    quieten_libraries()
-    # Only here is torch imported: what is wrong with options, model or budget has been said by now.
-    from switchrun.experts.packing import ExpertPacker
-
     try:
-        return ExpertPacker(checkpoint, store, jobs, verify).run(keys, on_bytes)
+        return preparer.run(keys, on_bytes)
     except Interrupted:
         progress.clear()
         report("stopped; what is stored stays, and the same command goes on from there")
         raise
     finally:
         progress.clear()
-        notes.tell()
+        _report_all(warnings)
 
 
-class _Notes:
-    """What the store's threads have to say, told by the main thread: it alone knows of the progress line."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[str] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._waiting)
-
-    def add(self, note: str) -> None:
-        self._waiting.append(note)
-
-    def tell(self) -> None:
-        while self._waiting:
-            report(f"warning: {self._waiting.popleft()}")
+def _report_all(warnings: deque[str]) -> None:
+    while warnings:
+        report(f"warning: {warnings.popleft()}")

@@ -20,12 +20,12 @@ class Interrupted(BaseException):
 
 
 def quit_on_signals() -> None:
-    """Let signals end the process at once and without a word: nobody is there yet to catch an exception."""
-    _take_over(lambda signum, _frame: os._exit(128 + signum))
+    """Have signals end the process at once and silently: nobody is there yet to catch an exception."""
+    _handle_with(lambda signum, _frame: os._exit(128 + signum))
 
 
-def _take_over(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Have a handler called, except for a signal that was ignored when the program started (as `nohup` and `&` do)."""
+def _handle_with(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """Set a handler, except for a signal that was ignored when the program started (as `nohup` and `&` do)."""
     for signum in _SIGNALS:
         if signal.getsignal(signum) is not signal.SIG_IGN:
             signal.signal(signum, handler)
@@ -44,17 +44,15 @@ class SignalGuard:
 
     def install(self) -> None:
         """Take over the signals."""
-        _take_over(self._handle)
+        _handle_with(self._handle)
 
     def release(self) -> None:
-        """Let signals kill the process from now on: it is about to end, and nobody would catch an exception."""
-        for signum in _SIGNALS:
-            if signal.getsignal(signum) == self._handle:
-                signal.signal(signum, signal.SIG_DFL)
+        """Have signals kill the process from now on: it is about to end, and nobody would catch an exception."""
+        _handle_with(signal.SIG_DFL)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Hold a signal back for as long as the block runs.
+        """Hold signals back for as long as the block runs.
 
         Raises:
             Interrupted: At the end of the block, if a signal came meanwhile, or earlier and some library swallowed it.
@@ -68,9 +66,7 @@ class SignalGuard:
             raise Interrupted(self._received)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        for each in _SIGNALS:
-            if signal.getsignal(each) is not signal.SIG_IGN:
-                signal.signal(each, signal.SIG_DFL)
+        _handle_with(signal.SIG_DFL)
         self._received = signum
         if not self._holding:
             raise Interrupted(signum)

@@ -65,8 +65,8 @@ def quieten_libraries() -> None:
 def import_libraries(plan: Plan) -> None:
     """Import what a model needs, in less time than it takes by itself; blocks for seconds.
 
-    Garbage is not collected meanwhile, which saves a fifth of the time; and the million objects that stay are not
-    looked through ever after.
+    Garbage is not collected meanwhile, which saves a fifth of the time, nor are the million objects that stay ever
+    looked through again.
     """
     from switchrun.model.preload import import_model
 
@@ -75,73 +75,60 @@ def import_libraries(plan: Plan) -> None:
     try:
         try:
             with _stand_ins():
-                _import_all(_LIBRARIES)
+                _import_others()
         except (ImportError, AttributeError, TypeError):  # another version cannot do with them
-            _import_all(_LIBRARIES)
+            _import_others()
         import_model(plan)
     finally:
         if enabled:
             gc.enable()
     gc.freeze()
-    _keep_freed_memory()
-
-
-def _import_all(names: tuple[str, ...]) -> None:
-    for name in names:
-        import_module(name)
-
-
-def _keep_freed_memory() -> None:
-    """Have the allocator keep what is freed: each result is new memory, and its page faults take longer than the rest.
-
-    With the defaults of glibc 2.36, unpacking 4 MiB of nf4 took up to 1,000 faults; now next to none.
-    """
+    # The allocator is to keep what is freed: each result is new memory, and its page faults take longer than the rest.
+    # With the defaults of glibc 2.36, unpacking 4 MiB of nf4 took up to 1,000 faults; now next to none.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc
         mallopt(_M_MMAP_THRESHOLD, 32 * MIB)
         mallopt(_M_TRIM_THRESHOLD, 64 * MIB)
 
 
+def _import_others() -> None:
+    for name in _LIBRARIES:
+        import_module(name)
+
+
 class _StandIn(ModuleType):
     """In the place of a module whose names are only imported, or called while others are imported."""
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __init__(self, name: str, stand_in: Callable[[str], Any]) -> None:
+        super().__init__(name)
+        self._stand_in = stand_in
+
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._stand_in(name)
 
-    def _stand_in(self, name: str) -> Callable[..., Any]:
-        raise NotImplementedError
-
-
-class _Marks(_StandIn):
-    """In the place of the compiler: decorators that say how to treat a function, and here leave it as it is."""
-
-    def _stand_in(self, name: str) -> Callable[..., Any]:  # noqa: ARG002 - all of them are alike
-        return _leave
-
 
 def _leave(function: Callable[..., Any] | None = None, *_args: Any, **_settings: Any) -> Callable[..., Any]:
+    """In the place of each decorator of the compiler that says how to treat a function: leaves it as it is."""
     return _leave if function is None else function
 
 
-class _Later(_StandIn):
-    """In the place of a module: functions that import the real one when they are called, and call that."""
+def _masking_later(name: str) -> Callable[..., Any]:
+    """Return a function that imports the real one when it is called, and calls that."""
 
-    def _stand_in(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return getattr(import_module(self.__name__), name)(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(import_module(_MASKING), name)(*args, **kwargs)
 
-        return call
+    return call
 
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Import without torch's compiler and distributed tensors; blocks until torch is imported.
+    """Import without torch's compiler and distributed tensors, unless the compiler is there already; imports torch.
 
     transformers then does without the latter for as long as the process lives, as with a torch that was built without
-    them. What it has marked for the compiler is not marked: for a process that compiles nothing. Does nothing if the
-    compiler is there already.
+    them, and its marks for the compiler are lost: this is for a process that compiles nothing.
     """
     torch: Any = import_module("torch")
     if _COMPILER in sys.modules:
@@ -149,8 +136,8 @@ def _stand_ins() -> Iterator[None]:
         return
     is_available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False
-    torch._dynamo = sys.modules[_COMPILER] = _Marks(_COMPILER)
-    sys.modules[_MASKING] = _Later(_MASKING)
+    torch._dynamo = sys.modules[_COMPILER] = _StandIn(_COMPILER, lambda _: _leave)
+    sys.modules[_MASKING] = _StandIn(_MASKING, _masking_later)
     try:
         yield
     finally:

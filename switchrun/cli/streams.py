@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from switchrun.cli.signals import SIGNALS
 from switchrun.errors import InputError, SwitchrunError, UsageError
@@ -21,12 +21,9 @@ _NOT_UTF8_HINT = "convert it, for example with: iconv -f LATIN1 -t UTF-8"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One input as it came in.
+    """One input as it came in, and why it cannot be used, if so.
 
-    Attributes:
-        id: Its position, from 0.
-        text: The input without its line end; where it is not UTF-8, with U+FFFD for the bytes that are wrong.
-        error: Why it cannot be used; None if it is readable.
+    `id` is its position, from 0. `text` has no line end, and U+FFFD for bytes that are not UTF-8.
     """
 
     id: int
@@ -35,14 +32,14 @@ class Entry:
 
 
 def read_arguments(texts: Iterable[str]) -> Iterator[Entry]:
-    """Give each TEXT argument as an entry."""
+    """Yield each TEXT argument."""
     for position, text in enumerate(texts):
         # Python hands bytes that are not UTF-8 to a program as lone surrogates.
         yield _decode(position, os.fsencode(text))
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Entry]:
-    r"""Give each line of a stream as an entry, as soon as it is there; blocks while it waits for the next.
+    r"""Yield each line of a stream as soon as it is there; blocks while it waits for the next.
 
     A line ends with `\n` or `\r\n`; the last one may have no end. A byte order mark at the start is dropped.
     """
@@ -61,18 +58,14 @@ def read_lines(stream: BinaryIO) -> Iterator[Entry]:
 
 
 def stdin_lines() -> Iterator[Entry]:
-    """Give each line of stdin as an entry.
-
-    Raises:
-        UsageError: stdin is closed.
-    """
+    """Yield each line of stdin; a `UsageError` if it is closed."""
     if sys.stdin is None:
         raise UsageError("there is no TEXT, and stdin is closed", "give TEXT, or pipe lines in")
     return read_lines(sys.stdin.buffer)
 
 
 def prepare_output() -> None:
-    """Make stdout and stderr UTF-8 whatever the locale says, and give a closed stderr a place to write to."""
+    """Make stdout and stderr UTF-8 whatever the locale says; what goes to a closed stderr is dropped."""
     if sys.stderr is None:
         # Else `print(..., file=sys.stderr)` in any library would write to stdout.
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
@@ -84,9 +77,6 @@ def prepare_output() -> None:
 def write_answer(lines: str) -> None:
     """Write whole lines to stdout and flush them; a signal waits until they are out.
 
-    Args:
-        lines: Text that ends with a newline.
-
     Raises:
         BrokenPipeError: Nobody reads any more.
         SwitchrunError: stdout is closed, or the disk is full.
@@ -96,7 +86,12 @@ def write_answer(lines: str) -> None:
         raise UsageError("stdout is closed, so there is nowhere to write the answer to")
     with SIGNALS.held():
         try:
-            _write_all(sys.stdout, lines)
+            # Under PYTHONUNBUFFERED a text stream drops what a write had not taken when a signal cut it short.
+            sys.stdout.flush()
+            data = memoryview(lines.encode("utf-8", "backslashreplace"))
+            while data:
+                data = data[sys.stdout.buffer.write(data) :]
+            sys.stdout.buffer.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -105,7 +100,7 @@ def write_answer(lines: str) -> None:
 
 
 def drop_stdout() -> None:
-    """Send what is left in stdout's buffer nowhere, so that Python does not fail a second time when it exits."""
+    """Drop what is left in stdout's buffer, so that Python does not fail a second time when it exits."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -120,15 +115,6 @@ def report_lines(lines: str) -> None:
     with contextlib.suppress(OSError):
         sys.stderr.write(lines)
         sys.stderr.flush()
-
-
-def _write_all(stream: TextIO, lines: str) -> None:
-    # Under PYTHONUNBUFFERED a text stream drops what a write had not taken when a signal cut it short.
-    stream.flush()
-    data = memoryview(lines.encode("utf-8", "backslashreplace"))
-    while data:
-        data = data[stream.buffer.write(data) :]
-    stream.buffer.flush()
 
 
 def _decode(position: int, raw: bytes) -> Entry:

@@ -1,21 +1,15 @@
-"""What a check finds, and what that means for the exit code."""
+"""What a check finds, and the exit code that follows from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from switchrun.errors import SwitchrunError
 
-
-class Status(StrEnum):
-    """How it is, from good to bad."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
+#: What is wrong, and what to do about it.
+Problem = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,43 +18,24 @@ class Check:
 
     Attributes:
         name: What was looked at; a heading of docs/doctor.md.
-        status: `warn`: it works, but slower, less of it, or not as one would think. `fail`: some command will not work.
         finding: What was found, in one line.
-        mend: What to do about it; None if nothing is to be done.
-        details: Figures for JSON, with the unit in the key; `docs/schemas/doctor.schema.json` describes each.
-        exit_code: 0, or if it fails that of the error class that a command would end with.
+        hint: What to do about it; None if all is well.
+        error: What a command would end with; None if it works, but slower or not as expected.
+        details: Figures that a program may act on; docs/schemas/doctor.schema.json describes each.
     """
 
     name: str
-    status: Status
     finding: str
-    mend: str | None = None
+    hint: str | None = None
+    error: type[SwitchrunError] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
-    exit_code: int = 0
 
+    @property
+    def status(self) -> Literal["ok", "warn", "fail"]:
+        """How it is."""
+        return "fail" if self.error else "warn" if self.hint else "ok"
 
-def passed(name: str, finding: str, **details: Any) -> Check:
-    """Give a check that found nothing wrong."""
-    return Check(name, Status.OK, finding, None, details)
-
-
-def warned(name: str, finding: str, mend: str, **details: Any) -> Check:
-    """Give a check that found something to know about."""
-    return Check(name, Status.WARN, finding, mend, details)
-
-
-def failed(
-    name: str, finding: str, mend: str, error: type[SwitchrunError] | SwitchrunError = SwitchrunError, **details: Any
-) -> Check:
-    """Give a check that found what will not work; `error` is what a command would end with."""
-    return Check(name, Status.FAIL, finding, mend, details, error.exit_code)
-
-
-def worst(checks: Iterable[Check]) -> Status:
-    """Give the worst status of all."""
-    return max((check.status for check in checks), key=list(Status).index, default=Status.OK)
-
-
-def exit_code(checks: Iterable[Check]) -> int:
-    """Give the exit code of the first check that fails; 0 if none does."""
-    return next((check.exit_code for check in checks if check.status is Status.FAIL), 0)
+    @property
+    def exit_code(self) -> int:
+        """That of the error; 0 without one."""
+        return self.error.exit_code if self.error else 0

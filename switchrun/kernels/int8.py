@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from switchrun.kernels.bitsandbytes_ops import operations
-from switchrun.kernels.plain import knows_bfloat16
 from switchrun.kernels.row_blocks import largest_block, linear_by_blocks, linear_by_parts, row_blocks, rows_of
+from switchrun.machine.processor import has_bf16_instructions
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
@@ -71,7 +71,7 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
         if len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
             result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
             return result.view(*x.shape[:-1], out_features)
-        if knows_bfloat16():
+        if has_bf16_instructions():
 
             def product(rows: slice) -> torch.Tensor:
                 # Codes are whole numbers up to 127: bfloat16 has them all.

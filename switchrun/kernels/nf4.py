@@ -23,7 +23,7 @@ import torch
 
 from switchrun.kernels.bitsandbytes_ops import operations
 from switchrun.kernels.row_blocks import Unpack, largest_block, linear_by_blocks, linear_by_parts, row_blocks, rows_of
-from switchrun.machine.processor import has_avx512_bf16
+from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.layout import NF4_BLOCK, NF4_TILE_ROWS, nf4_rows_to_a_block, nf4_sizes
 
 #: The value of each code: quantiles of the normal distribution, from the paper's appendix E.
@@ -117,7 +117,7 @@ def bitsandbytes_unpacks(dtype: torch.dtype) -> bool:
 
     In float32, and on processors without these instructions, it is no faster (`benchmarks/quantised.py`).
     """
-    return dtype is torch.bfloat16 and has_avx512_bf16()
+    return dtype is torch.bfloat16 and has_bf16_instructions()
 
 
 def _check_storage(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int]) -> None:

@@ -9,11 +9,10 @@ the weight, a part at a time that stays in the processor's cache.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import cast
-
 import torch
 from torch import nn
+
+from switchrun.machine.processor import has_bf16_instructions
 
 #: Smaller weights come from the processor's cache, and padding would cost more than it saves.
 _LARGE_WEIGHT = 1 << 18
@@ -35,7 +34,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.device.type == "cpu" and rows > 1 and weight.numel() >= _LARGE_WEIGHT:
         if x.dtype is torch.float32:
             return (weight @ _columns(x))[:, :rows].t()
-        if x.dtype is torch.bfloat16 and rows >= _WIDEN_FROM and not knows_bfloat16():
+        if x.dtype is torch.bfloat16 and rows >= _WIDEN_FROM and not has_bf16_instructions():
             return _widened(x, weight)
     return nn.functional.linear(x, weight)
 
@@ -74,9 +73,3 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
     padded = x.new_zeros(-(-x.shape[0] // _COLUMNS) * _COLUMNS, x.shape[1])
     padded[: x.shape[0]] = x
     return padded.t()
-
-
-@cache
-def knows_bfloat16() -> bool:
-    """Whether torch has a matrix product in bfloat16 for this processor (oneDNN's)."""
-    return cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())

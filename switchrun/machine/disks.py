@@ -11,19 +11,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchrun.machine.folders import cache_folder
+from switchrun.machine.folders import cache_folder, write_cache_file
 
 
 def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: float = 0.5) -> float | None:
-    """Read byte ranges past the page cache for a while and give the bandwidth.
+    """Read ranges (file, offset, length) past the page cache until the time is up; return the bytes per second.
 
-    Args:
-        ranges: (file, offset, length) of what to read, in order; it stops when they end or the time is up.
-        seconds: How long to read.
-
-    Returns:
-        Bytes per second; None where the filesystem refuses `O_DIRECT` or nothing could be read, since a figure
-        from the page cache would be wrong by an order.
+    None where the filesystem refuses `O_DIRECT` or nothing could be read, since a figure from the page cache would be
+    wrong by an order.
     """
     chunk = 8 * 1024**2
     buffer = mmap.mmap(-1, chunk)
@@ -45,8 +40,9 @@ def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: flo
 
 
 def device_of(path: Path) -> str:
-    """Name the block device that a path lies on, for figures that belong to a device."""
-    return f"{os.major(path.stat().st_dev)}:{os.minor(path.stat().st_dev)}"
+    """Return the number of the block device that a path lies on: `8:1`."""
+    device = path.stat().st_dev
+    return f"{os.major(device)}:{os.minor(device)}"
 
 
 class _Mount(NamedTuple):
@@ -55,7 +51,6 @@ class _Mount(NamedTuple):
 
 
 def _mount_of(path: Path) -> _Mount | None:
-    """Return the mount that a path lies in; None where the system does not say."""
     path, found, depth = path.resolve(), None, -1
     try:
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -101,7 +96,7 @@ def filesystem_id(path: Path) -> str | None:
 
 
 def is_sparse(path: Path) -> bool:
-    """Tell whether a file has holes, which are read faster than any disk."""
+    """Whether a file has holes, which are read faster than any disk."""
     status = path.stat()
     return status.st_blocks * 512 < status.st_size * 0.9
 
@@ -118,20 +113,11 @@ def known_bandwidth(path: Path) -> float | None:
 
 
 def remember(what: str, path: Path, value: Any) -> None:
-    """Keep something about the filesystem that `path` lies on, as JSON.
-
-    Nothing is kept of one that nothing identifies, and a cache that cannot be written is no reason to fail.
-    """
+    """Keep something about the filesystem that `path` lies on, as JSON, if anything identifies that."""
     identity = filesystem_id(path)
-    if identity is None:
-        return
-    file = cache_folder() / f"{what}.json"
-    with contextlib.suppress(OSError):
+    if identity is not None:
         known = _remembered(what) | {identity: value}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(known), encoding="utf-8")
-        temporary.replace(file)
+        write_cache_file(cache_folder() / f"{what}.json", json.dumps(known).encode())
 
 
 def recall(what: str, path: Path) -> Any:

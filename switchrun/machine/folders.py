@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import secrets
 from pathlib import Path
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
@@ -22,12 +24,24 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("switchrun")
 
 
+def write_cache_file(file: Path, data: bytes) -> None:
+    """Write a file that may be lost, whole or not at all; a cache that cannot be written is no reason to fail."""
+    # A name of its own: two processes may write the same file at once.
+    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def offload_folder(given: str | Path | None) -> Path:
     """Return the folder for the disk tier that switchrun writes, and for parsed indexes.
 
-    Args:
-        given: The user's choice; without one it is `offload/` in the current folder, if that is there and switchrun's
-            own or empty, else a folder in the user's cache.
+    Unless one is given, it is `offload/` in the current folder, if that is there and switchrun's own or empty; else it
+    is a folder in the user's cache.
     """
     if given is not None:
         return Path(given)

@@ -1,7 +1,7 @@
 """Which GPUs this process may use and what is free on them, asked of NVIDIA's driver: no torch, no CUDA context.
 
-CUDA's own library tells which GPUs are visible and numbers them, so that `CUDA_VISIBLE_DEVICES` and
-`CUDA_DEVICE_ORDER` count here just as they do for torch. Only NVML tells what is free without a context on the GPU,
+CUDA's own library says which GPUs are visible and numbers them, so that `CUDA_VISIBLE_DEVICES` and
+`CUDA_DEVICE_ORDER` count here just as they do for torch. Only NVML says what is free without a context on the GPU,
 which would take some hundred MiB of it; the two know a GPU by the same UUID.
 
 Tried with made-up libraries only: nothing here has met a real driver yet.
@@ -26,11 +26,7 @@ _NAME_BYTES = 128
 class Gpu:
     """A GPU that this process may use.
 
-    Attributes:
-        number: Its number for torch and in a device map: the 1 of `cuda:1` and `gpu:1`.
-        name: What its maker calls it.
-        total_bytes: Its memory.
-        free_bytes: What no process has taken of it.
+    Its number is that of torch and of device maps: the 1 of `cuda:1` and `gpu:1`. What no process has taken is free.
     """
 
     number: int
@@ -40,9 +36,9 @@ class Gpu:
 
 
 def visible_gpus() -> tuple[Gpu, ...]:
-    """Give the GPUs that CUDA lets this process use, in CUDA's order; none without a driver.
+    """Return the GPUs that CUDA lets this process use, in CUDA's order; none without a driver. Never raises.
 
-    Left out is a GPU whose free memory the driver does not tell, as where CPU and GPU share one memory. Never raises.
+    Left out is a GPU whose free memory the driver does not know, as where CPU and GPU share one memory.
     The first call initialises CUDA in this process, as torch would: a child that is forked later cannot use it.
     """
     cuda = _load_cuda()
@@ -58,20 +54,18 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 
 def driver_version() -> str | None:
-    """Give the version of NVIDIA's driver, such as `550.54.15`; None without one. Never raises."""
+    """Return the version of NVIDIA's driver, such as `550.54.15`; None without one. Never raises."""
     if _load_cuda() is None:
         return None
     with _nvml() as nvml:
-        if nvml is None:
-            return None
-        try:
-            return str(nvml.nvmlSystemGetDriverVersion())
-        except nvml.NVMLError:
-            return None
+        if nvml is not None:
+            with contextlib.suppress(nvml.NVMLError):
+                return str(nvml.nvmlSystemGetDriverVersion())
+    return None
 
 
 def torch_cuda() -> str | None:
-    """Give the CUDA that the installed torch was built for (`12.8`), from the file that says so. Never raises."""
+    """Return the CUDA that the installed torch was built for (`12.8`), from torch's own file. Never raises."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -83,7 +77,7 @@ def torch_cuda() -> str | None:
 
 
 def driver_too_old() -> str | None:
-    """Say in a sentence that the driver is from before the CUDA that torch was built for; None if not. Never raises.
+    """Return a sentence if the driver is older than the CUDA that torch was built for; else None. Never raises.
 
     CUDA promises that a driver runs what was built for any later version with the same first number.
     """
@@ -97,16 +91,14 @@ def driver_too_old() -> str | None:
 
 
 def _load_cuda() -> ctypes.CDLL | None:
-    """Load the driver's own library, which comes with no package: only with the driver."""
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")  # comes with no package: only with the driver
     except OSError:
         return None
 
 
 @contextlib.contextmanager
 def _nvml() -> Iterator[ModuleType | None]:
-    """Open NVML for a moment; None if it cannot be."""
     import pynvml
 
     try:
@@ -139,8 +131,7 @@ def _ask(cuda: ctypes.CDLL, nvml: ModuleType, number: int) -> Gpu | None:
 
 
 def _free_bytes(nvml: ModuleType, identity: uuid.UUID) -> int | None:
-    """Ask for the free memory of a whole GPU, or of a part of one under MIG."""
-    for kind in ("GPU", "MIG"):
+    for kind in ("GPU", "MIG"):  # a whole GPU, or a part of one
         with contextlib.suppress(nvml.NVMLError):
             return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByUUID(f"{kind}-{identity}")).free)
     return None

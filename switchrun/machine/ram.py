@@ -10,14 +10,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory_bytes() -> int:
-    """Give the memory that this process may still take: the machine's, or its container's if that is less."""
+    """Return the memory that this process may still take: the machine's, or its container's if that is less."""
     available = int(psutil.virtual_memory().available)
     room = [limit - used for limit, used in memory_limits()]
     return max(0, min([available, *room]))
 
 
 def memory_limits() -> list[tuple[int, int]]:
-    """Give (limit, use) in bytes of every memory cgroup that holds this process, v2 and v1, up to the root."""
+    """Return (limit, use) in bytes of every memory cgroup that holds this process, v2 and v1, up to the root."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -50,7 +50,7 @@ def memory_limits() -> list[tuple[int, int]]:
 
 
 def peak_rss_bytes() -> int:
-    """Give the largest resident set that this process had so far (VmHWM), in bytes."""
+    """Return the largest resident set that this process had so far (VmHWM), in bytes."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -61,5 +61,5 @@ def peak_rss_bytes() -> int:
 
 
 def rss_bytes() -> int:
-    """Give the resident set of this process now, in bytes."""
+    """Return the resident set of this process now, in bytes."""
     return int(psutil.Process().memory_info().rss)

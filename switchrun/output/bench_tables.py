@@ -14,8 +14,6 @@ from typing import Any
 from switchrun.output.sinks import format_record
 from switchrun.units import format_bytes, format_rate, format_seconds
 
-SCHEMA_VERSION = 1
-
 Record = dict[str, Any]
 
 
@@ -78,31 +76,21 @@ METRICS: tuple[tuple[str, str, Format], ...] = (
     ("encoder_bytes_per_second", "encoder step: achieved", format_rate),
     ("encoder_raw_bytes_per_second", "encoder step: raw disk", format_rate),
     ("encoder_ratio", "encoder step: achieved ÷ raw", _number),
-    ("encoder_reading_ratio", "… while reading", _number),
     ("decoder_seconds", "decoder steps", format_seconds),
     ("decoder_bytes_per_second", "decoder steps: achieved", format_rate),
     ("decoder_raw_bytes_per_second", "decoder steps: raw disk", format_rate),
     ("decoder_ratio", "decoder steps: achieved ÷ raw", _number),
-    ("decoder_reading_ratio", "… while reading", _number),
-    ("compute_seconds", "the same steps, no reads", format_seconds),
-    ("ideal_seconds", "ideal", format_seconds),
-    ("ideal_ratio", "fill ÷ ideal", _number),
-    ("second_pass_seconds", "second pass, cache emptied", format_seconds),
-    ("first_pass_ratio", "speed of first ÷ second pass", _number),
     ("peak_rss_bytes", "peak RSS", format_bytes),
     ("peak_gpu_bytes", "peak GPU memory", format_bytes),
-    ("peak_group_bytes", "peak with page cache", format_bytes),
 )
-_LABELS = {
-    **{key: label for key, label, _ in METRICS},
-    "open_and_fill_seconds": "open + fill",
-    "all_read_bytes": "read, open + fill",
-}
+_LABELS = {key: label for key, label, _ in METRICS}
 
 
 def format_records(records: Sequence[Record], style: BenchFormat) -> str:
     """Write records as whole lines in one of the formats."""
     if style is BenchFormat.JSON:
+        from switchrun.bench.records import SCHEMA_VERSION
+
         return format_record({"schema_version": SCHEMA_VERSION, "cells": list(records)}, indent=True)
     if style is BenchFormat.JSONL:
         return "".join(format_record(record, indent=False) for record in records)
@@ -127,14 +115,15 @@ def _tables(records: Sequence[Record]) -> str:
 
 
 def sections(records: Sequence[Record]) -> Iterator[Section]:
-    """Give the tables of some records: an overview if there are several, then each of them."""
+    """Yield the tables of some records: an overview if there are several, then each of them."""
     if len(records) > 1:
         yield _overview(records)
     for number, record in enumerate(records, 1):
         yield _about(record, f"Cell {number}" if len(records) > 1 else "Benchmark")
         if record["status"] == "ok":
             yield _metrics(record)
-            yield from _extras(record)
+            if record["comparison"]:
+                yield _comparison(record)
 
 
 def _overview(records: Iterable[Record]) -> Section:
@@ -162,7 +151,7 @@ def _about(record: Record, title: str) -> Section:
     rows = [
         ("model", knobs["model"] or "demo"),
         ("dtype", record["plan"]["dtype"] if record["status"] == "ok" else knobs["dtype"]),
-        ("memory", f"{memory}{_limit(knobs['memory_limit_bytes'])}"),
+        ("memory", memory),
         ("batch", f"{knobs['batch_size']} × {knobs['input_tokens']} tokens in, {knobs['output_tokens']} out"),
         ("fills", f"{knobs['repeats']} {knobs['cache']}, after {knobs['warmup']} thrown away; seed {knobs['seed']}"),
         ("machine", f"{environment['cpu']}, {environment['cores']} cores, {format_bytes(environment['memory_bytes'])}"),
@@ -183,10 +172,6 @@ def _about(record: Record, title: str) -> Section:
     return Section(title, ("", ""), rows, text_columns=2)
 
 
-def _limit(limit: int | None) -> str:
-    return "" if limit is None else f"; {format_bytes(limit)} with page cache"
-
-
 def _metrics(record: Record) -> Section:
     rows = []
     for key, label, style in METRICS:
@@ -196,31 +181,13 @@ def _metrics(record: Record) -> Section:
     return Section("Measured", ("metric", "median", "min", "max"), rows)
 
 
-def _extras(record: Record) -> Iterator[Section]:
-    ways = [
-        (
-            f"{way['threads']} × {format_bytes(way['chunk_bytes'])}{', direct' if way['direct'] else ', page cache'}",
-            _write(format_rate, way["encoder_bytes_per_second"], "median"),
-            _write(format_rate, way["decoder_bytes_per_second"], "median"),
-            ", ".join(way["best_for"]),
-        )
-        for way in record["raw_disk"]
+def _comparison(record: Record) -> Section:
+    rows = [
+        (_LABELS[key], f"{ratio:.2f} ×")
+        for key, ratio in record["comparison"]["ratios"].items()
+        if ratio is not None and key in _LABELS
     ]
-    yield Section("Raw disk, the same reads without a model", ("threads × chunk", "encoder", "decoder", "best"), ways)
-    baseline = record["baseline"]
-    if baseline and baseline["status"] == "ok":
-        rows = [(_LABELS[key], f"{ratio:.2f} ×") for key, ratio in baseline["ratios"].items() if ratio is not None]
-        rows.append(("same tokens", "yes" if baseline["same_tokens"] else "no"))
-        yield Section(f"{baseline['name']} ÷ switchrun", ("metric", "ratio"), rows)
-    if baseline and baseline["error"]:
-        yield Section(baseline["name"], ("", ""), [("failed", baseline["error"]["message"])], text_columns=2)
-    if record["comparison"]:
-        rows = [
-            (_LABELS.get(key, key), f"{ratio:.2f} ×")
-            for key, ratio in record["comparison"]["ratios"].items()
-            if ratio is not None and key in _LABELS
-        ]
-        yield Section(f"Now ÷ {record['comparison']['with']}", ("metric", "ratio"), rows)
+    return Section(f"Now ÷ {record['comparison']['with']}", ("metric", "ratio"), rows)
 
 
 def _write(style: Format, summary: Record | None, part: str) -> str:
@@ -229,12 +196,13 @@ def _write(style: Format, summary: Record | None, part: str) -> str:
 
 def _markdown(section: Section) -> str:
     numbers = len(section.head) - section.text_columns
-    lines = [f"**{section.title}**\n", _line(section.head)]
-    lines.append(_line(["---"] * section.text_columns + ["---:"] * numbers))
-    return "\n".join([*lines, *map(_line, section.rows)]) + "\n"
+    lines = [f"**{section.title}**\n", markdown_line(section.head)]
+    lines.append(markdown_line(["---"] * section.text_columns + ["---:"] * numbers))
+    return "\n".join([*lines, *map(markdown_line, section.rows)]) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
+def markdown_line(cells: Sequence[str]) -> str:
+    """Return one line of a Markdown table."""
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

@@ -36,7 +36,7 @@ def render(stream: TextIO, parts: Iterable[RenderableType]) -> str:
 
 
 def make_table(title: str, *columns: str, text_columns: int = 1) -> Table:
-    """Give an empty table whose first columns are text, and the others numbers, aligned to the right."""
+    """Return an empty table whose first columns are text, and the others numbers, aligned to the right."""
     table = Table(
         title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
     )
@@ -46,8 +46,10 @@ def make_table(title: str, *columns: str, text_columns: int = 1) -> Table:
     return table
 
 
-def make_list(title: str) -> Table:
-    """Give an empty table of two columns without a head: what it is, and how much."""
+def make_list(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of two columns without a head: what it is, and how much."""
     table = make_table(title, "", "", text_columns=2)
     table.show_header = False
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Any
 
+from switchrun.output.bench_tables import markdown_line
 from switchrun.output.sinks import format_record
 from switchrun.units import format_bytes, format_count, format_seconds
 
@@ -28,8 +29,8 @@ def format_evaluation(record: dict[str, Any], style: EvalFormat) -> str:
         return format_record(record, indent=True)
     title = f"Span-corruption loss, {record['model']['id']}"
     if style is EvalFormat.MD:
-        lines = [f"### {title}", "", _line(_HEAD), _line(["---"] + ["---:"] * (len(_HEAD) - 1))]
-        lines += [_line([cell.replace("|", "\\|") for cell in row]) for row in _rows(record)]
+        lines = [f"### {title}", "", markdown_line(_HEAD), markdown_line(["---"] + ["---:"] * (len(_HEAD) - 1))]
+        lines += [markdown_line(row) for row in _rows(record)]
         return "\n".join([*lines, "", *(f"- {note}" for note in _notes(record)), ""])
     from switchrun.output.consoles import make_table, render
 
@@ -60,7 +61,7 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _notes(record: dict[str, Any]) -> Iterator[str]:
-    """Tell what the columns are about, and whatever was left out."""
+    """Yield what the columns are about, and whatever was left out."""
     text = record["text"]
     passages = format_count(text["passages"], "passage")
     yield f"{passages}, {format_count(text['target_tokens'], 'target token')}; loss in nats per target token"
@@ -78,7 +79,3 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
 
 def _share(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:.1%}"
-
-
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cells)} |"

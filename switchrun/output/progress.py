@@ -1,19 +1,28 @@
-"""The progress line of a session: what it is doing, how far it is, and how fast it reads."""
+"""The line at the bottom of a terminal that shows how far the work is, erased before anything else is written."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from typing import TextIO
 
 from switchrun.model.records import Progress, Stage
-from switchrun.output.terminal_line import TerminalLine
-from switchrun.units import format_bytes, format_rate
+from switchrun.units import format_bytes, format_rate, format_seconds
 
+#: The line is drawn at most this often, in seconds: terminals are slow, and the work should not wait for one.
+REDRAW_SECONDS = 0.1
+#: Before that no rate of bytes is shown: it would jump.
+_SETTLING_SECONDS = 1.0
+
+_ERASE = "\r\x1b[2K"
 _UNITS: dict[Stage, str] = {"encode": "layers", "decode": "tokens"}
 
 
-class ProgressLine:
-    """A callback for a session that draws the line on a stream, if that is a terminal.
+class _Line:
+    """Draws a line over and over, on nothing but a terminal that understands cursor codes.
+
+    `FORCE_COLOR` is not asked, as rich would: it would put cursor codes into files.
 
     Args:
         stream: Where to draw; stderr.
@@ -21,25 +30,44 @@ class ProgressLine:
     """
 
     def __init__(self, stream: TextIO, *, wanted: bool = True) -> None:
-        self._line = TerminalLine(stream, wanted=wanted)
-        self._stage: Stage | None = None
-        self._stage_at = 0.0
-        self._stage_bytes = 0
+        self._stream = stream
+        self._enabled = wanted and stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._shown = False
+        self._drawn_at = 0.0
+
+    def clear(self) -> None:
+        """Erase the line; the next call draws it at once."""
+        if self._shown:
+            self._stream.write(_ERASE)
+            self._stream.flush()
+        self._shown, self._drawn_at = False, 0.0
+
+    def _is_due(self) -> bool:
+        return self._enabled and time.monotonic() - self._drawn_at >= REDRAW_SECONDS
+
+    def _draw(self, line: str) -> None:
+        self._drawn_at, self._shown = time.monotonic(), True
+        # One column is left free: a terminal would wrap after the last one.
+        width = shutil.get_terminal_size().columns - 1
+        self._stream.write(_ERASE + line[:width])
+        self._stream.flush()
+
+
+class SessionProgress(_Line):
+    """A callback for a session: the stage, how far it is, and how fast it reads."""
+
+    _stage: Stage | None = None
+    _stage_at = 0.0
+    _stage_bytes = 0
 
     def __call__(self, progress: Progress) -> None:
-        """Draw what the session tells."""
-        if not self._line.enabled:
-            return
+        """Draw it, if the stage is another or the last drawing is long enough ago."""
         now = time.monotonic()
         changed = progress.stage != self._stage or progress.load_bytes < self._stage_bytes
         if changed:
             self._stage, self._stage_at, self._stage_bytes = progress.stage, now, progress.load_bytes
-        if changed or self._line.is_due():
-            self._line.draw(self._describe(progress, now - self._stage_at))
-
-    def clear(self) -> None:
-        """Erase the line; the next call draws it anew."""
-        self._line.clear()
+        if self._enabled and (changed or self._is_due()):
+            self._draw(self._describe(progress, now - self._stage_at))
 
     def _describe(self, progress: Progress, seconds: float) -> str:
         if progress.stage == "open":
@@ -48,3 +76,33 @@ class ProgressLine:
         line += f", {format_bytes(progress.load_bytes)} read"
         read = progress.load_bytes - self._stage_bytes
         return f"{line}, {format_rate(read / seconds)}" if read and seconds > 0 else line
+
+
+class ByteProgress(_Line):
+    """A callback for work that is counted in bytes: how much is done, how fast, and how long it will take.
+
+    Args:
+        stream: Where to draw; stderr.
+        label: What is being done, in a word.
+    """
+
+    def __init__(self, stream: TextIO, label: str) -> None:
+        super().__init__(stream)
+        self._label = label
+        self._start: float | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Draw that `done` of `total` bytes are through, unless that was drawn just now."""
+        if self._start is None:
+            # What comes before the first byte, such as importing torch, says nothing about the rate.
+            self._start = time.monotonic()
+        if self._is_due():
+            self._draw(self._describe(done, total, time.monotonic() - self._start))
+
+    def _describe(self, done: int, total: int, seconds: float) -> str:
+        percent = f" ({100 * done // total} %)" if total else ""
+        line = f"{self._label}: {format_bytes(done)} of {format_bytes(total)}{percent}"
+        if not done or seconds < _SETTLING_SECONDS:
+            return line
+        rate = done / seconds
+        return f"{line}, {format_rate(rate)}, {format_seconds((total - done) / rate)} left"

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from switchrun import __version__
 from switchrun.errors import InputError
 from switchrun.model.records import SCHEMA_VERSION, FillResult
 
 if TYPE_CHECKING:
+    from switchrun.doctor import Check
     from switchrun.store import StoreInfo
 
 STORES_SCHEMA_VERSION = 1
+DOCTOR_SCHEMA_VERSION = 1
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -60,7 +63,7 @@ def format_record(record: dict[str, Any], *, indent: bool) -> str:
 
 
 def stores_record(offload: Path, stores: Iterable[StoreInfo]) -> dict[str, Any]:
-    """Give the stores as a record; docs/schemas/offload.schema.json describes it."""
+    """Return the stores as a record; docs/schemas/offload.schema.json describes it."""
     return {
         "schema_version": STORES_SCHEMA_VERSION,
         "offload_folder": str(offload),
@@ -75,6 +78,27 @@ def stores_record(offload: Path, stores: Iterable[StoreInfo]) -> dict[str, Any]:
                 "problem": info.problem or None,
             }
             for info in stores
+        ],
+    }
+
+
+def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return doctor's checks as a record; docs/schemas/doctor.schema.json describes it."""
+    return {
+        "schema_version": DOCTOR_SCHEMA_VERSION,
+        "switchrun_version": __version__,
+        "status": max((check.status for check in checks), key=("ok", "warn", "fail").index, default="ok"),
+        "exit_code": next((check.exit_code for check in checks if check.exit_code), 0),
+        "checks": [
+            {
+                "name": check.name,
+                "status": check.status,
+                "finding": check.finding,
+                "hint": check.hint,
+                "exit_code": check.exit_code,
+                "details": dict(check.details),
+            }
+            for check in checks
         ],
     }
 

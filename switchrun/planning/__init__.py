@@ -1,4 +1,4 @@
-"""What goes where, what it takes and what it costs, decided from headers alone: nothing here imports torch."""
+"""What goes where, what it takes and what it costs, decided from headers alone, without torch."""
 
 from switchrun.planning.budgets import Budgets, resolve_budgets
 from switchrun.planning.plan import Estimate, Placement, Plan, Tier, TierUse

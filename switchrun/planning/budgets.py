@@ -21,12 +21,8 @@ GPU_RESERVE_SHARE = 0.05
 class Budgets:
     """Bytes allowed in CPU memory (the whole process's resident set) and on each GPU, by its number.
 
-    On a GPU they bound what torch allocates there. CUDA's context comes on top.
-
-    Attributes:
-        cpu_bytes: In CPU memory.
-        gpu_bytes: On each GPU.
-        notes: Why a GPU that is there has no budget although nobody refused it one, a sentence each.
+    On a GPU they bound what torch allocates there; CUDA's context comes on top. `notes` say why a GPU that is there has
+    no budget although nobody refused it one, a sentence each.
     """
 
     cpu_bytes: int
@@ -47,26 +43,18 @@ def resolve_budgets(cpu_memory: str | int | None, gpu_memory: str | int | Mappin
         UsageError: Something is not a size, or a GPU is named twice.
     """
     if cpu_memory is None:
-        cpu = int(ram.available_memory_bytes() * DEFAULT_CPU_SHARE)
-    else:
-        cpu = parse_size("cpu_memory", cpu_memory)
-    notes: tuple[str, ...] = ()
-    if gpu_memory is None:
-        allowed, notes = _free_gpus()
-    else:
-        allowed = parse_gpu_memory(gpu_memory)
-    return Budgets(cpu, {number: size for number, size in allowed.items() if size}, notes)
+        cpu_memory = int(ram.available_memory_bytes() * DEFAULT_CPU_SHARE)
+    cpu_bytes = parse_size("cpu_memory", cpu_memory)
+    allowed, notes = _free_gpus() if gpu_memory is None else (parse_gpu_memory(gpu_memory), ())
+    sizes = {number: size for number, size in allowed.items() if size}
+    return Budgets(cpu_bytes, sizes, notes)
 
 
 def parse_size(option: str, size: object) -> int:
     """Return a number of bytes, given as such or like `6GiB`.
 
-    Args:
-        option: What to call it in the error.
-        size: The size.
-
     Raises:
-        UsageError: It is neither, or negative.
+        UsageError: It is neither, or negative; the message begins with the option.
     """
     if isinstance(size, str):
         try:
@@ -102,7 +90,7 @@ def parse_gpu_memory(gpu_memory: str | int | Mapping[int, int]) -> dict[int, int
 
 
 def _free_gpus() -> tuple[dict[int, int], tuple[str, ...]]:
-    """Give what is free on each GPU less the reserve; none, and why, if torch cannot use them."""
+    """Return what is free on each GPU less the reserve; none, and why, if torch cannot use them."""
     if gpus.torch_cuda() is None:
         return {}, ()
     too_old = gpus.driver_too_old()

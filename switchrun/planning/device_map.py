@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.names import mlp_prefix
-from switchrun.checkpoint.types import Stack
 from switchrun.errors import UsageError
-from switchrun.planning.plan import CPU, DISK, Tier, gpu_tier, main_tier
+from switchrun.planning.plan import CPU, DISK, SparseLayer, Tier, gpu_tier, main_tier
 
-#: A sparse layer: its stack and its block.
-SparseLayer = tuple[Stack, int]
+#: Other names that `shared` may go by; accelerate looks for each of them in a device map.
+SHARED_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
 
 
 def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
@@ -56,27 +55,28 @@ def _tier(module: str, value: Any) -> Tier:
 
 
 def tier_of(name: str, device_map: Mapping[str, Tier]) -> Tier:
-    """Give the tier of a tensor or module: that of the longest entry that it begins with.
+    """Return the tier of a tensor or module: that of the longest entry that it begins with.
 
     Raises:
         UsageError: No entry covers the name.
     """
-    prefix = name
-    while prefix not in device_map:
-        if not prefix:
-            raise UsageError(f"the device map has no entry for '{name}'", "add one, or an entry '' for all the rest")
-        prefix = prefix.rpartition(".")[0]
-    return device_map[prefix]
+    for prefix in (*_prefixes(name), ""):
+        if prefix in device_map:
+            return device_map[prefix]
+    raise UsageError(f"the device map has no entry for '{name}'", "add one, or an entry '' for all the rest")
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return `a.b.c`, `a.b` and `a`."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
 
 
 def computing_tiers(layers: Iterable[SparseLayer], placed: Mapping[str, Tier]) -> dict[SparseLayer, Tier]:
-    """Give the tier that computes each sparse layer's experts: the one with its router.
+    """Return the tier that computes each sparse layer's experts: the one with its router.
 
-    If that stays on disk, it is the first GPU that has any weights, else the CPU, to which accelerate's hooks bring it.
-
-    Args:
-        layers: The sparse layers.
-        placed: Dense modules or tensors → tier; all of them.
+    If that stays on disk, it is the first GPU that has any of the weights `placed`, else the CPU, to which accelerate's
+    hooks bring it.
     """
     main = main_tier(placed.values())
     tiers = {layer: tier_of(f"{mlp_prefix(*layer)}.router.classifier.weight", placed) for layer in layers}
@@ -84,34 +84,20 @@ def computing_tiers(layers: Iterable[SparseLayer], placed: Mapping[str, Tier]) -
 
 
 def check_device_map(device_map: Mapping[str, Tier], names: Iterable[str]) -> None:
-    """Refuse a map that names modules which the model does not have.
+    """Raise a `UsageError` if a map names modules which the model does not have.
 
-    Entries below `.mlp.experts` are let pass: accelerate's own maps may have them, and experts are placed by the
-    cache. So are the two `embed_tokens`, which are `shared` by another name, and a tied `lm_head`.
-
-    Raises:
-        UsageError: An entry matches nothing.
+    Entries below `.mlp.experts` pass: accelerate's own maps may have them, and experts are placed by the cache. So do
+    other names of `shared`.
     """
-    known = {""}
-    for name in [*names, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]:
-        prefix = name
-        while prefix:
-            known.add(prefix)
-            prefix = prefix.rpartition(".")[0]
+    names = [*names, *(f"{alias}.weight" for alias in SHARED_ALIASES)]
+    known = {"", *(prefix for name in names for prefix in _prefixes(name))}
     for module in device_map:
         if module not in known and ".mlp.experts" not in module:
             raise UsageError(f"the device map names '{module}', which this model does not have")
 
 
 def check_layers(placed: Mapping[str, Tier]) -> None:
-    """Refuse to split a layer of a block: it adds its output to its input, so both must be on one device.
-
-    Args:
-        placed: The tier of each dense tensor.
-
-    Raises:
-        UsageError: A layer would compute on two devices.
-    """
+    """Raise a `UsageError` if a layer of a block is split: it adds its output to its input, both on one device."""
     # What stays on disk computes there too.
     first = main_tier(placed.values())
     devices: dict[str, Tier] = {}

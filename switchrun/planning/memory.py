@@ -9,17 +9,16 @@ from dataclasses import dataclass
 
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import PackedDtype, Precision
-from switchrun.planning.device_map import SparseLayer
-from switchrun.planning.plan import DISK, Tier
+from switchrun.planning.plan import DISK, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
 #: Interpreter, torch, transformers and tokenizer, resident once a first fill has run. Measured with torch 2.13
-#: (CPU), transformers 5.23, Python 3.11: see docs/offloading.md. `Session.open` measures it anew and takes the larger.
+#: (CPU), transformers 5.23, Python 3.11: see docs/offloading.md. `Session.open` measures it again and takes the larger.
 RUNTIME_BYTES = 560 * MIB
 #: What Python with the command line or another small program takes, before torch is imported.
 PYTHON_BYTES = 64 * MIB
-#: The part of it that only the first fill takes: kernels, thread stacks, allocator arenas.
+#: The part of `RUNTIME_BYTES` that only the first fill takes: kernels, thread stacks, allocator arenas.
 FIRST_RUN_BYTES = 160 * MIB
 #: What one tensor's row in the parsed index takes in memory.
 INDEX_BYTES_PER_TENSOR = 900
@@ -53,29 +52,19 @@ _PAGE = 4096
 _LINEAR = re.compile(r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|\.mlp\.w[io]\.weight")
 
 
-def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
-    """Tell whether experts are read past the page cache."""
-    return checkpoint.expert_bytes >= DIRECT_IO_BYTES
-
-
-def reads_dense_directly(checkpoint: SwitchCheckpoint, device_map: Mapping[str, Tier]) -> bool:
-    """Tell whether dense weights are: not if some stay on disk, where the page cache may help to read them again."""
-    return reads_directly(checkpoint) and DISK not in device_map.values()
-
-
 def is_router(name: str) -> bool:
-    """Tell whether a dense tensor belongs to a router: routers compute in float32 whatever the dtype."""
+    """Whether a dense tensor belongs to a router: routers compute in float32 whatever the dtype."""
     return ".mlp.router." in name
 
 
 def is_int8(name: str, tensor: TensorSlice, precision: Precision) -> bool:
-    """Tell whether a dense tensor is kept in int8, whichever packed dtype the experts have; see docs/offloading.md."""
+    """Whether a dense tensor is kept in int8, whichever packed dtype the experts have; see docs/offloading.md."""
     linear = tensor.dtype == "I8" or _LINEAR.search(name) is not None
     return precision.packed is not None and linear and not is_router(name)
 
 
 def is_kept_as_stored(name: str, tensor: TensorSlice, precision: Precision) -> bool:
-    """Tell whether a dense tensor is kept in the very bytes that are stored."""
+    """Whether a dense tensor is kept in the very bytes that are stored."""
     if tensor.transposed:
         return False
     if is_int8(name, tensor, precision):
@@ -84,53 +73,47 @@ def is_kept_as_stored(name: str, tensor: TensorSlice, precision: Precision) -> b
 
 
 def dense_bytes(name: str, tensor: TensorSlice, precision: Precision) -> int:
-    """Give the bytes that a dense tensor takes in memory: in the dtype that it is computed in, or in int8."""
+    """Return the bytes that a dense tensor takes in memory: in the dtype that it is computed in, or in int8."""
     count = math.prod(tensor.shape)
     if is_int8(name, tensor, precision):
         return count + 4 * tensor.shape[0]
     return count * (4 if is_router(name) else precision.compute.itemsize)
 
 
-def is_staged(stored: ExpertSlices, precision: Precision) -> bool:
-    """Tell whether an expert of the checkpoint must be converted or packed on its way into a slot."""
-    if precision.packed is not None:
-        return any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
-    return stored.wi.dtype != precision.compute.stored
+def module_of(name: str) -> str:
+    """Return the module that a dense tensor is placed with: a whole block, a final norm, `shared` or `lm_head`."""
+    parts = name.split(".")
+    return ".".join(parts[:3] if parts[1] == "block" else parts[:-1])
 
 
 def packed_layout(checkpoint: SwitchCheckpoint, packed: PackedDtype) -> Layout:
-    """Give how an expert lies in a slot, and in `offload/`, if it is packed."""
+    """Return how a packed expert lies in a slot, and in `offload/`."""
     return layout_of(packed, checkpoint.config["d_model"], checkpoint.config["d_ff"])
 
 
-def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give the size of a slot: one expert as it is kept, with room for the alignment of direct reads."""
-    in_place = [buffer_for(form) for form, _ in checkpoint.expert_forms if not is_staged(form, precision)]
-    slices = checkpoint.expert_forms[0][0]
-    if precision.packed is not None:
-        # A file in `offload/` has its data at a page's start, so that whole pages hold it.
-        return max(_round_up(packed_layout(checkpoint, precision.packed).nbytes, _PAGE), *in_place, 0)
-    if not in_place:
-        elements = sum(t.shape[0] * t.shape[1] for t in slices)
-        return _round_up(elements * precision.compute.itemsize, _PAGE)
-    return max(in_place)
-
-
 def kept_parts(checkpoint: SwitchCheckpoint, precision: Precision) -> list[int]:
-    """Give the bytes of each tensor that an expert consists of, as it is kept in memory."""
+    """Return the bytes of each tensor that an expert consists of, as it is kept in memory."""
     if precision.packed is not None:
         return [part.nbytes for part in packed_layout(checkpoint, precision.packed).parts]
-    slices = checkpoint.expert_forms[0][0]
-    return [tensor.shape[0] * tensor.shape[1] * precision.compute.itemsize for tensor in slices]
+    return [math.prod(tensor.shape) * precision.compute.itemsize for tensor in checkpoint.expert_forms[0][0]]
+
+
+def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Return the size of a slot: one expert as it is kept, with room for the alignment of direct reads."""
+    in_place = [buffer_for(form) for form, _ in checkpoint.expert_forms if not _is_staged(form, precision)]
+    packed = precision.packed
+    kept = packed_layout(checkpoint, packed).nbytes if packed else sum(kept_parts(checkpoint, precision))
+    # A file in `offload/` has its data at a page's start, so that whole pages hold it.
+    return max([_round_up(kept, _PAGE), *in_place])
 
 
 def gpu_expert_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give the size of the tensor that is a slot on a GPU: an expert's tensors one after another."""
+    """Return the size of the tensor that is a slot on a GPU: an expert's tensors one after another."""
     return sum(_round_up(part, GPU_ALIGNMENT) for part in kept_parts(checkpoint, precision))
 
 
 def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give what a slot takes of a GPU's memory: its tensor, and what torch leaves unused in the block around it."""
+    """Return what a slot takes of a GPU's memory: its tensor, and what torch leaves unused in the block around it."""
     size = gpu_expert_bytes(checkpoint, precision)
     for largest, block in _GPU_BLOCKS:
         if size <= largest:
@@ -138,37 +121,47 @@ def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     return _round_up(size, _GPU_STEP)
 
 
-def buffer_for(stored: ExpertSlices) -> int:
-    """Give the bytes of a buffer that an expert can be read into, whatever its tensors' alignment in their files."""
-    return read_buffer_bytes(*(each.nbytes for each in stored.ranges))
-
-
-def read_buffer_bytes(*sizes: int) -> int:
-    """Give the bytes of a buffer that tensors of some sizes can be read into together."""
-    return _round_up(sum(sizes) + 2 * len(sizes) * _PAGE, _PAGE)
-
-
 def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
-    """Give what is read for an expert if a share of them lies packed in the offload folder."""
+    """Return what is read for an expert if a share of them lies packed in the offload folder."""
     if precision.packed is None or checkpoint.has_int8_experts:
         return checkpoint.expert_bytes
     packed = packed_layout(checkpoint, precision.packed).nbytes
     return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
 
 
+def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
+    """Whether experts are read past the page cache."""
+    return checkpoint.expert_bytes >= DIRECT_IO_BYTES
+
+
+def reads_dense_directly(checkpoint: SwitchCheckpoint, device_map: Mapping[str, Tier]) -> bool:
+    """Whether dense weights are: not if some stay on disk, where the page cache may help to read them again."""
+    return reads_directly(checkpoint) and DISK not in device_map.values()
+
+
+def buffer_for(stored: ExpertSlices) -> int:
+    """Return the size of a buffer that an expert can be read into, whatever its tensors' alignment in their files."""
+    return read_buffer_bytes(*(each.nbytes for each in stored.ranges))
+
+
+def read_buffer_bytes(*sizes: int) -> int:
+    """Return the size of a buffer that tensors of some sizes can be read into together."""
+    return _round_up(sum(sizes) + 2 * len(sizes) * _PAGE, _PAGE)
+
+
 def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
-    staged = [buffer_for(form) for form, _ in checkpoint.expert_forms if is_staged(form, precision)]
+    """Return the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
+    staged = [buffer_for(form) for form, _ in checkpoint.expert_forms if _is_staged(form, precision)]
     return STAGING_BUFFERS * max(staged, default=0)
 
 
 def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give how many packed experts may wait to be written to `offload/`."""
+    """Return how many packed experts may wait to be written to `offload/`."""
     return max(2, min(WRITER_BYTES // slot_bytes(checkpoint, precision), 64))
 
 
 def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
+    """Return what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
     if precision.packed is None:
         return 0
     scratch = STAGING_BUFFERS * PACKING_SCRATCH_BYTES + PRODUCT_SCRATCH_BYTES
@@ -177,22 +170,39 @@ def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
 
 
+def _is_staged(stored: ExpertSlices, precision: Precision) -> bool:
+    """Whether an expert of the checkpoint must be converted or packed on its way into a slot."""
+    if precision.packed is not None:
+        return any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
+    return stored.wi.dtype != precision.compute.stored
+
+
+def runtime_bytes(precision: Precision) -> int:
+    """Return what Python and the libraries take, the first fill included."""
+    return RUNTIME_BYTES + (BITSANDBYTES_BYTES if precision.packed is PackedDtype.NF4 else 0)
+
+
+def index_bytes(checkpoint: SwitchCheckpoint) -> int:
+    """Return what the parsed index takes. In 8 bit, transformers saves three tensors instead of one."""
+    each = 3 if checkpoint.stored_dtype == "I8" else 1
+    return INDEX_BYTES_PER_TENSOR * each * (2 * len(checkpoint.experts) + len(checkpoint.dense))
+
+
 def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Give what a process needs besides weights and activations: libraries, the index, buffers for reading."""
+    """Return what a process needs besides weights and activations: libraries, the index, buffers for reading."""
     largest = max(tensor.nbytes for tensor in checkpoint.dense.values())
     buffers = staging_bytes(checkpoint, precision) + packing_bytes(checkpoint, precision)
     return runtime_bytes(precision) + index_bytes(checkpoint) + largest + buffers
 
 
-def runtime_bytes(precision: Precision) -> int:
-    """Give what Python and the libraries take, the first fill included."""
-    return RUNTIME_BYTES + (BITSANDBYTES_BYTES if precision.packed is PackedDtype.NF4 else 0)
+def max_input_tokens(checkpoint: SwitchCheckpoint) -> int:
+    """Return the longest input that the model takes: the length that it was trained with, 512 for T5's family."""
+    return int(checkpoint.config.get("n_positions") or 512)
 
 
-def index_bytes(checkpoint: SwitchCheckpoint) -> int:
-    """Give what the parsed index takes. In 8 bit, transformers saves three tensors where there else is one."""
-    each = 3 if checkpoint.stored_dtype == "I8" else 1
-    return INDEX_BYTES_PER_TENSOR * each * (2 * len(checkpoint.experts) + len(checkpoint.dense))
+def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
+    """Return for how many new tokens memory is reserved: as many as the longest input has, or more if wanted."""
+    return max(max_input_tokens(checkpoint), wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,20 +212,11 @@ class BatchShape:
     rows: int
     tokens: int
     new_tokens: int
+    beams: int = 1
 
 
-def max_input_tokens(checkpoint: SwitchCheckpoint) -> int:
-    """Give the longest input that the model takes: the length that it was trained with, 512 for T5's family."""
-    return int(checkpoint.config.get("n_positions") or 512)
-
-
-def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
-    """Give how many new tokens memory is reserved for: as many as the longest input has, or more if they are wanted."""
-    return max(max_input_tokens(checkpoint), wanted)
-
-
-def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: BatchShape, num_beams: int = 1) -> int:
-    """Give the memory for hidden states, attention, caches and scratch of one batch, at most.
+def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: BatchShape) -> int:
+    """Return the most memory that one batch's hidden states, attention, caches and scratch take.
 
     The largest of the encoder's and the decoder's moment: nothing of a layer but its output and the position bias
     outlives it, except the decoder's key-value caches.
@@ -235,7 +236,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     expert = positions * (2 * d_ff + 2 * d_model) * wide
     encoder = 4 * hidden * item + 2 * hidden * 4 + attention * item + max(attend, route + expert)
 
-    sequences = max(rows, num_beams)
+    sequences = max(rows, shape.beams)
     layers = c["num_decoder_layers"]
     caches = 2 * sequences * (tokens + shape.new_tokens) * inner * item * layers + positions * d_model * item * 2
     logits = 8 * sequences * c["vocab_size"] * 4
@@ -246,10 +247,6 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     return int(max(encoder, decoder) + scratch)
 
 
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 @dataclass(frozen=True)
 class Needs:
     """Bytes that a model needs in memory.
@@ -257,12 +254,11 @@ class Needs:
     Attributes:
         overhead: The process without weights.
         activations: One batch, on each device that computes.
-        slot: A slot in CPU memory.
-        gpu_slot: A slot on a GPU.
+        slot: A slot in CPU memory; `gpu_slot` is one on a GPU.
         num_experts: Experts of the whole model.
         sparse_layers: The layers that have them, in the model's order.
         groups: Dense weights by module, in the order in which they deserve fast memory.
-        largest_tensor: The largest of them.
+        largest_tensor: The largest dense weight.
     """
 
     overhead: int
@@ -305,19 +301,22 @@ class Needs:
         return GPU_LIBRARY_BYTES + self.activations
 
     @property
-    def gpu_slots(self) -> int:
-        """What is set aside on a GPU for slots, before dense weights get memory."""
+    def reserved_slots(self) -> int:
+        """What is set aside in CPU memory for slots, before dense weights get memory."""
+        return min(RESERVED_SLOTS, self.num_experts) * self.slot
+
+    @property
+    def reserved_gpu_slots(self) -> int:
+        """The same on a GPU."""
         return min(GPU_RESERVED_SLOTS, self.num_experts) * self.gpu_slot
 
     @property
     def gpu_minimum(self) -> int:
         """What a GPU takes that computes the first sparse layer, in the order of `groups`."""
-        sparse, dense = self.sparse_modules, 0
-        for module, size in self.groups.items():
-            dense += size
-            if module in sparse:
-                break
-        return self.gpu_fixed + self.gpu_slots + dense + self.largest_tensor
+        modules = list(self.groups)
+        first = min(modules.index(module) for module in self.sparse_modules)
+        dense = sum(self.groups[module] for module in modules[: first + 1])
+        return self.gpu_fixed + self.reserved_gpu_slots + dense + self.largest_tensor
 
 
 def needs_of(
@@ -325,14 +324,14 @@ def needs_of(
 ) -> Needs:
     """Add up what a checkpoint needs for batches of a size."""
     tokens = max_input_tokens(checkpoint)
-    shape = BatchShape(batch_size, tokens, max_output_tokens(checkpoint, output_tokens))
+    shape = BatchShape(batch_size, tokens, max_output_tokens(checkpoint, output_tokens), num_beams)
     sizes = {name: dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
         groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
     return Needs(
         overhead=overhead_bytes(checkpoint, precision),
-        activations=activation_bytes(checkpoint, precision, shape, num_beams),
+        activations=activation_bytes(checkpoint, precision, shape),
         slot=slot_bytes(checkpoint, precision),
         gpu_slot=gpu_slot_bytes(checkpoint, precision),
         num_experts=len(checkpoint.experts),
@@ -342,14 +341,12 @@ def needs_of(
     )
 
 
-def module_of(name: str) -> str:
-    """Give the module that a dense tensor is placed with: a whole block, a final norm, `shared` or `lm_head`."""
-    parts = name.split(".")
-    return ".".join(parts[:3] if parts[1] == "block" else parts[:-1])
-
-
 def _importance(name: str) -> tuple[int, int]:
     """Order dense tensors by how often their bytes are needed: each token's first, then block by block."""
     parts = name.split(".")
     block = int(parts[2]) if parts[1] == "block" else 0
     return (0 if parts[0] in ("shared", "lm_head") else 1 if parts[0] == "decoder" else 2, block)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.dtypes import Precision, resolve_dtype
+from switchrun.dtypes import PackedDtype
 from switchrun.machine import disks, ram
 from switchrun.planning.budgets import resolve_budgets
-from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth
 from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES
 from switchrun.planning.options import OpenOptions
-from switchrun.planning.plan import Plan
+from switchrun.planning.plan import ASSUMED_BANDWIDTH, Bandwidth, Plan
 from switchrun.planning.planner import make_plan
 from switchrun.store import open_checkpoint_store, stored_experts
 
@@ -40,11 +39,8 @@ def plan_model(
 ) -> PlannedModel:
     """Open a checkpoint's headers and plan for it.
 
-    Args:
-        options: What to open, and how.
-        input_tokens: Tokens of an input, for the estimate.
-        disk_bandwidth: Bytes per second, or `measure` to read experts for half a second; None is what was last
-            measured on that disk, else an assumption.
+    The disk's bandwidth, for the estimate, is in bytes per second, or `measure` to read experts for half a second; None
+    is what was last measured on that disk, else an assumption.
 
     Raises:
         SwitchrunError: One of its kinds; see `switchrun.errors`.
@@ -52,13 +48,11 @@ def plan_model(
     libraries = RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES
     own_bytes = max(0, ram.rss_bytes() - libraries)
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)
-    checkpoint = open_checkpoint(
-        None if options.model is None else str(options.model), cache_dir=options.folder / "index"
-    )
+    model = None if options.model is None else str(options.model)
+    checkpoint = open_checkpoint(model, cache_dir=options.folder / "index")
     if disk_bandwidth == "measure":
         measure_disk(checkpoint)
         disk_bandwidth = None
-    precision = resolve_dtype(options.dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
     plan = make_plan(
         checkpoint,
         budgets,
@@ -69,27 +63,26 @@ def plan_model(
         input_tokens=input_tokens,
         output_tokens=options.max_new_tokens,
         bandwidth=Bandwidth(disk_bandwidth, "given") if disk_bandwidth else disk_of(checkpoint),
-        stored_share=_stored_share(checkpoint, precision, options.folder),
+        stored_share=_stored_share(checkpoint, options),
     )
     return PlannedModel(options, checkpoint, plan, own_bytes)
 
 
-def _stored_share(checkpoint: SwitchCheckpoint, precision: Precision, folder: Path) -> float:
+def _stored_share(checkpoint: SwitchCheckpoint, options: OpenOptions) -> float:
     """Return which share of a model's experts is in the offload folder already; 0 for what is never kept there.
 
-    Raises:
-        CorruptCheckpointError: What is kept there belongs to something else, so that a session would refuse it.
+    What is kept there for something else is refused, as a session would refuse it.
     """
-    if precision.packed is None or checkpoint.has_int8_experts:
+    if options.dtype not in list(PackedDtype) or checkpoint.has_int8_experts:
         return 0.0
-    store = open_checkpoint_store(folder, checkpoint, precision.packed.value, read_only=True)
+    store = open_checkpoint_store(options.folder, checkpoint, options.dtype, read_only=True)
     return min(1.0, sum(1 for _ in stored_experts(store.folder)) / len(checkpoint.experts))
 
 
 def disk_of(checkpoint: SwitchCheckpoint) -> Bandwidth:
     """Return the read bandwidth of the disk that a checkpoint lies on: as last measured, else an assumption."""
     measured = disks.known_bandwidth(next(iter(checkpoint.experts.values())).wi.file)
-    return Bandwidth(measured, "measured") if measured else Bandwidth(ASSUMED_BANDWIDTH, "assumed")
+    return Bandwidth(measured, "measured") if measured else ASSUMED_BANDWIDTH
 
 
 def measure_disk(checkpoint: SwitchCheckpoint) -> None:
@@ -116,7 +109,7 @@ def plan(
     output_tokens: int = 12,
     disk_bandwidth: float | Literal["measure"] | None = None,
 ) -> Plan:
-    """Say which weights of a model would go where and what a fill would cost, from its headers alone.
+    """Return which weights of a model would go where and what a fill would cost, from its headers alone.
 
     The arguments are those of `OpenOptions` and `plan_model`; `output_tokens` is `max_new_tokens` there.
 

@@ -36,9 +36,8 @@ class OpenOptions:
         max_new_tokens: Most tokens that fills will generate for an input.
         cpu_bytes: `cpu_memory` in bytes; None if that is None. This and what follows is made of the above.
         gpu_bytes: `gpu_memory` in bytes by the GPU's number; None if that is None and the map may use GPUs.
-        folder: The offload folder.
-        limit_bytes: `offload_limit` in bytes.
-        tiers: The device map that was read; None lets the planner decide.
+        folder: The offload folder; `limit_bytes` is `offload_limit` in bytes.
+        tiers: The device map that was read.
 
     Raises:
         UsageError: A value that makes no sense; its `option` names the field.

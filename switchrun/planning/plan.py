@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from switchrun.checkpoint.types import Stack
 from switchrun.dtypes import Precision
 
 SCHEMA_VERSION = 1
+
+#: A sparse layer: its stack and its block.
+SparseLayer = tuple[Stack, int]
 
 BandwidthSource = Literal["given", "measured", "assumed"]
 
@@ -20,7 +24,7 @@ class Tier(str):
 
     @property
     def gpu(self) -> int | None:
-        """The GPU's number; None of the others."""
+        """The GPU's number; None for the others."""
         return int(self.removeprefix("gpu:")) if self.startswith("gpu:") else None
 
     @property
@@ -58,12 +62,11 @@ class TierUse:
     """What one tier holds, in bytes.
 
     Attributes:
-        tier: `gpu:0`, `cpu` or `disk`.
         budget_bytes: What the user allows there; None for the disk.
         dense_bytes: Dense weights as they are kept there: in memory in the compute dtype, in int8 if experts are packed
             and they are linear layers, in float32 if they are routers'; on disk as stored.
-        expert_slots: Fixed buffers, each of which holds one expert. Those of a GPU are a level in front of those of the
-            CPU: an expert may be in both.
+        expert_slots: Fixed buffers for one expert each. Those of a GPU are a level in front of those of the CPU: an
+            expert may be in both.
         slot_bytes: Size of one slot; on a GPU, with what torch leaves unused around it.
         expert_bytes: All slots together; on disk, every expert of the checkpoint as stored.
         activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch.
@@ -74,19 +77,33 @@ class TierUse:
 
     tier: Tier
     budget_bytes: int | None
-    dense_bytes: int
-    expert_slots: int
-    slot_bytes: int
-    expert_bytes: int
-    activation_bytes: int
-    overhead_bytes: int
-    total_bytes: int
+    dense_bytes: int = 0
+    expert_slots: int = 0
+    slot_bytes: int = 0
+    expert_bytes: int = 0
+    activation_bytes: int = 0
+    overhead_bytes: int = 0
+    total_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        total = self.dense_bytes + self.expert_bytes + self.activation_bytes + self.overhead_bytes
+        object.__setattr__(self, "total_bytes", total)
 
     def with_slots(self, count: int) -> TierUse:
-        """Return the use with another number of slots, in memory that grows or shrinks by as much."""
-        expert_bytes = count * self.slot_bytes
-        total_bytes = self.total_bytes - self.expert_bytes + expert_bytes
-        return replace(self, expert_slots=count, expert_bytes=expert_bytes, total_bytes=total_bytes)
+        """Return the same with another number of slots."""
+        return replace(self, expert_slots=count, expert_bytes=count * self.slot_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """A disk's read bandwidth, and where the figure is from."""
+
+    bytes_per_second: float
+    source: BandwidthSource
+
+
+#: Taken where nothing was given or measured: a slow SATA SSD reads 0.5 GB/s, a good NVMe drive 7.
+ASSUMED_BANDWIDTH = Bandwidth(1e9, "assumed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,16 +111,12 @@ class Estimate:
     """What a fill of one batch is expected to cost, if tokens are routed evenly to the experts.
 
     Attributes:
-        input_tokens: Tokens of each input.
-        output_tokens: Tokens generated for each input.
-        encoder_expert_loads: Experts read in the encoder step.
-        decoder_expert_loads: Experts read in all decoder steps.
+        input_tokens: Tokens of each input; `output_tokens` are generated for each.
+        encoder_expert_loads: Experts read in the encoder step; `decoder_expert_loads` in all decoder steps.
         load_bytes: Bytes of those experts, where they lie now: in the checkpoint or, packed, in the offload folder.
         dense_disk_bytes: Bytes of dense weights that are read again, since they stay on disk.
         gpu_expert_loads: Experts copied from CPU memory to GPUs.
         gpu_load_bytes: Bytes of those experts as they are kept, and of dense weights on disk with which a GPU computes.
-        bandwidth_bytes_per_second: Read bandwidth of the disk.
-        bandwidth_source: Where that figure is from.
         read_seconds: Bytes ÷ bandwidth. Computing comes on top, mostly hidden behind the reads.
     """
 
@@ -119,11 +132,6 @@ class Estimate:
     bandwidth_source: BandwidthSource
     read_seconds: float
 
-    @property
-    def expert_loads(self) -> int:
-        """Experts read in all."""
-        return self.encoder_expert_loads + self.decoder_expert_loads
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -132,15 +140,10 @@ class Plan:
     Attributes:
         model_id: What the user called the model.
         revision: The Hub's commit, if it came from there.
-        path: The checkpoint's folder.
-        precision: What everything is computed in, and what experts are kept in.
         stored_dtype: The checkpoint's own, as safetensors names it.
-        repairs: What was mended in the checkpoint's configuration or names.
+        repairs: What was repaired in the checkpoint's configuration or names.
         num_experts: Experts of the whole model.
-        expert_bytes: Bytes of one expert as stored.
-        total_bytes: Bytes of all weights as stored.
-        batch_size: Inputs that run together.
-        num_beams: Beams of each input.
+        expert_bytes: One expert as stored; `total_bytes` is all weights.
         device_map: Module → tier, for the dense weights.
         placements: The same with bytes and reasons.
         notes: Which GPUs are not used although there is a budget for them, or why none is by default, a sentence each.

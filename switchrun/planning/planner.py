@@ -1,21 +1,36 @@
-"""The planner: budgets and a checkpoint's headers in, a plan out; pure arithmetic."""
+"""The planner: budgets and a checkpoint's headers in, a plan out; pure arithmetic.
+
+Dense weights are placed first, then what is left of each tier becomes expert slots, then a fill's cost is estimated.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
-from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import Precision, resolve_dtype
+from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.dtypes import resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.planning import memory
 from switchrun.planning.budgets import Budgets
-from switchrun.planning.device_map import SparseLayer, check_device_map, check_layers, computing_tiers, tier_of
-from switchrun.planning.estimate import Bandwidth, GpuLevel, estimate_fill
+from switchrun.planning.device_map import SHARED_ALIASES, check_device_map, check_layers, computing_tiers, tier_of
 from switchrun.planning.memory import Needs, module_of, needs_of
-from switchrun.planning.placement import place, why
-from switchrun.planning.plan import CPU, DISK, Placement, Plan, Tier, TierUse, gpu_tier, main_tier
+from switchrun.planning.plan import (
+    ASSUMED_BANDWIDTH,
+    CPU,
+    DISK,
+    Bandwidth,
+    Estimate,
+    Placement,
+    Plan,
+    SparseLayer,
+    Tier,
+    TierUse,
+    gpu_tier,
+    main_tier,
+)
 from switchrun.units import format_bytes, mib_up
 
 _SHARED = "shared.weight"
@@ -31,29 +46,17 @@ def make_plan(
     device_map: Mapping[str, Tier] | None = None,
     input_tokens: int = 24,
     output_tokens: int = 12,
-    bandwidth: Bandwidth | None = None,
+    bandwidth: Bandwidth = ASSUMED_BANDWIDTH,
     stored_share: float = 0.0,
 ) -> Plan:
-    """Decide where every weight goes.
+    """Decide where every weight goes: by the planner's own choice, or by a device map.
 
-    Dense weights get memory first, those of the decoder before the encoder's, since they are used for every token;
-    what is left of each tier is divided into expert slots. Dense weights that find no place stay on disk.
-
-    Args:
-        checkpoint: The checkpoint, opened from its headers.
-        budgets: Bytes allowed on each tier.
-        dtype: `auto`, `fp32`, `bf16`, `int8` or `nf4`.
-        batch_size: Inputs that run together.
-        num_beams: Beams of each input.
-        device_map: Where dense weights go, instead of the planner's own choice.
-        input_tokens: Tokens of an input, for the estimate.
-        output_tokens: Tokens generated, for the estimate; memory is reserved for more.
-        bandwidth: Read bandwidth of the disk, for the estimate.
-        stored_share: Which share of the experts lies in the offload folder, packed, for the estimate.
+    Tokens, the disk's bandwidth and the share of the experts that lies packed in the offload folder are for the
+    estimate; memory is reserved for as many new tokens as the longest input has, or for `output_tokens` if more.
 
     Raises:
-        BudgetError: The CPU budget is below the minimum, or the given map does not fit. A GPU's budget that is too
-            small for the planner's own map is none: the plan's notes tell that the GPU is not used.
+        BudgetError: The CPU budget is below the minimum, or the given map does not fit. A GPU that is too small for
+            the planner's own map is left out, and the plan's notes say so.
         UsageError: The dtype or the device map makes no sense.
     """
     precision = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
@@ -64,31 +67,47 @@ def make_plan(
             f"{format_bytes(budgets.cpu_bytes)} is allowed",
             f"use --cpu-memory {mib_up(needs.minimum).replace(' ', '')} or more",
         )
-    reason: dict[str, str]
+
+    # A tier for each dense tensor.
     notes = budgets.notes
+    chosen: Mapping[str, Tier]
     if device_map is None:
-        placed, unused = place(needs, budgets)
+        chosen, unused = _place(needs, budgets)
         notes += unused
-        reason = {module: why(module, tier) for module, tier in placed.items()}
     else:
         check_device_map(device_map, checkpoint.dense)
-        placed = {name: tier_of(name, device_map) for name in checkpoint.dense}
-        check_layers(placed)
-        reason = dict.fromkeys(placed, "by the given device map")
-    full_map = _with_aliases(device_map or placed, checkpoint)
-    sizes = _sizes(checkpoint, precision, placed)
+        chosen = device_map
+    placed = {name: tier_of(name, chosen) for name in checkpoint.dense}
+    check_layers(placed)
+    aliases = [name for name in SHARED_ALIASES if f"{name}.weight" not in checkpoint.dense]
+    full_map = {**chosen, **{alias: placed[_SHARED] for alias in aliases if alias not in chosen}}
+    weights = dict(checkpoint.dense)
     # Under another name a map may put the embedding on a second tier: that is a copy, and takes memory.
-    for alias in _aliases(checkpoint):
+    for alias in aliases:
         tier = tier_of(f"{alias}.weight", full_map)
-        if tier != tier_of(_SHARED, full_map):
-            placed[alias], reason[alias] = tier, "a copy of shared, by the given device map"
-            sizes[alias] = _size(_SHARED, checkpoint.dense[_SHARED], precision, tier)
-    dense: dict[Tier, int] = Counter()
-    for module, tier in placed.items():
-        dense[tier] += sizes[module]
+        if tier != placed[_SHARED]:
+            placed[alias], weights[alias] = tier, weights[_SHARED]
+
+    # What that takes: on disk as stored, elsewhere as it is kept.
+    in_memory = {name: memory.dense_bytes(name, tensor, precision) for name, tensor in weights.items()}
+    kept = {name: weights[name].stored_bytes if placed[name] == DISK else in_memory[name] for name in weights}
+    if device_map is None:
+        sizes = Counter[str]()
+        for name, size in kept.items():
+            sizes[module_of(name)] += size
+        placements = [Placement(module, tier, sizes[module], _why(module, tier)) for module, tier in chosen.items()]
+    else:
+        reasons = dict.fromkeys(aliases, "a copy of shared, by the given device map")
+        placements = [
+            Placement(name, tier, kept[name], reasons.get(name, "by the given device map"))
+            for name, tier in placed.items()
+        ]
+
+    # What is left becomes slots.
     computing = computing_tiers(needs.sparse_layers, placed)
-    passing = _largest_on_disk(checkpoint, precision, placed)
-    tiers = tier_uses(needs, budgets, dense, passing, computing, needs.num_experts * checkpoint.expert_bytes)
+    passing = max((in_memory[name] for name, tier in placed.items() if tier == DISK), default=0)
+    tiers = _divide(needs, budgets, placements, passing, computing, checkpoint.expert_bytes)
+    layers = Counter((tier, stack) for (stack, _), tier in computing.items())
     return Plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
@@ -102,7 +121,7 @@ def make_plan(
         batch_size=batch_size,
         num_beams=num_beams,
         device_map=full_map,
-        placements=tuple(Placement(m, t, sizes[m], reason[m]) for m, t in placed.items()),
+        placements=tuple(placements),
         notes=notes,
         tiers=tiers,
         minimum_cpu_bytes=needs.minimum,
@@ -113,8 +132,12 @@ def make_plan(
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             expert_slots=tiers[-2].expert_slots,
-            gpu_levels=[GpuLevel.of(use, computing) for use in tiers[:-2] if use.dense_bytes],
-            dense_disk_bytes={m: sizes[m] for m, t in placed.items() if t == DISK},
+            gpu_levels=[
+                GpuLevel(use.expert_slots, layers[use.tier, "encoder"], layers[use.tier, "decoder"])
+                for use in tiers[:-2]
+                if use.dense_bytes
+            ],
+            dense_disk_bytes={each.module: each.bytes for each in placements if each.tier == DISK},
             bandwidth=bandwidth,
             expert_bytes=memory.mean_load_bytes(checkpoint, precision, stored_share),
             kept_bytes=sum(memory.kept_parts(checkpoint, precision)),
@@ -122,177 +145,218 @@ def make_plan(
     )
 
 
-def _sizes(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> dict[str, int]:
-    """Give the bytes of every placed module or tensor on its tier: on disk as stored, elsewhere as it is kept."""
-    sizes = dict.fromkeys(placed, 0)
-    for name, tensor in checkpoint.dense.items():
-        owner = name if name in sizes else module_of(name)
-        sizes[owner] += _size(name, tensor, precision, placed[owner])
-    return sizes
+def _why(module: str, tier: Tier) -> str:
+    use = "used once for each batch" if module.startswith("encoder") else "used for every generated token"
+    return f"{use}; no room in memory" if tier == DISK else use
 
 
-def _size(name: str, tensor: TensorSlice, precision: Precision, tier: Tier) -> int:
-    return tensor.stored_bytes if tier == DISK else memory.dense_bytes(name, tensor, precision)
+def _place(needs: Needs, budgets: Budgets) -> tuple[dict[str, Tier], tuple[str, ...]]:
+    """Fill the tiers from fast to slow with the modules, in the order in which they deserve fast memory.
+
+    A GPU is used only if experts compute there: not if it is too small for that or no sparse layer is left for it, nor
+    if the GPUs before it hold every weight. Returns module → tier, and a sentence on each GPU that is not used.
+    """
+    # What a GPU has for weights, slots included.
+    rooms = {number: size - needs.gpu_fixed for number, size in sorted(budgets.gpu_bytes.items())}
+    everything = sum(needs.groups.values()) + needs.num_experts * needs.gpu_slot
+    notes: dict[int, str] = {}
+    while True:
+        held_before = accumulate((max(0, room) for room in rooms.values()), initial=0)
+        used = {number: rooms[number] for number, held in zip(rooms, held_before, strict=False) if held < everything}
+        placed = _fill(needs, used, budgets.cpu_bytes)
+        computing = set(computing_tiers(needs.sparse_layers, placed).values())
+        idle = [number for number in used if gpu_tier(number) not in computing]
+        if not idle:
+            break
+        least = min(idle, key=rooms.__getitem__)
+        del rooms[least]
+        budget, minimum = budgets.gpu_bytes[least], needs.gpu_minimum
+        notes[least] = "no layer with experts is left for it"
+        if budget < minimum:
+            notes[least] = f"a layer with experts needs {mib_up(minimum)} there, {format_bytes(budget)} is allowed"
+    notes |= {number: "the GPUs before it hold every weight" for number in rooms if number not in used}
+    return placed, tuple(f"gpu:{number} is not used: {why}" for number, why in sorted(notes.items()))
 
 
-def _largest_on_disk(checkpoint: SwitchCheckpoint, precision: Precision, placed: Mapping[str, Tier]) -> int:
-    def on_disk(*names: str) -> bool:
-        return next(placed[name] for name in names if name in placed) == DISK
+def _fill(needs: Needs, gpu_rooms: Mapping[int, int], cpu_bytes: int) -> dict[str, Tier]:
+    """Fill the tiers, with room set aside for slots, and for what stays on disk, if anything does."""
+    gpus = {number: max(0, room - needs.reserved_gpu_slots) for number, room in gpu_rooms.items()}
+    cpu = cpu_bytes - needs.fixed - needs.reserved_slots
+    placed = _fill_rooms(needs, gpus, cpu)
+    if DISK not in placed.values():
+        return placed
+    # It passes through CPU memory, and through the first GPU, which computes with it, a tensor at a time.
+    for number in list(gpus)[:1]:
+        gpus[number] = max(0, gpus[number] - needs.largest_tensor)
+    return _fill_rooms(needs, gpus, cpu - needs.largest_tensor)
 
-    sizes = [
-        memory.dense_bytes(name, tensor, precision)
-        for name, tensor in checkpoint.dense.items()
-        if on_disk(name, module_of(name))
+
+def _fill_rooms(needs: Needs, gpu_rooms: Mapping[int, int], cpu_room: int) -> dict[str, Tier]:
+    """Fill the tiers one after another; once a module did not fit on a tier, no later one goes there.
+
+    If GPUs hold all dense weights together, blocks are spread over them in proportion to their room, each with its
+    experts: so each GPU has as much left for slots as its layers want.
+    """
+    experts = needs.experts_per_layer * needs.gpu_slot
+    weights = {module: size + experts * (module in needs.sparse_modules) for module, size in needs.groups.items()}
+    total, together = sum(weights.values()), sum(gpu_rooms.values())
+    spread = sum(needs.groups.values()) <= together
+    # Tier, its room, and where its share of all weights ends.
+    levels: list[tuple[Tier, int, int]] = [
+        (gpu_tier(number), room, total * upto // together if spread else total)
+        for (number, room), upto in zip(gpu_rooms.items(), accumulate(gpu_rooms.values()), strict=True)
     ]
-    if any(placed.get(alias) == DISK for alias in _aliases(checkpoint)):
-        sizes.append(memory.dense_bytes(_SHARED, checkpoint.dense[_SHARED], precision))
-    return max(sizes, default=0)
+    levels.append((CPU, cpu_room, total))
+    placed: dict[str, Tier] = {}
+    taken = begin = 0
+    for module, size in needs.groups.items():
+        # A module belongs to the tier in whose share its middle lies.
+        while levels and (begin + weights[module] / 2 > levels[0][2] or taken + size > levels[0][1]):
+            levels.pop(0)
+            taken = 0
+        placed[module] = levels[0][0] if levels else DISK
+        taken += size
+        begin += weights[module]
+    return placed
 
 
-def _aliases(checkpoint: SwitchCheckpoint) -> list[str]:
-    """Give the other names that `shared` goes by in this model."""
-    names = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
-    return [name for name in names if f"{name}.weight" not in checkpoint.dense]
-
-
-def _with_aliases(device_map: Mapping[str, Tier], checkpoint: SwitchCheckpoint) -> dict[str, Tier]:
-    """Add the names that `shared` also goes by, so that accelerate finds an entry for every module."""
-    result = dict(device_map)
-    for alias in _aliases(checkpoint):
-        result.setdefault(alias, tier_of(_SHARED, device_map))
-    return result
-
-
-def tier_uses(
+def _divide(
     needs: Needs,
     budgets: Budgets,
-    dense: Mapping[Tier, int],
+    placements: Iterable[Placement],
     passing: int,
     computing: Mapping[SparseLayer, Tier],
     stored_bytes: int,
 ) -> tuple[TierUse, ...]:
-    """Divide what the tiers have left into slots.
+    """Divide what the tiers have left into slots, and return the GPUs that have a budget or weights, the CPU, the disk.
 
-    Args:
-        needs: What the model needs.
-        budgets: Bytes allowed on each tier.
-        dense: Tier → bytes of the dense weights there.
-        passing: The largest dense tensor that stays on disk, 0 if none does.
-        computing: Sparse layer → tier on which its experts compute.
-        stored_bytes: All experts as they are stored.
-
-    Returns:
-        The GPUs that have a budget or weights, in their order; the CPU; the disk.
-
-    Raises:
-        BudgetError: A tier is too small for what was placed there.
+    `passing` is the largest dense tensor that stays on disk and is brought in for each use, `computing` the tier on
+    which the experts of each sparse layer compute, `stored_bytes` an expert as stored.
     """
-    usable = {tier: layers * needs.experts_per_layer for tier, layers in Counter(computing.values()).items()}
-    main = main_tier(tier for tier, size in dense.items() if size)
+    dense = Counter[Tier]()
+    for placement in placements:
+        dense[placement.tier] += placement.bytes
+    layers, main = Counter(computing.values()), main_tier(dense)
     uses = []
     for number in sorted({*budgets.gpu_bytes, *(tier.gpu for tier in dense if tier.gpu is not None)}):
         tier = gpu_tier(number)
-        extra = memory.GPU_LIBRARY_BYTES + (passing if tier == main else 0)
-        budget = budgets.gpu_bytes.get(number)
-        uses.append(_gpu_use(needs, tier, budget, dense.get(tier, 0), extra, usable.get(tier, 0)))
-    uses.append(_cpu_use(needs, budgets.cpu_bytes, dense.get(CPU, 0), passing))
-    uses.append(_use(DISK, None, dense=dense.get(DISK, 0), experts=stored_bytes))
-    return tuple(uses)
-
-
-def _use(
-    tier: Tier,
-    budget: int | None,
-    *,
-    dense: int = 0,
-    slots: int = 0,
-    slot: int = 0,
-    experts: int = 0,
-    activations: int = 0,
-    overhead: int = 0,
-) -> TierUse:
-    return TierUse(
-        tier=tier,
-        budget_bytes=budget,
-        dense_bytes=dense,
-        expert_slots=slots,
-        slot_bytes=slot,
-        expert_bytes=experts,
-        activation_bytes=activations,
-        overhead_bytes=overhead,
-        total_bytes=dense + experts + activations + overhead,
-    )
-
-
-def _gpu_use(needs: Needs, tier: Tier, budget: int | None, dense: int, overhead: int, usable: int) -> TierUse:
-    """Return a GPU's use; a GPU without dense weights is not used at all, and one without a budget for few slots only.
-
-    Raises:
-        BudgetError: The budget is too small for the dense weights and a slot.
-    """
-    if not dense:
-        return _use(tier, budget, slot=needs.gpu_slot)
-    fixed = dense + needs.activations + overhead
-    slots = min(usable, memory.GPU_RESERVED_SLOTS)
-    if budget is not None:
-        least = fixed + min(usable, 1) * needs.gpu_slot
-        if least > budget:
-            raise BudgetError(f"the device map needs {mib_up(least)} on {tier}, {format_bytes(budget)} is allowed")
-        slots = min(usable, (budget - fixed) // needs.gpu_slot)
-    return _use(
-        tier,
-        budget,
-        dense=dense,
-        slots=slots,
-        slot=needs.gpu_slot,
-        experts=slots * needs.gpu_slot,
-        activations=needs.activations,
-        overhead=overhead,
-    )
-
-
-def _cpu_use(needs: Needs, budget: int, dense: int, passing: int) -> TierUse:
-    """Give the CPU's use; its slots are the level behind those of all GPUs.
-
-    Raises:
-        BudgetError: Not a single slot is left.
-    """
-    fixed = needs.fixed + dense + passing
-    slots = min((budget - fixed) // needs.slot, needs.num_experts)
-    if slots < 1:
-        raise BudgetError(
-            f"the device map needs {mib_up(fixed + needs.slot)} of CPU memory, {format_bytes(budget)} is allowed"
-        )
-    return _use(
+        use = TierUse(tier, budgets.gpu_bytes.get(number), slot_bytes=needs.gpu_slot)
+        if tier in dense:
+            overhead = memory.GPU_LIBRARY_BYTES + (passing if tier == main else 0)
+            use = replace(use, dense_bytes=dense[tier], activation_bytes=needs.activations, overhead_bytes=overhead)
+            use = _with_gpu_slots(use, layers[tier] * needs.experts_per_layer)
+        uses.append(use)
+    cpu = TierUse(
         CPU,
-        budget,
-        dense=dense,
-        slots=slots,
-        slot=needs.slot,
-        experts=slots * needs.slot,
-        activations=needs.activations,
-        overhead=needs.overhead + passing,
+        budgets.cpu_bytes,
+        dense_bytes=dense[CPU],
+        slot_bytes=needs.slot,
+        activation_bytes=needs.activations,
+        overhead_bytes=needs.overhead + passing,
     )
+    slots = min((budgets.cpu_bytes - cpu.total_bytes) // needs.slot, needs.num_experts)
+    if slots < 1:
+        least = cpu.total_bytes + needs.slot
+        raise BudgetError(
+            f"the device map needs {mib_up(least)} of CPU memory, {format_bytes(budgets.cpu_bytes)} is allowed"
+        )
+    disk = TierUse(DISK, None, dense_bytes=dense[DISK], expert_bytes=needs.num_experts * stored_bytes)
+    return *uses, cpu.with_slots(slots), disk
+
+
+def _with_gpu_slots(use: TierUse, usable: int) -> TierUse:
+    """Add as many slots as the budget leaves room for, at most the usable ones; few to a GPU without a budget."""
+    if use.budget_bytes is None:
+        return use.with_slots(min(usable, memory.GPU_RESERVED_SLOTS))
+    least = use.total_bytes + min(usable, 1) * use.slot_bytes
+    if least > use.budget_bytes:
+        raise BudgetError(
+            f"the device map needs {mib_up(least)} on {use.tier}, {format_bytes(use.budget_bytes)} is allowed"
+        )
+    return use.with_slots(min(usable, (use.budget_bytes - use.total_bytes) // use.slot_bytes))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuLevel:
+    """A GPU's part of the cache: its slots, and how many sparse layers of each stack compute there."""
+
+    slots: int
+    encoder_layers: int
+    decoder_layers: int
+
+
+def estimate_fill(
+    checkpoint: SwitchCheckpoint,
+    *,
+    batch_size: int,
+    input_tokens: int,
+    output_tokens: int,
+    expert_slots: int,
+    dense_disk_bytes: Mapping[str, int],
+    gpu_levels: Sequence[GpuLevel] = (),
+    bandwidth: Bandwidth = ASSUMED_BANDWIDTH,
+    expert_bytes: float | None = None,
+    kept_bytes: int = 0,
+) -> Estimate:
+    """Estimate the first fill of a session, with nothing in the cache yet.
+
+    CPU memory has `expert_slots`, the GPUs' slots are in front of them. An expert takes `expert_bytes` to read (None is
+    as stored), and `kept_bytes` to copy to a GPU. `dense_disk_bytes` is what stays on disk, by module.
+    """
+    experts = checkpoint.num_experts
+    layers = {stack: len(blocks) for stack, blocks in checkpoint.sparse_blocks.items()}
+    # An encoder layer is visited once, and needs each of its experts once.
+    once = expected_distinct(experts, batch_size * input_tokens)
+    whole = expected_distinct(experts, batch_size * output_tokens)
+    each_step = expected_distinct(experts, batch_size)
+    # Decoder layers are visited in turn: an expert is found again only if the level holds all that a whole generation
+    # uses of the layers that ask it. A GPU that does so asks CPU memory for each expert once, and then no more; one
+    # that does not asks for all of them in every step. So what is on a GPU for good takes no room in CPU memory, and
+    # the slots of both are never added up.
+    settled = [gpu for gpu in gpu_levels if gpu.decoder_layers * whole <= gpu.slots]
+    settled_layers = sum(gpu.decoder_layers for gpu in settled)
+    other_layers = layers["decoder"] - settled_layers
+    fits = other_layers * whole <= expert_slots
+    decoder = settled_layers * whole + other_layers * (whole if fits else output_tokens * each_step)
+    gpu_loads = sum(
+        gpu.encoder_layers * once + gpu.decoder_layers * (whole if gpu in settled else output_tokens * each_step)
+        for gpu in gpu_levels
+    )
+    encoder = layers["encoder"] * once
+    load_bytes = round((encoder + decoder) * (checkpoint.expert_bytes if expert_bytes is None else expert_bytes))
+    dense = sum(
+        size * (1 if module.startswith("encoder") else output_tokens) for module, size in dense_disk_bytes.items()
+    )
+    return Estimate(
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        encoder_expert_loads=round(encoder),
+        decoder_expert_loads=round(decoder),
+        load_bytes=load_bytes,
+        dense_disk_bytes=dense,
+        gpu_expert_loads=round(gpu_loads),
+        gpu_load_bytes=round(gpu_loads * kept_bytes) + (dense if gpu_levels else 0),
+        bandwidth_bytes_per_second=bandwidth.bytes_per_second,
+        bandwidth_source=bandwidth.source,
+        read_seconds=(load_bytes + dense) / bandwidth.bytes_per_second,
+    )
+
+
+def expected_distinct(num_experts: int, tokens: int) -> float:
+    """Return how many different experts some tokens choose, on average, if every expert is as likely as another."""
+    return num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** tokens)
 
 
 def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own_bytes: int = 0) -> Plan:
     """Give up slots where the process is already larger than the plan reserved for it.
 
-    Args:
-        plan: The plan.
-        checkpoint: What was planned for; its index is in memory.
-        rss_bytes: The process's resident set, the libraries loaded and no weight yet.
-        own_bytes: How much of it the caller had, before the model was opened.
-
-    Returns:
-        The plan, with fewer slots if need be.
+    `rss_bytes` is its resident set, the libraries loaded and no weight yet; `own_bytes` is what the caller held before.
 
     Raises:
         BudgetError: Not a single slot would be left.
     """
     use = plan.tier("cpu")
-    expected = memory.runtime_bytes(plan.precision) - memory.FIRST_RUN_BYTES
-    expected += memory.index_bytes(checkpoint)
+    expected = memory.runtime_bytes(plan.precision) - memory.FIRST_RUN_BYTES + memory.index_bytes(checkpoint)
     surplus = rss_bytes - expected
     spare = (use.budget_bytes or 0) - use.total_bytes
     if surplus <= spare:
@@ -308,6 +372,4 @@ def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own
             message = f"the libraries take {format_bytes(surplus)} more memory here than planned"
         hint = f"raise --cpu-memory by {format_bytes(missing)}" + (", or give --gpu-memory 0" if plan.gpus else "")
         raise BudgetError(message, hint)
-    fewer = use.with_slots(slots)
-    overhead, total = use.overhead_bytes + surplus, fewer.total_bytes + surplus
-    return plan.with_use(replace(fewer, overhead_bytes=overhead, total_bytes=total))
+    return plan.with_use(replace(use.with_slots(slots), overhead_bytes=use.overhead_bytes + surplus))

@@ -8,15 +8,15 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 from switchrun.errors import BudgetError, StorageError, UsageError
-from switchrun.planning.estimate import Bandwidth
 from switchrun.planning.memory import buffer_for, index_bytes
+from switchrun.planning.plan import Bandwidth, SparseLayer
 from switchrun.store import ExpertStore, Layout
 from switchrun.store.paths import expert_path, stored_experts
-from switchrun.units import MIB, format_bytes
+from switchrun.units import MIB, format_bytes, mib_up
 
 #: Interpreter and torch, resident once an expert has been quantised. Measured with torch 2.13 (CPU), Python 3.11.
 RUNTIME_BYTES = 260 * MIB
@@ -33,12 +33,9 @@ class Preparation:
     """What is to be done.
 
     Attributes:
-        todo: The experts to quantise, in the model's order.
-        stored: Those that were chosen and are stored already.
-        damaged: How many of `todo` had a file that is damaged.
-        left_out: How many experts the limit leaves out.
-        file_bytes: What one takes on disk.
-        read_bytes: What is read from the checkpoint for one.
+        todo: The experts to quantise, in the model's order; `damaged` is how many of them had a file that is damaged.
+        stored: Those that were chosen and are stored already; `left_out` is how many the limit leaves out.
+        file_bytes: What one takes on disk; `read_bytes` is what is read from the checkpoint for one.
         free_bytes: What the filesystem has free.
     """
 
@@ -56,48 +53,31 @@ class Preparation:
         return len(self.todo) * self.file_bytes
 
     def estimate(self, disk: Bandwidth, packing_seconds: float) -> TimeEstimate:
-        """Estimate how long it takes.
+        """Estimate how long it takes, if the disk writes as fast as it reads.
 
-        Args:
-            disk: How fast the disk reads; it is taken to write as fast.
-            packing_seconds: What quantising takes for one expert, with all jobs at work.
+        `packing_seconds` is what quantising takes for one expert, with all jobs at work.
         """
-        count = len(self.todo)
-        return TimeEstimate(
-            reading=count * self.read_bytes / disk.bytes_per_second,
-            packing=count * packing_seconds,
-            writing=self.write_bytes / disk.bytes_per_second,
-        )
+        reading = len(self.todo) * self.read_bytes / disk.bytes_per_second
+        packing = len(self.todo) * packing_seconds
+        writing = self.write_bytes / disk.bytes_per_second
+        return TimeEstimate(reading, packing, writing, max(reading + writing, packing), reading + writing + packing)
 
 
-@dataclass(frozen=True, slots=True)
-class TimeEstimate:
-    """Seconds that reading, quantising and writing all experts take, each by itself."""
+class TimeEstimate(NamedTuple):
+    """Seconds that reading, quantising and writing all experts take, each by itself, and all of it together.
+
+    That is `least` if the jobs keep disk and processor at work at the same time, and `most` with a single job.
+    """
 
     reading: float
     packing: float
     writing: float
-
-    @property
-    def least(self) -> float:
-        """All of it, if the jobs keep disk and processor at work at the same time."""
-        return max(self.reading + self.writing, self.packing)
-
-    @property
-    def most(self) -> float:
-        """All of it, if one waits for the other; so it is with a single job."""
-        return self.reading + self.writing + self.packing
+    least: float
+    most: float
 
 
-@dataclass(frozen=True, slots=True)
-class PreparedCounts:
-    """What was done.
-
-    Attributes:
-        written: Experts that were quantised and stored.
-        skipped: Experts that were stored already.
-        rebuilt: How many of those written had been stored, and were damaged.
-    """
+class PreparedCounts(NamedTuple):
+    """How many experts were written, skipped since they were stored already, and written in place of damaged ones."""
 
     written: int
     skipped: int
@@ -105,28 +85,24 @@ class PreparedCounts:
 
 
 def choose_experts(checkpoint: SwitchCheckpoint, layers: str | None, experts: str | None) -> list[ExpertKey]:
-    """Give the experts that `--layers` and `--experts` name, in the model's order.
+    """Return the experts that `--layers` and `--experts` name, in the model's order; None is all.
 
-    Args:
-        checkpoint: The checkpoint.
-        layers: Such as `encoder`, `encoder.1` or `encoder.1,decoder.3-7`; None is all. Blocks of a range that have no
-            experts are passed over.
-        experts: Numbers within each layer, such as `0-15,20`; None is all.
+    Layers are written like `encoder`, `encoder.1` or `encoder.1,decoder.3-7`, experts like `0-15,20`: numbers within
+    each layer. Blocks of a range that have no experts are passed over.
 
     Raises:
         UsageError: It is not such a list, or names what the model does not have.
     """
     blocks = {(stack, block) for stack, blocks in checkpoint.sparse_blocks.items() for block in blocks}
     if layers is not None:
-        blocks = {block for part in layers.split(",") for block in _layers(part.strip(), checkpoint)}
-    numbers = range(checkpoint.num_experts)
-    wanted = set(numbers)
+        blocks = {layer for part in layers.split(",") for layer in _layers(part.strip(), checkpoint)}
+    numbers = set(range(checkpoint.num_experts))
     if experts is not None:
-        wanted = {number for part in experts.split(",") for number in _numbers(part.strip(), numbers)}
-    return [key for key in checkpoint.experts if (key.stack, key.block) in blocks and key.expert in wanted]
+        numbers = {number for part in experts.split(",") for number in _numbers(part.strip(), checkpoint.num_experts)}
+    return [key for key in checkpoint.experts if (key.stack, key.block) in blocks and key.expert in numbers]
 
 
-def _layers(part: str, checkpoint: SwitchCheckpoint) -> list[tuple[Stack, int]]:
+def _layers(part: str, checkpoint: SwitchCheckpoint) -> list[SparseLayer]:
     match = _LAYERS.fullmatch(part)
     if match is None:
         raise UsageError(f"--layers: '{part}' names no layers", "write it like encoder.1,decoder.3-7")
@@ -141,27 +117,27 @@ def _layers(part: str, checkpoint: SwitchCheckpoint) -> list[tuple[Stack, int]]:
     return found
 
 
-def _numbers(part: str, there: range) -> range:
+def _numbers(part: str, num_experts: int) -> range:
     match = _NUMBERS.fullmatch(part)
     first = int(match[1]) if match else 0
     last = int(match[2] or match[1]) if match else -1
-    if not first <= last < there.stop:
-        raise UsageError(f"--experts: '{part}' names no experts of this model", f"they are 0 to {there.stop - 1}")
+    if not first <= last < num_experts:
+        raise UsageError(f"--experts: '{part}' names no experts of this model", f"they are 0 to {num_experts - 1}")
     return range(first, last + 1)
 
 
-def job_bytes(checkpoint: SwitchCheckpoint, layout: Layout) -> int:
-    """Give the memory of one job: an expert as stored, the same quantised, and what is needed in between."""
-    return buffer_for(next(iter(checkpoint.experts.values()))) + packed_buffer_bytes(layout) + SCRATCH_BYTES
-
-
 def packed_buffer_bytes(layout: Layout) -> int:
-    """Give the bytes of a buffer for a quantised expert."""
+    """Return the size of a buffer for a quantised expert."""
     return -(-layout.nbytes // _PAGE) * _PAGE
 
 
+def job_bytes(checkpoint: SwitchCheckpoint, layout: Layout) -> int:
+    """Return the memory of one job: an expert as stored, the same quantised, and what is needed in between."""
+    return buffer_for(next(iter(checkpoint.experts.values()))) + packed_buffer_bytes(layout) + SCRATCH_BYTES
+
+
 def process_bytes(checkpoint: SwitchCheckpoint, layout: Layout, jobs: int) -> int:
-    """Give the memory of the whole process at work."""
+    """Return the memory of the whole process at work."""
     return RUNTIME_BYTES + index_bytes(checkpoint) + jobs * job_bytes(checkpoint, layout)
 
 
@@ -172,35 +148,28 @@ def resolve_jobs(checkpoint: SwitchCheckpoint, layout: Layout, jobs: int | None,
         BudgetError: They do not fit into the memory allowed.
     """
     wanted = jobs or len(os.sched_getaffinity(0))
-    spare = cpu_bytes - process_bytes(checkpoint, layout, 0)
-    fitting = spare // job_bytes(checkpoint, layout)
+    fitting = (cpu_bytes - process_bytes(checkpoint, layout, 0)) // job_bytes(checkpoint, layout)
     if fitting >= wanted:
         return wanted
     if jobs is None and fitting >= 1:
         return fitting
-    needed = -(-process_bytes(checkpoint, layout, jobs or 1) // MIB)
+    needed = mib_up(process_bytes(checkpoint, layout, jobs or 1))
     raise BudgetError(
-        f"{jobs or 1} at a time, preparing needs at least {needed} MiB of CPU memory; "
-        f"{format_bytes(cpu_bytes)} is allowed",
-        f"give --cpu-memory {needed}MiB" + (f" or --jobs {fitting}" if fitting >= 1 else ""),
+        f"{jobs or 1} at a time, preparing needs at least {needed} of CPU memory; {format_bytes(cpu_bytes)} is allowed",
+        f"give --cpu-memory {needed.replace(' ', '')}" + (f" or --jobs {fitting}" if fitting >= 1 else ""),
     )
 
 
 def make_preparation(
     checkpoint: SwitchCheckpoint, store: ExpertStore, keys: Iterable[ExpertKey], limit_bytes: int | None
 ) -> Preparation:
-    """Look which experts are stored, and which fit under the limit; writes nothing.
+    """Find out which of the chosen experts are stored, and how many fit under the limit for all that the store keeps.
 
-    Args:
-        checkpoint: The checkpoint.
-        store: Its store. Where that may be written, damaged files are deleted.
-        keys: The experts that were chosen.
-        limit_bytes: What all of the store's experts may take. None is deleted for it: those that are left out are the
-            last ones.
+    The last ones are left out; nothing is deleted or written, but for damaged files where the store may be written.
     """
     todo: list[ExpertKey] = []
     stored: list[ExpertKey] = []
-    damaged = 0
+    damaged = left_out = 0
     for key in keys:
         there = expert_path(store.folder, key).exists()
         if store.find(key) is not None:
@@ -208,37 +177,29 @@ def make_preparation(
         else:
             todo.append(key)
             damaged += there
-    left_out = 0
     if limit_bytes is not None:
         taken = sum(status.st_size for _, status in stored_experts(store.folder))
         fitting = max(0, limit_bytes - taken) // store.file_bytes
         left_out = max(0, len(todo) - fitting)
         del todo[fitting:]
+    # The folder, or the nearest one above it that is there.
+    place = next(path for path in (store.folder.absolute(), *store.folder.absolute().parents) if path.is_dir())
     return Preparation(
-        tuple(todo),
-        tuple(stored),
-        damaged,
-        left_out,
-        store.file_bytes,
-        checkpoint.expert_bytes,
-        shutil.disk_usage(_existing(store.folder)).free,
+        todo=tuple(todo),
+        stored=tuple(stored),
+        damaged=damaged,
+        left_out=left_out,
+        file_bytes=store.file_bytes,
+        read_bytes=checkpoint.expert_bytes,
+        free_bytes=shutil.disk_usage(place).free,
     )
 
 
 def check_room(preparation: Preparation, folder: Path) -> None:
-    """Refuse to begin what cannot be finished.
-
-    Raises:
-        StorageError: The disk has too little room.
-    """
+    """Raise a `StorageError` if the disk has too little room for all of it."""
     if preparation.write_bytes > preparation.free_bytes:
         raise StorageError(
             f"{folder} has {format_bytes(preparation.free_bytes)} free, "
             f"the experts take {format_bytes(preparation.write_bytes)}",
             "make room, choose fewer with --limit or --layers, or name another --offload-folder",
         )
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

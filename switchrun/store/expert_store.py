@@ -13,109 +13,85 @@ from xxhash import xxh3_64_intdigest
 
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.errors import StorageError
-from switchrun.machine.processor import has_avx512_bf16
+from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
 from switchrun.store.layout import Layout, layout_of, nf4_layout
-from switchrun.store.limit import SizeLimit, touch
-from switchrun.store.manifest import MANIFEST, Manifest, check_manifest, mending_command, store_folder
-from switchrun.store.paths import expert_path, model_name
+from switchrun.store.limit import SizeLimit
+from switchrun.store.manifest import MANIFEST, Manifest, check_manifest
+from switchrun.store.paths import clear_hint, expert_path, model_name, store_folder
 from switchrun.units import format_bytes
 
 _log = logging.getLogger(__name__)
 
+#: Called with what the user should know, a sentence each; from any thread.
 Warn = Callable[[str], None]
 
 
 class ExpertStore:
     """Finds, writes and checks stored experts. Everything in it can be made again from the checkpoint.
 
-    So whatever goes wrong with the disk costs time and no more: `find` then says None and `write` False. Only a folder
-    that belongs to something else is refused, by `open`.
+    So whatever goes wrong with the disk costs time and no more: `find` then returns None and `write` False. Only a
+    folder that belongs to something else is refused.
 
     Processes share a folder without locks: a file appears whole, by a rename, and a second writer of the same expert
-    replaces it by its like. A path that `find` gave may vanish before it is opened (another process keeps its size
+    replaces it by its like. A path that `find` returned may vanish before it is opened (another process keeps its size
     limit, or the user clears the folder); whoever cannot open it calls `discard` and takes the checkpoint.
 
-    All methods may be called from any thread. Make one with `open`.
+    All methods may be called from any thread.
+
+    Args:
+        offload: The offload folder; the store is a folder in it, begun here if it is not there.
+        manifest: What the store is of, with the layout of one that is begun now.
+        other_layouts: What the layout may be in one that is there.
+        limit_bytes: What the experts may take on disk.
+        read_only: Write, delete and touch nothing.
+        must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
+        warn: Gets warnings; they are logged without it.
+
+    Raises:
+        CorruptCheckpointError: The folder belongs to another state of the model, another format, or something else;
+            its hint is the command that empties it.
+        StorageError: With `must_write`: nothing can be written there.
     """
 
     def __init__(
         self,
-        folder: Path,
-        manifest: Manifest,
-        limit_bytes: int | None,
-        read_only: bool,
-        warn: Warn,
-        must_write: bool = False,
-    ) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.layout = manifest.layout
-        self._format = ExpertFormat(manifest.layout, manifest.identity)
-        self._read_only = read_only
-        self._must_write = must_write
-        self._writable = not read_only
-        self._warn = warn
-        self._lock = threading.Lock()
-        self._known: dict[ExpertKey, StoredExpert] = {}
-        self._verified: set[ExpertKey] = set()
-        #: Damaged files that could not be deleted.
-        self._unusable: set[ExpertKey] = set()
-        self._told_unreadable = False
-        self._limit: SizeLimit | None = None
-        if limit_bytes is not None and not read_only:
-            self._limit = SizeLimit(folder, limit_bytes, self._forget)
-
-    @classmethod
-    def open(
-        cls,
         offload: str | Path,
-        model: str,
-        fingerprint: str,
-        dtype: str,
-        layout: Layout,
+        manifest: Manifest,
         *,
         other_layouts: Collection[Layout] = (),
         limit_bytes: int | None = None,
         read_only: bool = False,
         must_write: bool = False,
         warn: Warn | None = None,
-    ) -> ExpertStore:
-        """Open a model's store, and begin one where there is none.
-
-        Args:
-            offload: The offload folder.
-            model: What names the model: its Hub id, its folder (absolute, since any other means another model
-                elsewhere), or `demo`.
-            fingerprint: Changes when the checkpoint does: the Hub's commit, or a hash of its files' stamps.
-            dtype: The compute dtype that the experts are for.
-            layout: What an expert's data is, in a store that is begun now.
-            other_layouts: What it may be in one that is there.
-            limit_bytes: What the experts may take on disk; None is no limit.
-            read_only: Write, delete and touch nothing.
-            must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
-            warn: Called with what the user should know, a sentence each; may be called from any thread. Without it,
-                it is logged.
-
-        Raises:
-            CorruptCheckpointError: The folder belongs to another state of the model, another format, or something
-                else; its hint is the command that empties it.
-            StorageError: With `must_write`: nothing can be written there.
-        """
-        folder, manifest = store_folder(offload, model, dtype), Manifest(model, fingerprint, dtype, layout)
-        found = check_manifest(folder, manifest, [layout, *other_layouts], mending_command(offload, model, dtype))
-        store = cls(folder, found or manifest, limit_bytes, read_only, warn or _log.warning, must_write)
-        if not read_only:
-            store._begin(found is not None)
-        return store
-
-    def _begin(self, there: bool) -> None:
+    ) -> None:
+        self.folder = store_folder(offload, manifest.model, manifest.dtype)
+        hint = clear_hint(offload, manifest.model, manifest.dtype)
+        found = check_manifest(self.folder, manifest, [manifest.layout, *other_layouts], hint)
+        self.manifest = found or manifest
+        self.layout = self.manifest.layout
+        self._format = ExpertFormat(self.layout, self.manifest.identity)
+        self._read_only = read_only
+        self._must_write = must_write
+        self._writable = not read_only
+        self._warn = warn or _log.warning
+        self._lock = threading.Lock()
+        self._known: dict[ExpertKey, StoredExpert] = {}
+        self._verified: set[ExpertKey] = set()
+        #: Damaged files that could not be deleted.
+        self._unusable: set[ExpertKey] = set()
+        self._warned_unreadable = False
+        self._limit: SizeLimit | None = None
+        if read_only:
+            return
+        if limit_bytes is not None:
+            self._limit = SizeLimit(self.folder, limit_bytes, self._forget)
         remove_leftovers(self.folder)
-        if not there:
+        if found is None:
             try:
-                self._write_manifest()
+                manifest.write(self.folder)
             except OSError as error:
-                self._stop(error)
+                self.stop_writing(error.strerror or str(error))
         if self._limit is not None:
             self._limit.trim()
 
@@ -130,7 +106,7 @@ class ExpertStore:
         return self._format.file_bytes
 
     def expect(self, key: ExpertKey) -> StoredExpert | None:
-        """Give the place of an expert, if a file of its name and size is there; nothing is read.
+        """Return the place of an expert, if a file of its name and size is there; nothing is read.
 
         A header takes as long as the disk is busy; `verify` reads it later, on the thread that has read the data.
         """
@@ -143,11 +119,11 @@ class ExpertStore:
         return self.find(key)
 
     def find(self, key: ExpertKey) -> StoredExpert | None:
-        """Give the place of an expert, if it is stored.
+        """Return the place of an expert, if it is stored.
 
-        The first time, its header is read and checked. From then on that is remembered, so it may be gone; see the
-        class. An expert that is not there costs one failing system call each time, so what other processes write is
-        found. A damaged file is discarded here.
+        The first time, its header is read and checked, and a damaged file is discarded. From then on it is remembered,
+        so it may be gone; see the class. An expert that is not there costs one failing system call each time, so what
+        other processes write is found.
         """
         with self._lock:
             known = self._known.get(key)
@@ -168,27 +144,23 @@ class ExpertStore:
             self.discard(key, str(error))
             return None
         except OSError as error:
-            if not self._told_unreadable:
-                self._told_unreadable = True
+            if not self._warned_unreadable:
+                self._warned_unreadable = True
                 self._warn(f"cannot read {path}: {error.strerror}; such experts are taken from the checkpoint")
             return None
         if not self._read_only:
-            touch(path)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # for the size limit: it was used now
         with self._lock:
             return self._known.setdefault(key, found)
 
     def write(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
-        """Store an expert; blocks until it is safely on disk. One that is there is replaced.
+        """Store an expert, or replace it, and return whether that worked; blocks until it is safely on disk.
 
-        Args:
-            key: Which one.
-            buffer: Its data, laid out as the store's layout says.
-
-        Returns:
-            Whether it is stored now. Trouble with the disk ends all further writing, with one warning.
+        Trouble with the disk ends all further writing, with one warning.
 
         Raises:
-            ValueError: The buffer has another length than the layout.
+            ValueError: The buffer has another length than the store's layout.
             StorageError: There is trouble with the disk, and the store was opened with `must_write`.
         """
         data = memoryview(buffer).cast("B")
@@ -199,8 +171,8 @@ class ExpertStore:
         checksum = xxh3_64_intdigest(data)
         header = self._format.header(key, checksum)
         path = expert_path(self.folder, key)
-        if self._limit is not None and not self._limit.reserve(key, self._format.file_bytes):
-            self.stop_writing(f"an expert takes {format_bytes(self._format.file_bytes)}, and the limit leaves no room")
+        if self._limit is not None and not self._limit.reserve(key, self.file_bytes):
+            self.stop_writing(f"an expert takes {format_bytes(self.file_bytes)}, and the limit leaves no room")
             return False
         written = False
         try:
@@ -208,13 +180,13 @@ class ExpertStore:
             write_atomically(self.folder, path, [header, data])
             written = True
         except FileNotFoundError:
-            return False  # The folder was cleared meanwhile. It is made anew for the next expert.
+            return False  # The folder was cleared meanwhile. It is made again for the next expert.
         except OSError as error:
-            self._stop(error)
+            self.stop_writing(error.strerror or str(error))
             return False
         finally:
             if self._limit is not None:
-                self._limit.settle(key, self._format.file_bytes, written)
+                self._limit.settle(key, self.file_bytes, written)
         with self._lock:
             self._known[key] = StoredExpert(path, len(header), len(data), checksum)
             self._verified.discard(key)
@@ -227,11 +199,7 @@ class ExpertStore:
         folder.mkdir(parents=True, exist_ok=True)
         # The first expert of a layer is rare enough to look whether the user has cleared the folder meanwhile.
         if not (self.folder / MANIFEST).exists():
-            self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.manifest.write(self.folder)
+            self.manifest.write(self.folder)
 
     def is_verified(self, key: ExpertKey) -> bool:
         """Whether `verify` has passed for this expert since it was found or written."""
@@ -239,15 +207,7 @@ class ExpertStore:
             return key in self._verified
 
     def verify(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
-        """Check data that was read from an expert's file against the checksum.
-
-        Args:
-            key: Which one.
-            buffer: Exactly its data.
-
-        Returns:
-            Whether they agree. If they do not, the caller discards the expert.
-        """
+        """Whether an expert's data has the checksum that its file states; if not, the caller discards the expert."""
         checksum = xxh3_64_intdigest(memoryview(buffer).cast("B"))
         known = self.find(key)
         if known is not None and known.checksum != checksum:
@@ -261,7 +221,7 @@ class ExpertStore:
         return True
 
     def discard(self, key: ExpertKey, reason: str = "its bytes do not match its checksum") -> None:
-        """Delete an expert's file that is damaged, and warn. One that is gone is forgotten without a word.
+        """Delete an expert's file that is damaged, and warn; one that is gone is forgotten without a word.
 
         Whoever has the file open closes it: a new file of that name will be another one.
         """
@@ -269,7 +229,7 @@ class ExpertStore:
         self._forget(key)
         with self._lock:
             if key in self._unusable:
-                return  # that was told
+                return  # The warning was given then.
         try:
             if self._read_only:
                 path.stat()
@@ -291,9 +251,6 @@ class ExpertStore:
         if was:
             self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
 
-    def _stop(self, error: OSError) -> None:
-        self.stop_writing(error.strerror or str(error))
-
     def _forget(self, key: ExpertKey) -> None:
         with self._lock:
             self._known.pop(key, None)
@@ -310,17 +267,14 @@ def open_checkpoint_store(
     must_write: bool = False,
     warn: Warn | None = None,
 ) -> ExpertStore:
-    """Open the store of a checkpoint's experts in a packed dtype; arguments and errors are those of `ExpertStore.open`.
+    """Open the store of a checkpoint's experts in a packed dtype; arguments and errors are those of `ExpertStore`.
 
     Everybody who reads or writes stored experts opens them here, so that they find one another's.
     """
     layout, *others = _layouts(checkpoint, dtype)
-    return ExpertStore.open(
+    return ExpertStore(
         offload,
-        model_name(checkpoint),
-        checkpoint.fingerprint,
-        dtype,
-        layout,
+        Manifest(model_name(checkpoint), checkpoint.fingerprint, dtype, layout),
         other_layouts=others,
         limit_bytes=limit_bytes,
         read_only=read_only,
@@ -330,10 +284,10 @@ def open_checkpoint_store(
 
 
 def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
-    """Give the layouts that stored experts may have, the best for this machine first: a store may come from another."""
+    """Return the layouts that stored experts may have, the best for this machine first: a store may be another's."""
     d_model, d_ff = checkpoint.config["d_model"], checkpoint.config["d_ff"]
     plain = layout_of(dtype, d_model, d_ff)
     if dtype != "nf4":
         return [plain]
     tiled = nf4_layout(d_model, d_ff, tiled=True)
-    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_avx512_bf16() else [plain, tiled]
+    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]

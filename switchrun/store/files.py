@@ -34,13 +34,9 @@ class DamagedFileError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredExpert:
-    """Where an expert's data lies.
+    """Where an expert's data lies; its offset is a multiple of 4096.
 
-    Attributes:
-        path: The file.
-        offset: First byte of the data, a multiple of 4096.
-        nbytes: Length of the data; the layout says what is in it.
-        checksum: XXH3 (64 bit) of the data, as the file states it; None if its header has not been read.
+    The checksum is what the file states, XXH3 (64 bit) of the data; None if its header has not been read.
     """
 
     path: Path
@@ -50,17 +46,10 @@ class StoredExpert:
 
 
 class ExpertFormat:
-    """Makes and checks the headers of one store's experts.
+    """Makes and checks the headers of one store's experts, all of one length: a multiple of 4096.
 
-    A header names its store and its expert, so that a file of another model, or one that was copied to another's
-    place, is told apart without reading its data.
-
-    Args:
-        layout: What the data is.
-        identity: Another one for every other manifest.
-
-    Attributes:
-        header_bytes: Length of every header, a multiple of 4096: the data begins there.
+    A header names its store (by its manifest's identity) and its expert, so that a file of another model, or one that
+    was copied to another's place, is recognised without reading its data.
     """
 
     def __init__(self, layout: Layout, identity: str) -> None:
@@ -83,7 +72,7 @@ class ExpertFormat:
         return self.header_bytes + self.layout.nbytes
 
     def header(self, key: ExpertKey, checksum: int) -> bytes:
-        """Give all that comes before the data; spaces fill it up, which the format allows."""
+        """Return all that comes before the data; spaces fill it up, which the format allows."""
         length = self.header_bytes - 8
         return length.to_bytes(8, "little") + self._text(key, checksum).ljust(length)
 
@@ -123,19 +112,12 @@ class ExpertFormat:
 
 
 def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryview]) -> None:
-    """Write a file that is there whole or not at all, whatever happens to the process or the machine.
+    """Write or replace a file, whole or not at all, whatever happens to the process or the machine.
 
-    Args:
-        store: The store's folder. The temporary file lies in it and not beside the target, so that one listing finds
-            what killed processes left, not one for each of sixty layers.
-        target: The file; one that is there is replaced.
-        chunks: Its bytes.
-
-    Raises:
-        OSError: It could not be written. Nothing is left behind.
+    The temporary file lies in the store's folder and not beside the target, so that one listing finds what killed
+    processes left, not one for each of sixty layers. If this raises OSError, nothing is left behind.
     """
     temporary, file = _create_temporary(store)
-    renamed = False
     try:
         try:
             size = _write_all(file, chunks)
@@ -144,13 +126,12 @@ def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryv
                 with contextlib.suppress(OSError):
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(temporary, target)  # noqa: PTH105 - the tests kill the process here
-            renamed = True
         finally:
             os.close(file)
-    finally:
-        if not renamed:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
     _sync_folder(target.parent)
 
 
@@ -191,7 +172,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def temporaries(store: Path) -> list[Path]:
-    """Give the temporary files in a store's folder, whoever's they are."""
+    """Return the temporary files in a store's folder, whoever's they are."""
     try:
         return [path for path in store.iterdir() if _TEMPORARY.fullmatch(path.name)]
     except OSError:

@@ -16,15 +16,7 @@ _PADDING = "padding"
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of an expert.
-
-    Attributes:
-        name: Its name in the file, such as `wi.weight`.
-        dtype: Its dtype, as safetensors names it.
-        shape: Its shape.
-        offset: Its first byte, counted from the start of the data.
-        nbytes: Its length.
-    """
+    """One tensor of an expert, such as `wi.weight`; its offset counts from the start of the data."""
 
     name: str
     dtype: str
@@ -35,11 +27,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parts of an expert in the order of their bytes.
+    """The parts of an expert in the order of their bytes: what is used first lies first.
 
     A safetensors file must not have holes between its tensors. Where a part's end is not aligned, a tensor of U8
-    called `padding.<n>` therefore fills the gap. Ordering the parts could not avoid that for every size of a model,
-    and the order stays the caller's: what is used first lies first. Common sizes (multiples of 64) need no padding.
+    called `padding.<n>` therefore fills the gap. Common sizes (multiples of 64) need none.
 
     Attributes:
         tensors: All that the file holds, the padding too.
@@ -49,14 +40,7 @@ class Layout:
 
     @classmethod
     def of(cls, parts: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
-        """Lay out parts one after the other.
-
-        Args:
-            parts: (name, safetensors dtype, shape) of each.
-
-        Raises:
-            ValueError: Two have the same name, or one has a name kept for padding, or there is none.
-        """
+        """Lay out parts (name, safetensors dtype, shape); ValueError without any, or for a name that is taken."""
         tensors: list[Part] = []
         end = 0
         for name, dtype, shape in parts:
@@ -91,16 +75,12 @@ class Layout:
         raise KeyError(name)
 
     def to_json(self) -> list[list[Any]]:
-        """Give the parts as JSON: name, dtype and shape; where they lie follows."""
+        """Return the parts as JSON: name, dtype and shape; where they lie follows."""
         return [[part.name, part.dtype, list(part.shape)] for part in self.parts]
 
     @classmethod
     def from_json(cls, rows: Any) -> Layout:
-        """Read what `to_json` gave.
-
-        Raises:
-            ValueError: It is not that.
-        """
+        """Read what `to_json` returned, or raise ValueError if it is not that."""
         try:
             return cls.of((str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in rows)
         except (TypeError, KeyError, OverflowError) as error:
@@ -126,7 +106,7 @@ NF4_TILE_ROWS = 32
 
 
 def nf4_rows_to_a_block(length: int) -> int:
-    """Tell the fewest rows of a length after which a block of NF4 ends where a row ends."""
+    """Return the fewest rows of a length after which a block of NF4 ends where a row ends."""
     return NF4_BLOCK // math.gcd(length, NF4_BLOCK)
 
 
@@ -139,12 +119,8 @@ def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
     """Lay out an expert in NF4: two codes a byte, and a scale for each 64 elements (`absmax`).
 
     The scales are BF16 where bitsandbytes has F32: with those an expert would take more than 0.28 of its bytes in bf16.
-
-    Args:
-        d_model: Width of the model.
-        d_ff: Width between the two matrices.
-        tiled: Let codes lie in tiles, in a matrix that has as many rows and columns as that takes; else, they lie row
-            after row. The bytes are as many.
+    With `tiled`, codes lie in tiles where a matrix has the rows and columns for it; else row after row. The bytes are
+    as many.
     """
     parts: list[tuple[str, str, tuple[int, ...]]] = []
     for name, rows, length in (("wi", d_ff, d_model), ("wo", d_model, d_ff)):
@@ -160,11 +136,7 @@ def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
 
 
 def layout_of(dtype: str, d_model: int, d_ff: int) -> Layout:
-    """Lay out an expert in a packed dtype, as bitsandbytes does.
-
-    Raises:
-        ValueError: It is neither `int8` nor `nf4`.
-    """
+    """Lay out an expert in a packed dtype, `int8` or `nf4`, as bitsandbytes does."""
     if dtype == "int8":
         return int8_layout(d_model, d_ff)
     if dtype == "nf4":

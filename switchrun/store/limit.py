@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 from collections import Counter
@@ -20,17 +18,14 @@ _SCAN_SHARE = 20
 class SizeLimit:
     """Makes room in a store's folder; any thread may call.
 
-    The files' times of modification tell, beyond the life of a process, when each was used (`touch` sets them; times of
-    access are not kept by most mounts). Other processes may write into the folder: it is looked through again before
+    The files' times of modification show, beyond the life of a process, when each was used (its store sets them; times
+    of access are not kept by most mounts). Other processes may write into the folder: it is looked through again before
     room is made, unless that was done just now, so together they may exceed the limit by what they wrote meanwhile.
 
     Deleting a file that somebody reads is safe: Linux keeps its bytes while it is open. Only whoever knows a path and
     has not opened it yet finds nothing there, and takes the expert from the checkpoint as if it had never been stored.
 
-    Args:
-        folder: The store's folder.
-        limit_bytes: What its experts may take, headers included.
-        removed: Called with every expert that is deleted.
+    The limit counts the experts' headers too. `removed` is called with every expert that is deleted.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, removed: Callable[[ExpertKey], None]) -> None:
@@ -38,7 +33,6 @@ class SizeLimit:
         self._limit = limit_bytes
         self._removed = removed
         self._sizes: dict[ExpertKey, int] = {}
-        self._total = 0
         #: Bytes of files that are being written. A key may be in `_sizes` too: its file has just got its name, or the
         #: one that it replaces is there.
         self._reserved: Counter[ExpertKey] = Counter()
@@ -56,10 +50,9 @@ class SizeLimit:
             self._make_room(0)
 
     def reserve(self, key: ExpertKey, size: int) -> bool:
-        """Delete experts until `size` more bytes fit, and keep those for an expert's file; then `settle` them.
+        """Delete experts until `size` more bytes fit, and keep those for an expert's file until they are settled.
 
-        Returns:
-            False if they cannot fit: they exceed the limit alone, or files cannot be deleted.
+        False if they cannot fit: they exceed the limit alone, or files cannot be deleted.
         """
         with self._lock:
             if size > self._limit or not self._make_room(size):
@@ -68,31 +61,31 @@ class SizeLimit:
             return True
 
     def settle(self, key: ExpertKey, size: int, written: bool) -> None:
-        """Say what became of reserved bytes: an expert's file, or nothing."""
+        """Give reserved bytes back; if the file was written, it counts from now on."""
         with self._lock:
             self._reserved[key] -= size
             if not self._reserved[key]:
                 del self._reserved[key]
             if written:
-                self._total += size - self._sizes.get(key, 0)
                 self._sizes[key] = size
                 self.use(key)
 
     def _make_room(self, size: int) -> bool:
         self._scan()
+        excess = sum(self._sizes.values()) + size - self._limit
         # Each once: otherwise a job would delete experts for files of other jobs that have just been completed.
-        size += sum(count for key, count in self._reserved.items() if key not in self._sizes)
-        if self._total + size <= self._limit:
+        excess += sum(count for key, count in self._reserved.items() if key not in self._sizes)
+        if excess <= 0:
             return True
         for key in sorted(self._sizes, key=lambda key: self._used.get(key, 0)):
             try:
                 expert_path(self._folder, key).unlink(missing_ok=True)
             except OSError:
                 continue
-            self._total -= self._sizes.pop(key)
+            excess -= self._sizes.pop(key)
             self._used.pop(key, None)
             self._removed(key)
-            if self._total + size <= self._limit:
+            if excess <= 0:
                 return True
         return False
 
@@ -104,12 +97,5 @@ class SizeLimit:
         for key, status in stored_experts(self._folder):
             self._sizes[key] = status.st_size
             self._used[key] = max(self._used.get(key, 0), status.st_mtime_ns)
-        self._total = sum(self._sizes.values())
         now = time.monotonic()
         self._next_scan = now + _SCAN_SHARE * (now - start)
-
-
-def touch(path: Path) -> None:
-    """Set a file's time of modification to now, where that is allowed."""
-    with contextlib.suppress(OSError):
-        os.utime(path)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchrun.errors import CorruptCheckpointError, command
-from switchrun.machine.folders import DTYPE_NAME, offload_folder
+from switchrun.errors import CorruptCheckpointError
 from switchrun.store.files import write_atomically
 from switchrun.store.layout import Layout
 
@@ -25,11 +23,10 @@ class Manifest:
     """All that must agree before a stored expert may be used.
 
     Attributes:
-        model: What the user called the model.
+        model: What names the model: its Hub id and commit, its folder (absolute, since any other means another model
+            elsewhere), or `demo`.
         fingerprint: Changes when the checkpoint does.
-        dtype: The compute dtype that the experts are stored for, such as `int8`.
-        layout: What an expert's data is.
-        version: The format of the store.
+        dtype: The packed dtype that the experts are stored in, such as `int8`.
     """
 
     model: str
@@ -54,19 +51,13 @@ class Manifest:
         return json.dumps(record, indent=1).encode() + b"\n"
 
     def write(self, folder: Path) -> None:
-        """Write it into a store's folder.
-
-        Raises:
-            OSError: That is not possible.
-        """
+        """Write it into a store's folder, which is made if it is not there; OSError if that is not possible."""
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder, folder / MANIFEST, [self._text()])
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Read a store's manifest.
-
-    Returns:
-        None if there is none.
+    """Read a store's manifest; None if there is none.
 
     Raises:
         ValueError: It is damaged; the text says how. One of another format version has its version and nothing else.
@@ -91,55 +82,23 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], mend: str) -> Manifest | None:
-    """Give the manifest of a store that is there already, and refuse one that belongs to something else.
-
-    Args:
-        folder: The store's folder.
-        wanted: What it must be, but for its layout.
-        layouts: Those that it may have.
-        mend: What to tell the user to do.
-
-    Raises:
-        CorruptCheckpointError: It is damaged, or something else's.
-    """
+def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], hint: str) -> Manifest | None:
+    """Return a store's manifest, None without one; CorruptCheckpointError if it is damaged, or something else's."""
     try:
         found = read_manifest(folder)
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CorruptCheckpointError(f"{folder}: its {MANIFEST} cannot be used: {reason}", mend) from error
+        raise CorruptCheckpointError(f"{folder}: its {MANIFEST} cannot be used: {reason}", hint) from error
     if found is None:
         return None
     if found.version != wanted.version:
         raise CorruptCheckpointError(
-            f"{folder}: it was written in format {found.version}, this switchrun has format {wanted.version}", mend
+            f"{folder}: it was written in format {found.version}, this switchrun has format {wanted.version}", hint
         )
     if found.model != wanted.model:
-        raise CorruptCheckpointError(f"{folder}: it belongs to another model, {found.model}", mend)
+        raise CorruptCheckpointError(f"{folder}: it belongs to another model, {found.model}", hint)
     if found.fingerprint != wanted.fingerprint:
-        raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", mend)
+        raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", hint)
     if found.dtype != wanted.dtype or found.layout not in layouts:
-        raise CorruptCheckpointError(f"{folder}: its experts have another dtype or another layout", mend)
+        raise CorruptCheckpointError(f"{folder}: its experts have another dtype or another layout", hint)
     return found
-
-
-def store_folder(offload: str | Path, model: str, dtype: str) -> Path:
-    """Give the folder of a model's experts in one dtype: `<offload>/<model>/<dtype>`.
-
-    A model's id may be a path, absolute or with `..`. Its last words name the folder for people; a hash of all of it
-    keeps models apart whose ids end alike, or differ in letters that a folder's name cannot have.
-
-    Raises:
-        ValueError: The dtype cannot be a folder's name.
-    """
-    if not DTYPE_NAME.fullmatch(dtype):
-        raise ValueError(f"{dtype!r} is not a dtype's name")
-    digest = hashlib.sha256(model.encode("utf-8", "surrogateescape")).hexdigest()[:12]
-    words = re.sub(r"[^A-Za-z0-9._-]+", "-", model.rstrip("/").rpartition("/")[2])[-64:].strip(".-")
-    return Path(offload) / (f"{words}-{digest}" if words else digest) / dtype
-
-
-def mending_command(offload: str | Path, model: str, dtype: str) -> str:
-    """Give the command that empties a store."""
-    named = None if Path(offload).absolute() == offload_folder(None).absolute() else offload
-    return f"run `{command('offload', 'clear', model=model, dtype=dtype, offload_folder=named)}`"

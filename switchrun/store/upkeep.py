@@ -25,14 +25,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """One store that was found.
+    """One store that was found, and how many experts it has, with what they take, headers included.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it belongs to; None if that cannot be read. One of another format version has no layout.
-        experts: How many are stored.
-        nbytes: What they take, headers included.
-        problem: Why it cannot be used, in words; empty if it can.
+        manifest: None if it cannot be read. One of another format version has no layout.
+        problem: Why the store cannot be used, in words; empty if it can.
     """
 
     folder: Path
@@ -44,13 +41,7 @@ class StoreInfo:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify_store` found.
-
-    Attributes:
-        experts: How many were read.
-        nbytes: Their bytes, headers included.
-        damaged: (file, what is wrong) of each that is not as it was written.
-    """
+    """How many experts `verify_store` read, their bytes with headers, and (file, what is wrong) of damaged ones."""
 
     experts: int
     nbytes: int
@@ -58,7 +49,7 @@ class VerifyReport:
 
 
 def list_stores(offload: str | Path) -> list[StoreInfo]:
-    """Find every store in an offload folder; a folder that is not there has none."""
+    """Return every store in an offload folder; a folder that is not there has none."""
     found = (path.parent for path in sorted(Path(offload).glob(f"*/*/{MANIFEST}")))
     return [_describe(folder) for folder in found if is_store_folder(folder)]
 
@@ -76,12 +67,7 @@ def _describe(folder: Path) -> StoreInfo:
 
 
 def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool = False) -> VerifyReport:
-    """Read every expert of a store and compare it with its checksum; memory stays small.
-
-    Args:
-        folder: The store's folder, from `list_stores`.
-        progress: Told after each piece.
-        delete: Delete what is damaged, where that is possible.
+    """Read every expert of a store and compare it with its checksum; with `delete`, delete what is damaged.
 
     Raises:
         CorruptCheckpointError: The store's manifest is missing, or cannot be used.
@@ -91,13 +77,19 @@ def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool
         problem = info.problem or f"it has no {MANIFEST}"
         raise CorruptCheckpointError(f"{folder}: nothing in it can be verified: {problem}")
     form = ExpertFormat(info.manifest.layout, info.manifest.identity)
+
+    def report(before: int, read: int = 0) -> None:
+        if progress is not None:
+            # Others may have written since the bytes were counted.
+            progress(before + read, max(before + read, info.nbytes))
+
     damaged: list[tuple[Path, str]] = []
     experts = done = 0
     for key, status in sorted(stored_experts(folder), key=lambda found: found[0]):
         path = expert_path(folder, key)
         try:
             stored = form.inspect(path, key)
-            if _checksum(path, stored.offset, partial(_tell, progress, info, done)) != stored.checksum:
+            if _checksum(path, stored.offset, partial(report, done)) != stored.checksum:
                 raise DamagedFileError("its bytes do not match its checksum")
         except FileNotFoundError:
             continue  # Somebody else keeps the folder small.
@@ -108,14 +100,8 @@ def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool
                     path.unlink()
         experts += 1
         done += status.st_size
-        _tell(progress, info, done, 0)
+        report(done)
     return VerifyReport(experts, done, tuple(damaged))
-
-
-def _tell(progress: Progress | None, info: StoreInfo, before: int, count: int) -> None:
-    if progress is not None:
-        # Others may have written since the bytes were counted.
-        progress(before + count, max(before + count, info.nbytes))
 
 
 def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
@@ -133,20 +119,10 @@ def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
 
 
 def clear_store(folder: Path, progress: Progress | None = None) -> int:
-    """Delete a store; only files that switchrun writes go, and folders that are empty then.
+    """Delete the files that switchrun writes into a store, and return the bytes that were freed.
 
-    The manifest goes last: a store that was cleared halfway is still found, and can be cleared again. A process that
-    uses the store meanwhile takes its experts from the checkpoint.
-
-    Args:
-        folder: The store's folder, from `list_stores` or `store_folder`.
-        progress: Told after each expert.
-
-    Returns:
-        The bytes that were freed.
-
-    Raises:
-        OSError: A file cannot be deleted.
+    The manifest goes last: if OSError ends this halfway, the store is still found, and can be cleared again. A process
+    that uses the store meanwhile takes its experts from the checkpoint.
     """
     found = list(stored_experts(folder))
     total, freed = sum(status.st_size for _, status in found), 0

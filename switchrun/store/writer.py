@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import queue
 import threading
+from collections import deque
 
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.store.expert_store import ExpertStore
@@ -18,12 +18,8 @@ class BackgroundWriter:
     The disk may be slower than the model meets new experts. Then what does not fit into the buffers is not stored:
     it will be met again, and must not make the model wait now.
 
-    Args:
-        store: Where to.
-        buffers: How many experts may wait, the one being written included. Each takes an expert's bytes of memory
-            once it was used.
-
-    It owns its thread and buffers until `close`. Nothing that happens on the thread is raised anywhere.
+    It owns its thread and its buffers until `close`; a buffer takes an expert's bytes of memory once it was used.
+    Nothing that happens on the thread is raised anywhere.
     """
 
     def __init__(self, store: ExpertStore, buffers: int = 2) -> None:
@@ -35,10 +31,11 @@ class BackgroundWriter:
             with contextlib.suppress(OSError, AttributeError):
                 memory.madvise(mmap.MADV_HUGEPAGE)
         self._free = list(range(buffers))
+        #: What was accepted, from before the copy until after the write; of that, what waits for the thread.
         self._waiting: set[ExpertKey] = set()
-        self._changed = threading.Condition()
-        self._queue: queue.SimpleQueue[tuple[ExpertKey, int] | None] = queue.SimpleQueue()
+        self._queue: deque[tuple[ExpertKey, int]] = deque()
         self._closed = False
+        self._changed = threading.Condition()
         # A daemon: a process that dies of an error must not wait for its disk. The next one cleans up behind it.
         self._thread = threading.Thread(target=self._run, name="switchrun-writer", daemon=True)
         self._thread.start()
@@ -49,11 +46,7 @@ class BackgroundWriter:
         return sum(map(len, self._memory))
 
     def offer(self, key: ExpertKey, data: memoryview) -> bool:
-        """Have an expert stored; blocks only for the copy into a buffer.
-
-        Args:
-            key: Which one.
-            data: Its bytes, laid out as the store's layout says; the caller's again when this returns.
+        """Have an expert stored; blocks only for the copy of its data into a buffer.
 
         Returns:
             False if no buffer is free, or nothing is written any more; True if it will be tried, or is being tried.
@@ -79,7 +72,9 @@ class BackgroundWriter:
         except BaseException:  # a signal; `flush` must not wait for it
             self._done(key, index)
             raise
-        self._queue.put((key, index))
+        with self._changed:
+            self._queue.append((key, index))
+            self._changed.notify_all()
         return True
 
     def flush(self) -> None:
@@ -88,16 +83,12 @@ class BackgroundWriter:
             self._changed.wait_for(lambda: not self._waiting)
 
     def close(self, finish: bool = True) -> None:
-        """End the thread.
-
-        Args:
-            finish: Write what waits; if not, only the expert being written is finished.
-        """
+        """End the thread; unless it shall `finish` what waits, only the expert being written is finished."""
         with self._changed:
             self._closed = True
-        if not finish:
-            self._drop_waiting()
-        self._queue.put(None)
+            while self._queue and not finish:
+                self._done(*self._queue.popleft())
+            self._changed.notify_all()
         self._thread.join()
         self._memory.clear()
 
@@ -107,18 +98,13 @@ class BackgroundWriter:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _drop_waiting(self) -> None:
-        while True:
-            try:
-                item = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if item is not None:
-                self._done(*item)
-
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            key, index = item
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                key, index = self._queue.popleft()
             try:
                 # Another process may have stored it since the model asked.
                 if self._store.find(key) is None:

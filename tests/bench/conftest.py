@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from switchrun.bench import page_cache
-from switchrun.bench.cells import Cell
+from switchrun.bench import raw_disk
+from switchrun.bench.runner import Cell
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 
 @pytest.fixture(autouse=True)
 def leave_the_page_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_cache, "DROP_CACHES", tmp_path / "nowhere" / "drop_caches")
+    monkeypatch.setattr(raw_disk, "DROP_CACHES", tmp_path / "nowhere" / "drop_caches")
 
 
 @pytest.fixture
@@ -28,5 +29,4 @@ def cell(tiny: Path) -> Cell:
 
 
 def task_of(cell: Cell, offload: Path, **more: Any) -> dict[str, Any]:
-    task = {"offload_folder": str(offload), "fills": 1, "cold": cell.cache == "cold", "turn": 0}
-    return cell.knobs() | task | more
+    return asdict(cell) | {"offload_folder": str(offload), "fills": 1} | more

@@ -95,10 +95,10 @@ def test_a_deleted_shard_is_noticed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "version", "columns", "directory"])
 def test_a_damaged_cache_counts_as_absent(tmp_path: Path, reads: list[str], damage: str) -> None:
-    from switchrun.checkpoint.index_cache import _checksum
+    from switchrun.checkpoint.index import _checksum
 
     folder = save(tmp_path / "m")
-    expected = dict(load_index(folder, tmp_path / "c").tensors)
+    expected = dict(load_index(folder, tmp_path / "c"))
     (cache,) = (tmp_path / "c").iterdir()
     data = cache.read_bytes()
     record = json.loads(data.split(b"\n", 1)[1])
@@ -115,14 +115,14 @@ def test_a_damaged_cache_counts_as_absent(tmp_path: Path, reads: list[str], dama
         signed = _checksum(text) + b"\n" + text
         cache.write_bytes({"empty": b"", "cut": data[:-9], "flipped": flipped}.get(damage, signed))
     reads.clear()
-    assert dict(load_index(folder, tmp_path / "c").tensors) == expected
+    assert dict(load_index(folder, tmp_path / "c")) == expected
     assert reads
     assert [p for p in (tmp_path / "c").iterdir() if p.suffix == ".tmp"] == []
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "c").write_text("a file, not a folder")
-    assert load_index(save(tmp_path / "m"), tmp_path / "c").tensors
+    assert load_index(save(tmp_path / "m"), tmp_path / "c")
 
 
 def test_two_folders_with_one_name(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_folders_without_what_is_needed(tmp_path: Path) -> None:
         load_index(tmp_path)
     assert "a.pt, b.pt" in caught.value.hint
     (tmp_path / "b.pt").unlink()
-    assert list(load_index(tmp_path).tensors) == ["w"]
+    assert list(load_index(tmp_path)) == ["w"]
 
 
 def test_a_folder_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from switchrun.doctor import Check, Questions
-from switchrun.doctor.check import failed, passed, warned
-from switchrun.errors import NetworkError
+from switchrun.doctor import Check
+from switchrun.errors import ModelError, NetworkError
 from tests.cli.conftest import Invoke
 from tests.conftest import RunSwitchrun, validate
 
@@ -22,34 +22,39 @@ SECRET = "hf_doNotShowThisToAnybody"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Check], list[Questions]]:
-    """Checks that the command gives, for a test to add to, and the questions that it was asked."""
-    checks: list[Check] = [passed("torch", "fine", threads=2)]
-    questions: list[Questions] = []
-    monkeypatch.setattr("switchrun.doctor.examine", lambda asked: questions.append(asked) or checks)
+def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Check], list[dict[str, Any]]]:
+    """Checks that the command shows, for a test to add to, and what it was asked to examine."""
+    checks: list[Check] = [Check("torch", "fine")]
+    questions: list[dict[str, Any]] = []
+
+    def examine(offload_folder: Path, model: str | None, **options: Any) -> list[Check]:
+        questions.append({"model": model, **options})
+        return checks
+
+    monkeypatch.setattr("switchrun.doctor.examine", examine)
     monkeypatch.setattr("switchrun.cli.doctor.quieten_libraries", lambda: None)
     return checks, questions
 
 
-Asked = tuple[list[Check], list[Questions]]
+Asked = tuple[list[Check], list[dict[str, Any]]]
 
 
 def test_warnings_are_no_failure(invoke: Invoke, asked: Asked) -> None:
-    asked[0].append(warned("hub", "odd", "mend it"))
+    asked[0].append(Check("hub", "odd", "fix it"))
     done = invoke("doctor")
     assert (done.code, done.stderr) == (0, "")
-    assert "→ mend it" in done.stdout
+    assert "→ fix it" in done.stdout
     assert done.stdout.endswith("1 ok, 1 warning, 0 failed\n")
-    assert asked[1][0].model is None
-    assert asked[1][0].online is False
+    assert asked[1][0]["model"] is None
+    assert asked[1][0]["online"] is False
 
 
 @pytest.mark.parametrize("style", ["table", "json"])
 def test_the_first_failure_decides(invoke: Invoke, asked: Asked, style: str) -> None:
-    asked[0].extend([failed("hub", "gone", "come back", NetworkError), failed("model", "no", "yes")])
+    asked[0].extend([Check("hub", "gone", "come back", NetworkError), Check("model", "no", "yes", ModelError)])
     done = invoke("doctor", "--format", style, "--model", "org/m", "--online", "--gpu-memory", "1GiB")
     assert (done.code, done.stderr) == (8, "")
-    assert asked[1] == [Questions(asked[1][0].offload_folder, "org/m", None, "1GiB", True)]
+    assert asked[1] == [{"model": "org/m", "cpu_memory": None, "gpu_memory": "1GiB", "online": True}]
     if style == "json":
         record = json.loads(done.stdout)
         validate(record, "doctor")
@@ -86,9 +91,9 @@ def test_a_broken_torch_is_a_finding(run_switchrun: RunSwitchrun, broken_torch: 
     assert (done.returncode, done.stderr, record["exit_code"]) == (1, "", 1)
     checks = {check["name"]: check for check in record["checks"]}
     assert checks["torch"]["finding"] == "torch does not work: ImportError: libc10.so: undefined symbol"
-    assert "pip install" in checks["torch"]["mend"]
+    assert "pip install" in checks["torch"]["hint"]
     assert checks["model"]["status"] == "ok"
-    assert checks["hub"]["details"]["token"] is True
+    assert "no token" not in checks["hub"]["finding"]
     assert SECRET not in done.stdout
 
 

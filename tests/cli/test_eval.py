@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from switchrun.bench import eval_cell, eval_run
-from switchrun.bench.children import ChildError
+from switchrun.bench import evaluation
+from switchrun.bench.child_process import ChildError
 from switchrun.errors import SwitchrunError
 from tests.cli.conftest import Invoke
 from tests.conftest import RunSwitchrun, validate
@@ -39,15 +39,15 @@ def tasks(monkeypatch: pytest.MonkeyPatch, small_process: None) -> Tasks:
     """Evaluate in this process, and keep the tasks."""
     found: Tasks = []
 
-    def run_child(module: str, task: dict[str, Any], memory_limit: int | None) -> dict[str, Any]:
+    def run_child(module: str, task: dict[str, Any]) -> dict[str, Any]:
         found.append(task)
         try:
             # As through a pipe.
-            return dict(json.loads(json.dumps(eval_cell.measure(json.loads(json.dumps(task))))))
+            return dict(json.loads(json.dumps(evaluation.evaluate_dtype(json.loads(json.dumps(task))))))
         except SwitchrunError as error:
             raise ChildError(error.message, error.hint, error.kind, error.exit_code) from error
 
-    monkeypatch.setattr(eval_run, "run_child", run_child)
+    monkeypatch.setattr(evaluation, "run_child", run_child)
     return found
 
 
@@ -207,14 +207,14 @@ def test_what_is_refused(
 def test_a_dtype_that_fails_keeps_its_row(
     invoke: Invoke, tasks: Tasks, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = eval_run.run_child
+    real = evaluation.run_child
 
-    def run_child(module: str, task: dict[str, Any], memory_limit: int | None) -> dict[str, Any]:
+    def run_child(module: str, task: dict[str, Any]) -> dict[str, Any]:
         if task["dtype"] == "fp32":
             raise ChildError("the process was killed", "lower --cpu-memory", "killed", 6)
-        return real(module, task, memory_limit)
+        return real(module, task)
 
-    monkeypatch.setattr(eval_run, "run_child", run_child)
+    monkeypatch.setattr(evaluation, "run_child", run_child)
     done = run(invoke, tiny, *"--dtype fp32,bf16 --format json -q".split())
     assert done.code == 3
     assert done.stderr == "switchrun: fp32: the process was killed (lower --cpu-memory)\n"

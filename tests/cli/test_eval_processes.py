@@ -11,20 +11,23 @@ import pytest
 
 ANSWER = {
     "model": {"id": "demo", "revision": None, "stored_dtype": "BF16"},
-    "dtype": "bf16", "compute_dtype": "bf16", "skipped": 0, "cut": 0, "input_tokens": 5, "target_tokens": 4,
-    "loss": 2.0, "predictions": [[1, 2, 3, 4]], "outputs": [[0, 1]], "passes": 1, "hidden_bytes": 100,
-    "experts_used": 1, "open_seconds": 1.0, "peak_rss_bytes": 10**8, "expert_slots": 4, "slot_bytes": 1000,
-    "loss_pass": {"seconds": 1.0, "expert_loads": 1, "load_bytes": 1000},
-    "generation": {"seconds": 1.0, "expert_loads": 1, "load_bytes": 1000},
+    "text": {"passages": 1, "skipped": 0, "cut": 0, "input_tokens": 5, "target_tokens": 4},
+    "row": {
+        "dtype": "bf16", "compute_dtype": "bf16", "loss": 2.0, "passes": 1, "hidden_bytes": 100, "experts_used": 1,
+        "open_seconds": 1.0, "peak_rss_bytes": 10**8, "expert_slots": 4, "slot_bytes": 1000,
+        "loss_pass": {"seconds": 1.0, "expert_loads": 1, "load_bytes": 1000},
+        "generation": {"seconds": 1.0, "expert_loads": 1, "load_bytes": 1000},
+    },
+    "predictions": [[1, 2, 3, 4]], "outputs": [[0, 1]],
     "warnings": ["the folder is full"], "repairs": ["a name was mended"],
 }  # fmt: skip
 SCRIPT = """
 import sys, time
-from switchrun.bench import eval_run
-def run_child(module, task, limit):
+from switchrun.bench import evaluation
+def run_child(module, task):
     time.sleep({seconds})
     return {answer!r}
-eval_run.run_child = run_child
+evaluation.run_child = run_child
 from switchrun.cli.app import main
 main()
 """

@@ -11,11 +11,9 @@ def torch_answer(**changes: Any) -> dict[str, Any]:
     """What the probe finds on a machine without a GPU; `changes` replaces whole stages."""
     found = {
         "driver": {"version": None, "too_old": None, "gpus": []},
-        "torch": {
-            "version": "2.13.0+cpu", "cuda": None, "hip": None, "xpu": None, "threads": 2, "bf16_instructions": True,
-        },
+        "torch": {"version": "2.13.0+cpu", "build": "CPU", "threads": 2},
         "libraries": {},
-        "bitsandbytes": {"library": "BNBNativeLibrary"},
+        "bitsandbytes": {},
         "devices": {"found": []},
     }  # fmt: skip
     return found | changes
@@ -27,7 +25,7 @@ def driver(*free: int, version: str = "550.54.15") -> dict[str, Any]:
 
 
 def cuda_torch() -> dict[str, Any]:
-    return torch_answer()["torch"] | {"version": "2.13.0+cu128", "cuda": "12.8"}
+    return torch_answer()["torch"] | {"version": "2.13.0+cu128", "build": "CUDA 12.8"}
 
 
 def device(number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -36,6 +34,4 @@ def device(number: int = 0, **changes: Any) -> dict[str, Any]:
         "name": "H100",
         "total_bytes": 80 * GIB,
         "free_bytes": 78 * GIB,
-        "bf16_instructions": True,
-        "host_to_device_bytes_per_second": 25e9,
     } | changes

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from switchrun.doctor import Check, Questions, Status, examination, examine, exit_code, packages, worst
-from switchrun.doctor.check import failed, passed, warned
-from switchrun.doctor.torch_probe import STAGES
+import switchrun.doctor
+from switchrun.doctor import Check, machine_checks, torch_checks
+from switchrun.doctor.torch_checks import STAGES
 from switchrun.errors import BudgetError, ModelError
-from switchrun.output.doctor_tables import checks_record, render_checks
+from switchrun.output.sinks import checks_record
+from switchrun.output.tables import render_checks
 from tests.conftest import ROOT, validate
 from tests.doctor.conftest import GIB, cuda_torch, device, driver, torch_answer
 
@@ -39,11 +40,16 @@ def answer(monkeypatch: pytest.MonkeyPatch) -> Answer:
             def answer(self) -> Any:
                 return found
 
-        monkeypatch.setattr(examination, "TorchProbe", Probe)
+        monkeypatch.setattr(torch_checks, "TorchProbe", Probe)
 
-    monkeypatch.setattr(packages, "check_packages", lambda: passed("packages", "fine", versions={}, conflicts=[]))
+    monkeypatch.setattr(machine_checks, "check_packages", lambda: Check("packages", "fine"))
     set_answer()
     return set_answer
+
+
+def examine(offload_folder: str = "tier", model: str | None = None, **options: Any) -> list[Check]:
+    options = {"cpu_memory": None, "gpu_memory": None, "online": False} | options
+    return switchrun.doctor.examine(Path(offload_folder), model, **options)
 
 
 def record(checks: list[Check]) -> dict[str, Any]:
@@ -53,35 +59,35 @@ def record(checks: list[Check]) -> dict[str, Any]:
 
 
 def test_all_is_well() -> None:
-    checks = examine(Questions(Path("tier")))
+    checks = examine()
     assert [check.name for check in checks] == NAMES
-    assert Status.FAIL not in {check.status for check in checks}
+    assert "fail" not in {check.status for check in checks}
     found = record(checks)
     assert found["exit_code"] == 0
-    assert all((check["mend"] is None) == (check["status"] == "ok") for check in found["checks"])
+    assert all((check["hint"] is None) == (check["status"] == "ok") for check in found["checks"])
 
 
 def test_a_machine_with_gpus(answer: Answer) -> None:
-    answer(driver=driver(GIB), torch=cuda_torch(), devices={"found": [device(page_lock_error="no")]})
-    checks = examine(Questions(Path("tier"), gpu_memory="0=6GiB"))
-    assert {check.name: check.status for check in checks}["gpu"] is Status.WARN
+    answer(driver=driver(GIB), torch=cuda_torch(), devices={"found": [device()]})
+    checks = examine(gpu_memory="0=6GiB")
+    assert {check.name: check.status for check in checks}["gpu"] == "warn"
     record(checks)
 
 
 def test_all_is_wrong(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     answer(torch={"error": "no"}, **{stage: {"error": "not tried"} for stage in STAGES[2:]})
-    checks = examine(Questions(Path("/proc/self/tier"), "/no/model", "1MiB", "1GiB"))
+    checks = examine("/proc/self/tier", "/no/model", cpu_memory="1MiB", gpu_memory="1GiB")
     assert [check.name for check in checks] == [name for name in NAMES if name != "checkpoint"]
     found = record(checks)
     codes = {check["name"]: check["exit_code"] for check in found["checks"] if check["status"] == "fail"}
     assert codes == {"torch": 1, "gpu": 2, "offload folder": 9, "model": 5}
     assert (found["status"], found["exit_code"]) == ("fail", 1)
-    assert all(check["mend"] for check in found["checks"] if check["status"] != "ok")
+    assert all(check["hint"] for check in found["checks"] if check["status"] != "ok")
 
 
 def test_budgets_are_those_of_the_options() -> None:
-    model = examine(Questions(Path("tier"), cpu_memory="1MiB"))[-1]
-    assert (model.name, model.status, model.exit_code) == ("model", Status.FAIL, 6)
+    model = examine(cpu_memory="1MiB")[-1]
+    assert (model.name, model.status, model.exit_code) == ("model", "fail", 6)
     record([model])
 
 
@@ -89,46 +95,49 @@ def test_a_check_that_fails_itself_is_told_and_the_others_run(monkeypatch: pytes
     def broken() -> Check:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(packages, "check_packages", broken)
-    checks = examine(Questions(Path("tier")))
+    monkeypatch.setattr(machine_checks, "check_packages", broken)
+    checks = examine()
     assert [check.name for check in checks] == NAMES
-    assert (checks[0].status, checks[0].exit_code) == (Status.FAIL, 1)
+    assert (checks[0].status, checks[0].exit_code) == ("fail", 1)
     assert checks[0].finding == "this check itself failed: ZeroDivisionError: oh"
     assert "in broken" in checks[0].details["traceback"]
     record(checks)
 
 
 def test_a_model_that_fails_in_an_unknown_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("switchrun.doctor.model.open_checkpoint", lambda *_, **__: 1 // 0)
-    checks = examine(Questions(Path("tier")))
+    monkeypatch.setattr(machine_checks, "open_checkpoint", lambda *_, **__: 1 // 0)
+    checks = examine()
     assert "ZeroDivisionError" in checks[-1].finding
     assert "checkpoint" not in [check.name for check in checks]
 
 
 def test_a_driver_that_hung_is_not_asked_again(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    resolve = examination.resolve_budgets
-    monkeypatch.setattr(examination, "resolve_budgets", lambda *sizes: given.append(sizes) or resolve(*sizes))
-    examine(Questions(Path("tier")))
+    resolve = switchrun.doctor.resolve_budgets
+    monkeypatch.setattr(switchrun.doctor, "resolve_budgets", lambda *sizes: given.append(sizes) or resolve(*sizes))
+    examine()
     answer(driver={"error": "it took more than 120 s"})
-    examine(Questions(Path("tier")))
+    examine()
     assert given == [(None, None), (None, "0")]
 
 
 def test_status_and_exit_code() -> None:
-    ok, warn = passed("a", "x"), warned("b", "x", "y")
-    assert (worst([]), exit_code([])) == (Status.OK, 0)
-    assert (worst([warn, ok]), exit_code([warn, ok])) == (Status.WARN, 0)
-    both = [ok, failed("c", "x", "y", BudgetError), warn, failed("d", "x", "y", ModelError)]
-    assert (worst(both), exit_code(both)) == (Status.FAIL, 6)
+    def summary(*checks: Check) -> tuple[str, int]:
+        found = checks_record(checks)
+        return found["status"], found["exit_code"]
+
+    ok, warn = Check("a", "x"), Check("b", "x", "y")
+    assert summary() == ("ok", 0)
+    assert summary(warn, ok) == ("warn", 0)
+    assert summary(ok, Check("c", "x", "y", BudgetError), warn, Check("d", "x", "y", ModelError)) == ("fail", 6)
 
 
 def test_the_table() -> None:
     long = "a finding that needs more than one line, since it has so much to say about [what] was found here" * 2
-    text = render_checks([passed("gpu", long), warned("hub", "b", "mend it"), failed("model", "c", "other")])
+    text = render_checks([Check("gpu", long), Check("hub", "b", "fix it"), Check("model", "c", "other", ModelError)])
     assert max(map(len, text.splitlines())) <= 80
     assert "[what]" in text
-    assert text.index("→ mend it") > text.index("hub")
+    assert text.index("→ fix it") > text.index("hub")
     assert text.endswith("1 ok, 1 warning, 1 failed\n")
     assert "\x1b" not in text
 

@@ -18,10 +18,10 @@ from tests.checkpoint.test_locate import Hub
 
 SCRIPT = """
 import json, sys
-from dataclasses import asdict
-from switchrun.doctor.hub import check_hub
+from switchrun.doctor.machine_checks import check_hub
 model, online = json.loads(sys.argv[1])
-print(json.dumps(asdict(check_hub(model and tuple(model), online=online))))
+check = check_hub(model and tuple(model), online)
+print(json.dumps({name: getattr(check, name) for name in ("status", "finding", "hint", "exit_code")}))
 print(sorted({"torch", "transformers"} & set(sys.modules)), file=sys.stderr)
 """
 SECRET = "hf_doNotShowThisToAnybody"
@@ -53,28 +53,15 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 def test_settings_as_they_are(tmp_path: Path) -> None:
     found = check()
-    assert (found["status"], found["mend"], found["exit_code"]) == ("ok", None, 0)
+    assert (found["status"], found["hint"], found["exit_code"]) == ("ok", None, 0)
     cache = tmp_path / "home" / "huggingface" / "hub"
     assert found["finding"].startswith(f"cache {cache}, ")
     assert found["finding"].endswith(" free, no token, offline (HF_HUB_OFFLINE)")
-    details = found["details"]
-    assert details.pop("free_bytes") > 0
-    assert details == {
-        "hub_cache": str(cache),
-        "hub_cache_writable": True,
-        "offline": True,
-        "token": False,
-        "proxy_variable": None,
-        "endpoint": "https://huggingface.co",
-        "reached": None,
-    }
     assert not cache.exists()
 
 
 def test_secrets_are_not_told() -> None:
     found = check(HF_TOKEN=SECRET, HTTPS_PROXY=f"http://me:{SECRET}@proxy:3128", HF_HUB_OFFLINE="0")
-    assert found["details"]["token"] is True
-    assert found["details"]["proxy_variable"] == "HTTPS_PROXY"
     assert "token" not in found["finding"]
     assert "proxy from HTTPS_PROXY" in found["finding"]
 
@@ -83,19 +70,17 @@ def test_a_cache_that_cannot_be_written() -> None:
     found = check(HF_HOME="/proc/self")
     assert (found["status"], found["exit_code"]) == ("warn", 0)
     assert "cannot be written" in found["finding"]
-    assert "HF_HOME" in found["mend"]
+    assert "HF_HOME" in found["hint"]
 
 
 def test_the_hub_answers(hub: dict[str, str]) -> None:
     found = check(("org/tiny", None), online=True, **hub)
     assert found["status"] == "ok"
     assert found["finding"].endswith("; it knows org/tiny")
-    assert found["details"]["reached"] is True
-    assert found["details"]["endpoint"] == hub["HF_ENDPOINT"]
 
 
 def test_it_is_not_asked_without_online(hub: dict[str, str]) -> None:
-    assert check(("org/none", None), **hub)["details"]["reached"] is None
+    assert check(("org/none", None), **hub)["status"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -111,16 +96,15 @@ def test_the_hub_refuses(hub: dict[str, str], model: tuple[str, str | None] | No
     found = check(model, online=True, **hub)
     assert (found["status"], found["exit_code"]) == ("fail", code)
     assert finding in found["finding"]
-    assert found["details"]["reached"] is False
 
 
 def test_no_connection() -> None:
     found = check(online=True, HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9")
     assert (found["status"], found["exit_code"]) == ("fail", 8)
     assert found["finding"].startswith("the Hub could not be reached: ")
-    assert "connection" in found["mend"]
+    assert "connection" in found["hint"]
 
 
 def test_online_and_offline() -> None:
     found = check(online=True)
-    assert (found["status"], found["exit_code"], found["mend"]) == ("fail", 8, "unset HF_HUB_OFFLINE")
+    assert (found["status"], found["exit_code"], found["hint"]) == ("fail", 8, "unset HF_HUB_OFFLINE")

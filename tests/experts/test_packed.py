@@ -18,7 +18,7 @@ from switchrun.kernels.matrices import (
     multiply,
     quantise,
 )
-from switchrun.store import Layout, int8_layout, layout_of, nf4_layout
+from switchrun.store.layout import Layout, int8_layout, layout_of, nf4_layout
 
 #: Of an expert in bfloat16; the issue's bounds.
 MOST = {"int8": 0.52, "nf4": 0.28}

@@ -20,6 +20,7 @@ from switchrun.experts.reader import FileReader
 from switchrun.kernels.matrices import ExpertWeights, Int8Matrix
 from switchrun.planning import memory
 from switchrun.store import BackgroundWriter, ExpertStore, expert_path
+from switchrun.store.manifest import Manifest
 from tests.experts.test_cache import Stop, idle, keys, stored
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
@@ -48,7 +49,7 @@ def opened(checkpoint: SwitchCheckpoint, tmp_path: Path, warnings: list[str]) ->
 
         def make(slots: int, direct: bool = False) -> tuple[ExpertCache, ExpertStore]:
             layout = memory.packed_layout(checkpoint, PackedDtype.INT8)
-            store = ExpertStore.open(tmp_path / "tier", "m", "f", "int8", layout, warn=warnings.append)
+            store = ExpertStore(tmp_path / "tier", Manifest("m", "f", "int8", layout), warn=warnings.append)
             writer = stack.enter_context(BackgroundWriter(store, NUM_EXPERTS))
             cache = ExpertCache(
                 PackedFormat(checkpoint.experts, direct, store, writer),

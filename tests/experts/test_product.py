@@ -24,7 +24,7 @@ def every_weight_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_numbers(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rows: int, shape: tuple[int, int], bfloat16_known: bool
 ) -> None:
-    monkeypatch.setattr(plain, "knows_bfloat16", lambda: bfloat16_known)
+    monkeypatch.setattr(plain, "has_bf16_instructions", lambda: bfloat16_known)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, shape[1], generator=generator), torch.randn(*shape, generator=generator)
     got = plain.linear(x.to(dtype), weight.to(dtype))

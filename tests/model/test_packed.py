@@ -17,7 +17,8 @@ from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import packed_views
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.kernels.matrices import ExpertWeights, multiply, quantise
-from switchrun.store import expert_store, layout_of, list_stores, nf4_layout, store_folder
+from switchrun.store import expert_store, list_stores, store_folder
+from switchrun.store.layout import layout_of, nf4_layout
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec
@@ -133,7 +134,7 @@ def test_nf4_in_tiles_gives_the_same_from_either_tier(
     save_tiny_tokenizer(folder)
     answers, mismatched = [], []
     for slots, here in ((None, tiled), (1, tiled), (2, tiled), (None, not tiled)):
-        monkeypatch.setattr(expert_store, "has_avx512_bf16", lambda here=here: here)
+        monkeypatch.setattr(expert_store, "has_bf16_instructions", lambda here=here: here)
         options: Any = {"dtype": "nf4", "batch_size": 3, "offload_folder": tmp_path / "tier"}
         with open_with_slots(folder, slots, **options) as session:
             answers.append((fill(session), logits_of(session.engine.model, session)))

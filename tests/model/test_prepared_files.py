@@ -14,7 +14,8 @@ from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.packing import ExpertPacker
 from switchrun.planning.preparation import process_bytes
-from switchrun.store import layout_of, open_checkpoint_store
+from switchrun.store import open_checkpoint_store
+from switchrun.store.layout import layout_of
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 TEXTS = ["A <extra_id_0> walks into a bar.", "The cat sat on the <extra_id_0>."]

@@ -72,7 +72,7 @@ def check_greedy(spec: CheckpointSpec, dtype: str, slots: int | None, own_produc
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         if own_products:  # else only weights larger than these get them
             patched.setattr(plain, "_LARGE_WEIGHT", 0)
-            patched.setattr(plain, "knows_bfloat16", lambda: False)
+            patched.setattr(plain, "has_bf16_instructions", lambda: False)
         if small_reads:
             read_in_small_pieces(patched)
         oracle = oracle_for(saved(spec, Path(folder)), dtype)

@@ -7,9 +7,8 @@ import io
 import pytest
 
 from switchrun.model.records import Progress
-from switchrun.output import terminal_line
-from switchrun.output.byte_progress import ByteProgress
-from switchrun.output.progress import ProgressLine
+from switchrun.output import progress
+from switchrun.output.progress import ByteProgress, SessionProgress
 
 ERASE = "\r\x1b[2K"
 
@@ -23,14 +22,14 @@ class _Terminal(io.StringIO):
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Give the time that the progress line sees, as a list of one number."""
     now = [100.0]
-    monkeypatch.setattr(terminal_line.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     monkeypatch.setenv("TERM", "xterm")
     return now
 
 
 def test_stages(clock: list[float]) -> None:
     stream = _Terminal()
-    line = ProgressLine(stream)
+    line = SessionProgress(stream)
     line(Progress("open", 10**9, 2 * 10**9, 0))
     line(Progress("encode", 1, 15, 0))
     clock[0] += 2
@@ -46,23 +45,23 @@ def test_stages(clock: list[float]) -> None:
 
 def test_it_is_not_drawn_too_often(clock: list[float]) -> None:
     stream = _Terminal()
-    line = ProgressLine(stream)
+    line = SessionProgress(stream)
     for token in range(10):
         line(Progress("decode", token, 64, 0))
-        clock[0] += terminal_line.REDRAW_SECONDS / 4
+        clock[0] += progress.REDRAW_SECONDS / 4
     assert stream.getvalue().count("decode") == 3
 
 
 def test_it_fits_into_the_terminal(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "12")
     stream = _Terminal()
-    ProgressLine(stream)(Progress("decode", 1, 64, 0))
+    SessionProgress(stream)(Progress("decode", 1, 64, 0))
     assert stream.getvalue() == ERASE + "decode: 1 o"
 
 
 def test_clear_erases_what_is_shown_and_only_that(clock: list[float]) -> None:
     stream = _Terminal()
-    line = ProgressLine(stream)
+    line = SessionProgress(stream)
     line.clear()
     assert stream.getvalue() == ""
     line(Progress("decode", 1, 64, 0))
@@ -77,10 +76,10 @@ def test_clear_erases_what_is_shown_and_only_that(clock: list[float]) -> None:
 def test_nothing_where_nobody_looks(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     pipe, unwanted, dumb = io.StringIO(), _Terminal(), _Terminal()
-    ProgressLine(pipe)(Progress("decode", 1, 64, 0))
-    ProgressLine(unwanted, wanted=False)(Progress("decode", 1, 64, 0))
+    SessionProgress(pipe)(Progress("decode", 1, 64, 0))
+    SessionProgress(unwanted, wanted=False)(Progress("decode", 1, 64, 0))
     monkeypatch.setenv("TERM", "dumb")
-    ProgressLine(dumb)(Progress("decode", 1, 64, 0))
+    SessionProgress(dumb)(Progress("decode", 1, 64, 0))
     assert pipe.getvalue() + unwanted.getvalue() + dumb.getvalue() == ""
 
 

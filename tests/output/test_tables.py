@@ -10,8 +10,7 @@ import pytest
 
 from switchrun.dtypes import Dtype, Precision
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
-from switchrun.output.plan_tables import render_plan
-from switchrun.output.stats_tables import render_stats
+from switchrun.output.tables import render_plan, render_stats
 from switchrun.planning.plan import CPU, DISK, Estimate, Placement, Plan, TierUse, gpu_tier
 from switchrun.units import GIB, MIB
 
@@ -38,9 +37,9 @@ PLAN = Plan(
     placements=PLACEMENTS,
     notes=("gpu:1 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed",),
     tiers=(
-        TierUse(gpu_tier(0), 999 * MIB, 999 * MIB, 61440, 999 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * MIB),
-        TierUse(CPU, 999 * GIB, 999 * GIB, 61440, 49 * MIB, 999 * GIB, 999 * MIB, 999 * MIB, 999 * GIB),
-        TierUse(DISK, None, 0, 0, 0, 3_141_000_000_000, 0, 0, 3_141_000_000_000),
+        TierUse(gpu_tier(0), 999 * MIB, 999 * MIB, 61440, 999 * MIB, 999 * GIB, 999 * MIB, 999 * MIB),
+        TierUse(CPU, 999 * GIB, 999 * GIB, 61440, 49 * MIB, 999 * GIB, 999 * MIB, 999 * MIB),
+        TierUse(DISK, None, 0, 0, 0, 3_141_000_000_000, 0, 0),
     ),
     minimum_cpu_bytes=int(1.1 * GIB) + 1,
     resident_cpu_bytes=3_143_000_000_000,

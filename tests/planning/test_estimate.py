@@ -11,7 +11,8 @@ import switchrun
 from switchrun.machine import disks
 from switchrun.planning import Budgets, make_plan
 from switchrun.planning.device_map import read_device_map
-from switchrun.planning.estimate import ASSUMED_BANDWIDTH, Bandwidth, GpuLevel, estimate_fill, expected_distinct
+from switchrun.planning.plan import ASSUMED_BANDWIDTH, Bandwidth
+from switchrun.planning.planner import GpuLevel, estimate_fill, expected_distinct
 from tests.planning.made_up import made_up_checkpoint
 
 PLENTY = 1 << 50
@@ -166,7 +167,7 @@ def test_where_the_bandwidth_is_from(monkeypatch: pytest.MonkeyPatch) -> None:
         estimate = switchrun.plan(cpu_memory=PLENTY, disk_bandwidth=disk_bandwidth).estimate
         return estimate.bandwidth_bytes_per_second, estimate.bandwidth_source
 
-    assert source() == (ASSUMED_BANDWIDTH, "assumed")
+    assert source() == (ASSUMED_BANDWIDTH.bytes_per_second, "assumed")
     disks.remember_bandwidth(Path(switchrun.__file__), 3e9)
     assert source() == (3e9, "measured")
     assert source(5e8) == (5e8, "given")

@@ -7,9 +7,9 @@ import pytest
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.errors import BudgetError, UsageError
 from switchrun.planning import preparation
-from switchrun.planning.estimate import Bandwidth
+from switchrun.planning.plan import Bandwidth
 from switchrun.planning.preparation import choose_experts, job_bytes, process_bytes, resolve_jobs
-from switchrun.store import layout_of
+from switchrun.store.layout import layout_of
 from tests.planning.made_up import made_up_checkpoint
 
 CHECKPOINT = made_up_checkpoint(num_experts=4)  # blocks 1 and 3 of each stack

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.store import ExpertStore, Layout, int8_layout
+from switchrun.store import ExpertStore, Layout
 from switchrun.store.files import temporaries
+from switchrun.store.layout import int8_layout
+from switchrun.store.manifest import Manifest
 
 #: Sizes that are multiples of nothing.
 LAYOUT = int8_layout(d_model=33, d_ff=65)
@@ -31,9 +33,10 @@ def data_of(expert: int, layout: Layout = LAYOUT) -> bytes:
 
 
 def open_store(offload: Path, warnings: list[str] | None = None, **options: Any) -> ExpertStore:
-    options = {"model": MODEL, "fingerprint": "f1", "dtype": "int8", "layout": LAYOUT, **options}
+    manifest = {"model": MODEL, "fingerprint": "f1", "dtype": "int8", "layout": LAYOUT}
+    manifest |= {name: options.pop(name) for name in manifest if name in options}
     warn = warnings.append if warnings is not None else pytest.fail
-    return ExpertStore.open(offload, **options, warn=warn)
+    return ExpertStore(offload, Manifest(**manifest), **options, warn=warn)
 
 
 def read(store: ExpertStore, expert: ExpertKey) -> bytes | None:

@@ -17,7 +17,7 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.experts.reader import FileReader, Segment
-from switchrun.store import Layout, int8_layout
+from switchrun.store.layout import Layout, int8_layout
 from tests.store.conftest import LAYOUT, data_of, holds, key, open_store
 
 NF4 = Layout.of(

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from switchrun.errors import CorruptCheckpointError
-from switchrun.store import clear_store, int8_layout, store_folder
+from switchrun.store import clear_store, store_folder
+from switchrun.store.layout import int8_layout
 from tests.store.conftest import MODEL, data_of, holds, key, open_store
 
 OTHERS = {

@@ -24,8 +24,9 @@ _START = """
 import itertools, os, random, signal, sys
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.store import ExpertStore, Layout
+from switchrun.store.manifest import Manifest
 layout = Layout.of([("wi.weight", "I8", (100_000,))])
-store = ExpertStore.open(sys.argv[1], "google/switch-base-8", "f1", "int8", layout, warn=sys.exit)
+store = ExpertStore(sys.argv[1], Manifest("google/switch-base-8", "f1", "int8", layout), warn=sys.exit)
 def write(n):
     assert store.write(ExpertKey("encoder", 1, n), random.Random(n).randbytes(layout.nbytes))
 def die():

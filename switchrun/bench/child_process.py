@@ -1,0 +1,129 @@
+"""Child processes that measure, both ends: one line of JSON in is the task, JSON out is the answer. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from switchrun.errors import SwitchrunError
+
+if TYPE_CHECKING:
+    from switchrun.model.engine import Engine
+    from switchrun.model.preload import ImportLibraries
+    from switchrun.planning.opening import PlannedModel
+
+Task = dict[str, Any]
+Answer = dict[str, Any]
+
+#: The process that measures. It belongs to the command line, whose start-up is measured too.
+CHILD = "switchrun.cli.child"
+
+_STDERR_LINES = 3
+
+
+class ChildError(Exception):
+    """A child gave no answer, or an error as its answer.
+
+    Attributes:
+        record: How it stands in records: kind, message, hint and exit code.
+    """
+
+    def __init__(self, message: str, hint: str = "", kind: str = "crash", exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.record = {"kind": kind, "message": message, "hint": hint, "exit_code": exit_code}
+
+
+def as_error(record: dict[str, Any]) -> SwitchrunError:
+    """Return the error that a record describes."""
+    error = SwitchrunError(record["message"], record["hint"])
+    error.exit_code, error.kind = record["exit_code"], record["kind"]
+    return error
+
+
+def run_child(
+    module: str,
+    task: Task,
+    *,
+    timeout: float | None = None,
+    folder: Path | None = None,
+    on_start: Callable[[int], None] = lambda _pid: None,
+) -> Answer:
+    """Run a module with a task; blocks until it ends. Whatever happens, the child is gone then.
+
+    Args:
+        module: It calls `answer_task`.
+        task: Goes to its stdin.
+        timeout: Seconds before it is killed.
+        folder: Where it runs, and where modules are looked for first.
+        on_start: Called with the child's process id before the child imports anything large.
+
+    Raises:
+        ChildError: It crashed, was killed, took too long, or answered with an error.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", module],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=folder,
+        # Ctrl-C is for the parent: it ends the child, and the records of earlier children are kept.
+        start_new_session=True,
+    )
+    try:
+        on_start(child.pid)
+        output, errors = child.communicate((json.dumps(task) + "\n").encode(), timeout)
+    except subprocess.TimeoutExpired:
+        raise ChildError(f"not done after {timeout:.0f} s", "allow more time", "timeout") from None
+    finally:
+        if child.poll() is None:
+            child.kill()
+        child.communicate()
+    if child.returncode or not output:
+        raise _crash(child.returncode, errors.decode("utf-8", "replace"))
+    answer: Answer = json.loads(output)
+    if "error" in answer:
+        raise ChildError(**answer["error"])
+    return answer
+
+
+def _crash(code: int, errors: str) -> ChildError:
+    if code == -signal.SIGKILL:
+        return ChildError("the process was killed (perhaps out of memory)", "lower --cpu-memory", "killed", 6)
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    tail = " | ".join(lines[-_STDERR_LINES:]) or "it said nothing"
+    return ChildError(f"the process ended with {code}: {tail}")
+
+
+def answer_task(work: Callable[[Task], Answer]) -> None:
+    """Read a task, do it, and write the answer; the child's end. A `SwitchrunError` is an answer too."""
+    task = json.loads(sys.stdin.readline())
+    # Whatever a library prints must not get into the answer.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    try:
+        answer = work(task)
+    except SwitchrunError as error:
+        answer = {"error": ChildError(error.message, error.hint, error.kind, error.exit_code).record}
+    with answers:
+        json.dump(answer, answers)
+
+
+@contextmanager
+def open_engine(
+    planned: PlannedModel, warn: Callable[[str], None], import_libraries: ImportLibraries
+) -> Iterator[Engine]:
+    """Open a model without a tokenizer, as `switchrun fill` does: libraries are imported while weights are read."""
+    from switchrun.model.preload import read_while_importing
+
+    with read_while_importing(planned, import_libraries) as preload:
+        from switchrun.model.engine import Engine
+
+        with Engine(planned, warn=warn, preload=preload) as engine:
+            yield engine

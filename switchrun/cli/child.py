@@ -1,0 +1,21 @@
+"""The process in which `bench` and `eval` measure: it starts as `fill` does, and takes its task from stdin."""
+
+from __future__ import annotations
+
+from switchrun.bench.child_process import Answer, Task, answer_task
+from switchrun.cli.startup import import_libraries
+
+
+def work(task: Task) -> Answer:
+    """Do what a task says."""
+    if task["work"] == "evaluate":
+        from switchrun.bench.evaluation import evaluate_dtype
+
+        return evaluate_dtype(task, import_libraries)
+    from switchrun.bench.measure import measure
+
+    return measure(task, import_libraries)
+
+
+if __name__ == "__main__":
+    answer_task(work)
