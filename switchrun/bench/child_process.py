@@ -16,7 +16,7 @@ from switchrun.errors import SwitchrunError
 
 if TYPE_CHECKING:
     from switchrun.model.engine import Engine
-    from switchrun.model.preload import ImportLibraries
+    from switchrun.model.session import ImportLibraries
     from switchrun.planning.opening import PlannedModel
 
 Task = dict[str, Any]
@@ -120,7 +120,7 @@ def open_engine(
     planned: PlannedModel, warn: Callable[[str], None], import_libraries: ImportLibraries
 ) -> Iterator[Engine]:
     """Open a model without a tokenizer, as `switchrun fill` does: libraries are imported while weights are read."""
-    from switchrun.model.preload import read_while_importing
+    from switchrun.model.session import read_while_importing
 
     with read_while_importing(planned, import_libraries) as preload:
         from switchrun.model.engine import Engine

@@ -15,8 +15,8 @@ from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_er
 from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
 from switchrun.errors import BudgetError, InputError
 from switchrun.machine import processor, ram
-from switchrun.model.preload import ImportLibraries, import_model
 from switchrun.model.sentinels import NUM_SENTINELS
+from switchrun.model.session import ImportLibraries, import_model
 from switchrun.model.tokenizer import Tokenizer
 from switchrun.planning import memory
 from switchrun.planning.budgets import resolve_budgets

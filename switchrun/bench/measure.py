@@ -14,7 +14,7 @@ from switchrun.bench.child_process import Answer, Task, open_engine
 from switchrun.bench.raw_disk import io_read_bytes, replay_all
 from switchrun.errors import InputError
 from switchrun.machine import processor, ram
-from switchrun.model.preload import ImportLibraries, import_model
+from switchrun.model.session import ImportLibraries, import_model
 from switchrun.planning.memory import max_input_tokens
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions

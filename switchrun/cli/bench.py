@@ -13,7 +13,7 @@ from switchrun.cli import options
 from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import report, write_answer
 from switchrun.errors import SwitchrunError, UsageError
-from switchrun.output.bench_tables import BenchFormat, format_records
+from switchrun.output.measurement_tables import BenchFormat, format_records
 from switchrun.output.sinks import format_record
 
 Record = dict[str, Any]

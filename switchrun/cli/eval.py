@@ -13,7 +13,7 @@ from switchrun.cli import options
 from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import Entry, read_lines, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
-from switchrun.output.eval_tables import EvalFormat, format_evaluation
+from switchrun.output.measurement_tables import EvalFormat, format_evaluation
 
 
 def evaluate(

@@ -6,9 +6,6 @@ Importing them takes seconds of the processor in which the disk would have nothi
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.experts.buffers import Buffers
@@ -16,10 +13,6 @@ from switchrun.experts.reader import FileReader
 from switchrun.experts.ways import known_way
 from switchrun.planning import Plan, memory
 from switchrun.planning.device_map import tier_of
-from switchrun.planning.opening import PlannedModel
-
-#: Imports torch, transformers and what else a plan needs.
-ImportLibraries = Callable[[Plan], None]
 
 
 class Landing:
@@ -83,24 +76,3 @@ class DensePreload:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@contextmanager
-def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
-    """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
-    with DensePreload(planned.checkpoint, planned.plan) as preload:
-        import_libraries(planned.plan)
-        yield preload
-
-
-def import_model(plan: Plan) -> None:
-    """Import the model's code and the libraries that a plan needs; blocks for seconds."""
-    import_module("switchrun.model.engine")
-    from switchrun.kernels import bitsandbytes_ops, matrices, nf4
-
-    packed, compute = plan.precision.packed, plan.precision.compute
-    if packed is None:
-        return
-    fast_on_cpu = packed == "nf4" and nf4.bitsandbytes_unpacks(matrices.TORCH_DTYPES[compute.stored])
-    if plan.gpus or fast_on_cpu:
-        bitsandbytes_ops.operations()  # else the first product would wait for it

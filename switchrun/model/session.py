@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import BudgetError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
-from switchrun.model.preload import ImportLibraries, import_model, read_while_importing
+from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
     FillResult,
@@ -31,13 +32,16 @@ from switchrun.model.records import (
 )
 from switchrun.model.sentinels import fill_in, parse_spans
 from switchrun.model.tokenizer import Encoded, Tokenizer
+from switchrun.planning import Plan
 from switchrun.planning.memory import max_output_tokens
 from switchrun.planning.opening import PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
-    from switchrun.model.preload import DensePreload
+
+#: Imports torch, transformers and what else a plan needs.
+ImportLibraries = Callable[[Plan], None]
 
 
 class Session:
@@ -240,6 +244,27 @@ class Session:
         if self._progress is not None:
             loaded = self.engine.cache.counters().load_bytes if load_bytes is None else load_bytes
             self._progress(Progress(stage, done, most, loaded))
+
+
+@contextmanager
+def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
+    """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
+    with DensePreload(planned.checkpoint, planned.plan) as preload:
+        import_libraries(planned.plan)
+        yield preload
+
+
+def import_model(plan: Plan) -> None:
+    """Import the model's code and the libraries that a plan needs; blocks for seconds."""
+    import_module("switchrun.model.engine")
+    from switchrun.kernels import bitsandbytes_ops, matrices, nf4
+
+    packed, compute = plan.precision.packed, plan.precision.compute
+    if packed is None:
+        return
+    fast_on_cpu = packed == "nf4" and nf4.bitsandbytes_unpacks(matrices.TORCH_DTYPES[compute.stored])
+    if plan.gpus or fast_on_cpu:
+        bitsandbytes_ops.operations()  # else the first product would wait for it
 
 
 def open_session(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.errors import SwitchrunError, UsageError
-from switchrun.output.bench_tables import Section, sections
+from switchrun.output.measurement_tables import Section, sections
 from switchrun.units import GIB, MIB
 
 Record = dict[str, Any]

@@ -18,7 +18,7 @@ from switchrun.bench.records import compare, read_records
 from switchrun.bench.runner import Bench, Cell
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import UsageError
-from switchrun.output.bench_tables import BenchFormat, format_records
+from switchrun.output.measurement_tables import BenchFormat, format_records
 from tests.conftest import validate
 
 

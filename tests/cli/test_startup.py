@@ -51,7 +51,7 @@ OWN_FAULT = """
 import sys
 from types import SimpleNamespace
 from switchrun.cli.startup import import_libraries
-from switchrun.model import preload
+from switchrun.model import session
 
 runs = []
 
@@ -59,7 +59,7 @@ def broken(plan):
     runs.append(plan)
     raise ImportError("a fault of our own")
 
-preload.import_model = broken
+session.import_model = broken
 try:
     import_libraries(SimpleNamespace())
 except ImportError as error:

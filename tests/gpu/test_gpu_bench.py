@@ -17,7 +17,7 @@ from switchrun.bench.probe import Probe
 from switchrun.bench.runner import Bench, Cell
 from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import BudgetError
-from switchrun.output.bench_tables import BenchFormat, format_records
+from switchrun.output.measurement_tables import BenchFormat, format_records
 from tests.bench.conftest import cell, leave_the_page_cache_alone, tiny
 from tests.conftest import validate
 from tests.support.checkpoints import save_tiny_tokenizer
