@@ -28,6 +28,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
+        parser=options.named("model"),
         metavar="PATH|ID[@REVISION]",
         show_default="every model",
         help="Only this model's experts. demo is the demo model's, a folder of that name ./demo.",

@@ -1,10 +1,10 @@
 """`x @ weight.T` on the CPU, by way of whichever kernel is fast: the stock call is slow for a few rows.
 
-Measured with torch 2.13 on two Zen 3 cores, both matrices of an expert of 2080 × 6144 (`benchmarks/products.py`, table
-in docs/performance.md). MKL's float32 product takes up to 1.6 times as long for `x @ weight.T` with 4 to 32 rows as for
-the same product the other way round, `weight @ x.T`, with its columns padded. Where the processor does not know
-bfloat16, torch's product takes as long for each further row as for the first; from 6 rows on it is faster to widen
-the weight, a part at a time that stays in the processor's cache.
+Measured with torch 2.13 on two Zen 3 cores, both matrices of an expert of 2080 × 6144 (`benchmarks/products.py`). MKL's
+float32 product takes up to 1.6 times as long for `x @ weight.T` with 4 to 32 rows as for the same product the other way
+round, `weight @ x.T`, with its columns padded. Where the processor has no bf16 instructions, torch's product in bf16
+takes as long for each further row as for the first; from 6 rows on it is faster to widen the weight, a part at a time
+that stays in the processor's cache.
 """
 
 from __future__ import annotations

@@ -103,6 +103,11 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
         (["fill", "--offload-limit", "little", "<extra_id_0>"], 2, "--offload-limit: 'little' is not a size"),
         (["plan", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
         (["offload", "clear", "--yes", "--offload-folder", ""], 2, "--offload-folder: the name is empty"),
+        (["offload", "clear", "--yes", "--model", ""], 2, "--model: the name is empty"),
+        (["plan", "--model", ""], 2, "--model: the name is empty"),
+        (["prepare", "--dtype", "int8", "--model", ""], 2, "--model: the name is empty"),
+        (["bench", "--model", ""], 2, "--model: the name is empty"),
+        (["doctor", "--model", ""], 2, "--model: the name is empty"),
         (["plan", "--device-map", "nowhere"], 2, "write one with: switchrun plan --format json > nowhere)"),
         (
             ["fill", "--device-map", "a b", "-m", "m", "--dtype", "int8", "--offload-folder", "my tier", "x"],
