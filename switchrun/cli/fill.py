@@ -209,9 +209,9 @@ def _fill(
 class _Answers:
     """Writes to stdout what comes of each input, in one format, and counts it.
 
-    In `json` all answers are one document, an array if there are several. Leaving the context ends the document, also
-    after an error or a signal. `label` is what an input is called in messages (`line`); None if there can be only one.
-    `clear_progress` is called before anything is written.
+    In `json` all answers are one document, an array if there are several. Leaving the context ends a document that was
+    begun, also after an error or a signal. `label` is what an input is called in messages (`line`); None if only one
+    is possible. `clear_progress` is called before anything is written.
     """
 
     def __init__(self, style: FillFormat, label: str | None, clear_progress: Callable[[], None]) -> None:

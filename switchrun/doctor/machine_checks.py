@@ -104,7 +104,7 @@ def check_offload_folder(folder: Path) -> Check:
             return _check_disk("offload folder", folder, [(sample, 0, written)], problem, {"free_bytes": free})
     except OSError as error:
         finding = f"{folder} cannot be written: {error.strerror or error}"
-        hint = "set --offload-folder to a folder that you may write to; only fill does without"
+        hint = "set --offload-folder to a folder that you may write to; switchrun prepare needs one"
         return Check("offload folder", finding, hint, error=StorageError, details={"path": str(folder)})
 
 

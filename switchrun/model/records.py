@@ -46,6 +46,8 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
             check_count(name, getattr(self, name))
+        if not isinstance(self.sample, bool):
+            raise UsageError(f"sample: {self.sample!r} is neither True nor False", option="sample")
         for name, least, most in (("top_k", 0, 2**31), ("seed", -(2**63), 2**63)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < most:

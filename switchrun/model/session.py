@@ -73,6 +73,7 @@ class Session:
         self.checkpoint, self.plan = engine.checkpoint, engine.plan
         self._totals = _Totals()
         self._busy = threading.Lock()
+        self._closed = False
         self.open_seconds = time.perf_counter() - started
 
     @classmethod
@@ -132,11 +133,17 @@ class Session:
         Raises:
             InputError: A text cannot be filled.
             BudgetError: More beams or tokens are asked for than memory was reserved for, or a GPU's memory runs out.
-            UsageError: Another thread is filling with this session.
+            UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
-        options = options or GenerationOptions()
+        options = GenerationOptions() if options is None else options
+        if not isinstance(options, GenerationOptions):
+            raise UsageError(f"options: {options!r} is no GenerationOptions", option="options")
+        inputs = [None] if isinstance(texts, str) else list(texts)
+        if not all(isinstance(text, str | Encoded) for text in inputs):
+            raise UsageError("texts: they must be a list of texts, also if there is one", option="texts")
         with self._one_thread():
-            encoded = [text if isinstance(text, Encoded) else self.encode(text) for text in texts]
+            self._check_open()
+            encoded = [text if isinstance(text, Encoded) else self.encode(str(text)) for text in inputs]
             self._check_reserved(options)
             results: list[FillResult] = []
             for start in range(0, len(encoded), self.plan.batch_size):
@@ -163,9 +170,11 @@ class Session:
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing. Not while it fills."""
         with self._one_thread():
+            self._closed = True
             self.engine.close()
 
     def __enter__(self) -> Session:
+        self._check_open()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,6 +191,10 @@ class Session:
             yield
         finally:
             self._busy.release()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("this session is closed", "open another one")
 
     def _check_reserved(self, options: GenerationOptions) -> None:
         if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):

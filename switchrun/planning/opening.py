@@ -12,6 +12,7 @@ from typing import Any, Literal
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import PackedDtype
+from switchrun.errors import UsageError, check_count
 from switchrun.machine import disks, ram
 from switchrun.planning.budgets import resolve_budgets
 from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES
@@ -45,6 +46,10 @@ def plan_model(
     Raises:
         SwitchrunError: One of its kinds; see `switchrun.errors`.
     """
+    check_count("input_tokens", input_tokens)
+    if disk_bandwidth not in (None, "measure") and not (isinstance(disk_bandwidth, int | float) and disk_bandwidth > 0):
+        message = f"disk_bandwidth: {disk_bandwidth!r} is not a rate"
+        raise UsageError(message, "give bytes per second, or 'measure'", "disk_bandwidth")
     libraries = RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES
     own_bytes = max(0, ram.rss_bytes() - libraries)
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)

@@ -63,11 +63,14 @@ class OpenOptions:
     def __post_init__(self) -> None:
         for name in ("model", "offload_folder", "tokenizer"):
             # Path("") is the current folder: an unset variable of a script must not mean that.
-            if getattr(self, name) == "":
+            value = getattr(self, name)
+            if value == "":
                 raise UsageError(f"{name}: the name is empty", "name one, or leave it out", name)
+            if not isinstance(value, str | Path | None):
+                raise UsageError(f"{name}: {value!r} is not a name", "give a text, or leave it out", name)
         if self.dtype not in DtypeChoice.__members__.values():
             *names, last = DtypeChoice
-            raise UsageError(f"dtype: '{self.dtype}' is not one", f"use {', '.join(names)} or {last}", "dtype")
+            raise UsageError(f"dtype: {self.dtype!r} is not one", f"use {', '.join(names)} or {last}", "dtype")
         for name in ("batch_size", "num_beams", "max_new_tokens"):
             check_count(name, getattr(self, name))
         tiers = self._read_map()
@@ -88,6 +91,8 @@ class OpenOptions:
         given = self.device_map
         if given is None or given == "auto":
             return None
+        if not isinstance(given, str | Path | Mapping):
+            raise UsageError(f"device_map: {given!r} is neither a map nor a file's name", option="device_map")
         if not isinstance(given, Mapping) and not Path(given).exists():
             dtype = None if self.dtype == DtypeChoice.AUTO else self.dtype
             model = None if self.model is None else str(self.model)

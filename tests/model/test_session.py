@@ -267,3 +267,21 @@ def test_what_the_caller_had_in_memory_is_not_the_libraries_fault() -> None:
         r"BudgetError: this process held 1\.\d+ GiB before the model was opened, and the budget counts it", last
     )
     assert re.search(r"raise --cpu-memory by \d+(\.\d+)? MiB|raise --cpu-memory by \d+(\.\d+)? GiB", last)
+
+
+def test_a_closed_session_says_so(folder: Path) -> None:
+    session = open_with_slots(folder, 2)
+    session.close()
+    session.close()
+    for call in (lambda: session.fill(TEXTS), session.__enter__):
+        with pytest.raises(UsageError, match="this session is closed"):
+            call()
+
+
+@pytest.mark.parametrize("texts", [TEXTS[0], [3], [TEXTS[0], None]])
+def test_what_is_no_list_of_texts(folder: Path, texts: Any) -> None:
+    with open_with_slots(folder, 2) as session:
+        with pytest.raises(UsageError, match=r"^texts: they must be a list of texts"):
+            session.fill(texts)
+        with pytest.raises(UsageError, match=r"^options: .* is no GenerationOptions"):
+            session.fill([TEXTS[0]], {"max_new_tokens": 3})  # type: ignore[arg-type]

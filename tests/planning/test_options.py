@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import switchrun
 from switchrun import GenerationOptions, Session
 from switchrun.errors import UsageError
 from switchrun.planning.options import OpenOptions
@@ -33,6 +34,10 @@ from switchrun.planning.options import OpenOptions
         ("tokenizer", ""),
         ("offload_folder", ""),
         ("device_map", "nowhere.json"),
+        ("device_map", 3),
+        ("model", 3),
+        ("tokenizer", b"x"),
+        ("dtype", None),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
@@ -60,6 +65,7 @@ def test_what_makes_no_sense_is_refused_by_name(name: str, value: Any) -> None:
         ("top_k", -1),
         ("seed", -(10**30)),
         ("seed", 2**63),
+        ("sample", "yes"),
     ],
 )
 def test_generation_options_that_make_no_sense(name: str, value: Any) -> None:
@@ -96,3 +102,9 @@ def test_a_map_without_gpus_asks_no_driver() -> None:
 def test_it_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         OpenOptions().batch_size = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "value"), [("disk_bandwidth", "fast"), ("disk_bandwidth", -1), ("input_tokens", 0)])
+def test_what_a_plan_cannot_estimate_with(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"^{name}: "):
+        switchrun.plan(**{name: value})
