@@ -7,6 +7,29 @@ import sys
 
 import pytest
 
+ONCE = """
+import collections, sys
+from pathlib import Path
+opened = collections.Counter()
+sys.addaudithook(lambda event, args: opened.update([str(args[0])]) if event == "open" else None)
+
+from switchrun.cli.startup import _import_others
+_import_others()
+import transformers
+from transformers.utils import import_utils
+models = Path(transformers.__file__).parent / "models"
+twice = [path for path, count in opened.items() if count > 1 and path.startswith(str(models)) and path.endswith(".py")]
+assert len(opened) > 1000, len(opened)
+assert len(twice) < 20, len(twice)
+
+look = import_utils.define_import_structure
+assert look.__name__ == "define_import_structure"
+genuine = look(str(models / "__init__.py"))
+theirs = import_utils._LazyModule("transformers.models", str(models / "__init__.py"), genuine)
+assert set(dir(sys.modules["transformers.models"])) == set(dir(theirs))
+assert transformers.models.t5.T5Config is transformers.T5Config
+"""
+
 STAND_INS = """
 import sys
 from types import SimpleNamespace
@@ -68,7 +91,9 @@ assert len(runs) == 1
 """
 
 
-@pytest.mark.parametrize("script", [STAND_INS, FALLS_BACK, OWN_FAULT], ids=["stand-ins", "falls-back", "own-fault"])
+@pytest.mark.parametrize(
+    "script", [ONCE, STAND_INS, FALLS_BACK, OWN_FAULT], ids=["once", "stand-ins", "falls-back", "own-fault"]
+)
 def test_transformers_is_imported_as_it_is(script: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
