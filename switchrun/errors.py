@@ -18,6 +18,23 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+#: No message is longer: it may quote a file.
+_MOST_CHARACTERS = 4_000
+
+
+def printable(text: object, most: int = _MOST_CHARACTERS) -> str:
+    """Return a text of which a terminal shows every character and obeys none: one line, of a long one both ends.
+
+    Whatever comes from a file passes through here on its way to people: names of tensors, values of settings, words of
+    libraries. Line breaks and tabs become spaces; control codes and others that cannot be seen, their escapes.
+    """
+    shown = str(text)
+    if len(shown) > most:
+        shown = shown[: most // 2] + "…" + shown[len(shown) - (most - most // 2 - 1) :]
+    if shown.isprintable():
+        return shown
+    return "".join(each if each.isprintable() else " " if each in "\t\n\v\f\r" else ascii(each)[1:-1] for each in shown)
+
 
 class SwitchrunError(Exception):
     """The base of every error that switchrun raises on purpose.
@@ -29,9 +46,9 @@ class SwitchrunError(Exception):
     kind = "internal"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        super().__init__(printable(message))
+        self.message = printable(message)
+        self.hint = printable(hint)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

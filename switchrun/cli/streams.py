@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from switchrun.cli.signals import SIGNALS
-from switchrun.errors import InputError, SwitchrunError, UsageError
+from switchrun.errors import InputError, SwitchrunError, UsageError, printable
 from switchrun.units import MIB
 
 #: A longer line is refused instead of read: a file without line breaks must not break the promise on memory.
@@ -107,7 +107,7 @@ def drop_stdout() -> None:
 
 def report(message: str) -> None:
     """Write one line for a human to stderr: `switchrun: message`."""
-    report_lines(f"switchrun: {' '.join(message.split())}\n")
+    report_lines(f"switchrun: {printable(' '.join(message.split()))}\n")
 
 
 def report_lines(lines: str) -> None:
