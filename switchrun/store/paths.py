@@ -1,4 +1,4 @@
-"""What a store's folders and files are called, and what is found there."""
+"""What a store's folders and files are called, what is found there, and how it is opened: never through a link."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
 from switchrun.checkpoint.locate import demo_folder
 from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 from switchrun.errors import command
-from switchrun.machine.folders import DTYPE_NAME, offload_folder
+from switchrun.machine.files import open_regular
+from switchrun.machine.folders import DTYPE_NAME, offload_folder, open_below
 
 _BLOCK = re.compile(r"(encoder|decoder)\.(0|[1-9][0-9]*)", re.ASCII)
 _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
@@ -51,20 +54,55 @@ def expert_path(folder: Path, key: ExpertKey) -> Path:
     return folder / f"{key.stack}.{key.block}" / f"{key.expert}.safetensors"
 
 
-def block_folders(folder: Path) -> list[tuple[Stack, int, Path]]:
-    """Return the folders of sparse layers that a store has; none if it cannot be read."""
+def opened(folder: Path, *below: str, make: bool = False) -> AbstractContextManager[int]:
+    """Open a store's folder, or that of one of its layers, for calls with `dir_fd`, as `open_below` does."""
+    return open_below(folder.parent.parent, folder.parent.name, folder.name, *below, make=make)
+
+
+def open_stored(path: Path, flags: int = 0) -> int:
+    """Open an expert's file for reading, as `open_regular` does; nothing below the offload folder may be a link."""
+    with opened(path.parent.parent, path.parent.name) as block:
+        return open_regular(path.name, flags | os.O_NOFOLLOW, dir_fd=block)
+
+
+def stored_status(path: Path) -> os.stat_result | None:
+    """Return the status of an expert's file that may be read; None if there is no such file."""
+    with contextlib.suppress(OSError), opened(path.parent.parent, path.parent.name) as block:
+        status = os.stat(path.name, dir_fd=block, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and os.access(path.name, os.R_OK, dir_fd=block):
+            return status
+    return None
+
+
+def stored_exists(path: Path) -> bool:
+    """Whether anything has an expert's name, be it a file or not."""
+    with contextlib.suppress(OSError), opened(path.parent.parent, path.parent.name) as block:
+        os.stat(path.name, dir_fd=block, follow_symlinks=False)
+        return True
+    return False
+
+
+def remove_stored(path: Path) -> None:
+    """Delete an expert's file, or a link in its place; OSError if that fails, or nothing is there."""
+    with opened(path.parent.parent, path.parent.name) as block:
+        os.unlink(path.name, dir_fd=block)
+
+
+def block_folders(folder: Path) -> list[tuple[Stack, int, str]]:
+    """Return the folders of sparse layers that a store has, with their names; none if it cannot be read."""
     try:
-        names = os.listdir(folder)  # noqa: PTH208 - names alone are wanted
+        with opened(folder) as handle:
+            names = os.listdir(handle)  # noqa: PTH208 - pathlib cannot list what is open
     except OSError:
         return []
     matches = filter(None, map(_BLOCK.fullmatch, names))
-    return sorted((cast(Stack, match[1]), int(match[2]), folder / match[0]) for match in matches)
+    return sorted((cast(Stack, match[1]), int(match[2]), match[0]) for match in matches)
 
 
 def stored_experts(folder: Path) -> Iterator[tuple[ExpertKey, os.stat_result]]:
-    """Yield the experts that a store has; what vanishes meanwhile is left out."""
-    for stack, block, block_folder in block_folders(folder):
-        with contextlib.suppress(OSError), os.scandir(block_folder) as entries:
+    """Yield the experts that a store has; what vanishes meanwhile is left out, as is what is no file of its own."""
+    for stack, block, name in block_folders(folder):
+        with contextlib.suppress(OSError), opened(folder, name) as handle, os.scandir(handle) as entries:
             for entry in entries:
                 match = _EXPERT.fullmatch(entry.name)
                 with contextlib.suppress(OSError):

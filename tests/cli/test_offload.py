@@ -181,7 +181,7 @@ def test_what_cannot_be_deleted_is_said(invoke: Invoke, offload: Path, monkeypat
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
     done = invoke("offload", "clear", "--yes", "--model", "demo")
     assert done.code == 9
     assert "cannot be emptied: Permission denied" in done.stderr
