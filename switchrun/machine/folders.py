@@ -21,7 +21,6 @@ MANIFEST = "manifest.json"
 #: The folder of parsed indexes, one for each checkpoint.
 _INDEX_FOLDER = "index"
 _INDEX = re.compile(r"[0-9a-f]{32}\.json", re.ASCII)
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_README_BYTES = 1 << 20
 
 
@@ -38,7 +37,7 @@ def open_below(root: str | Path, *names: str, make: bool = False) -> Iterator[in
     """
     if make:
         Path(root).mkdir(parents=True, exist_ok=True)
-    handle = os.open(root, _FOLDER_FLAGS)
+    handle = _open_folder(root)
     try:
         for name in names:
             outer, handle = handle, _open_in(handle, name, make)
@@ -53,11 +52,19 @@ def _open_in(outer: int, name: str, make: bool) -> int:
         with contextlib.suppress(FileExistsError):
             os.mkdir(name, dir_fd=outer)
     try:
-        return os.open(name, _FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=outer)
+        return _open_folder(name, os.O_NOFOLLOW, dir_fd=outer)
     except OSError:
         if _is_link(name, outer):
             raise NotADirectoryError(errno.ENOTDIR, f"{name} is a link, and links are not followed there") from None
         raise
+
+
+def _open_folder(path: str | Path, flags: int = 0, dir_fd: int | None = None) -> int:
+    flags |= os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
+    except PermissionError:  # what may not be listed may still be passed through
+        return os.open(path, os.O_PATH | flags, dir_fd=dir_fd)
 
 
 def _is_link(name: str, folder: int) -> bool:

@@ -182,9 +182,10 @@ def _sync_folder(folder: int) -> None:
 
 def temporaries(folder: int) -> list[str]:
     """Return the names of the temporary files in a store's folder, whoever's they are."""
-    with os.scandir(folder) as entries:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
         files = [each.name for each in entries if each.is_file(follow_symlinks=False)]
-    return list(filter(_TEMPORARY.fullmatch, files))
+        return list(filter(_TEMPORARY.fullmatch, files))
+    return []
 
 
 def remove_leftovers(store: Path) -> None:
