@@ -222,6 +222,16 @@ def test_damage_that_is_found_by_a_process_that_knew_the_file(offload):
     assert not store.verify(key(1), read(store, key(1)))
 
 
+def test_damage_after_a_good_read_is_found_too(offload):
+    warnings: list[str] = []
+    store = open_store(offload, warnings)
+    store.write(key(1), data_of(1))
+    for _ in range(2):
+        assert store.verify(key(1), read(store, key(1)))
+    flip(store.find(key(1)).path, 5000)
+    assert not store.verify(key(1), read(store, key(1)))
+
+
 def test_an_expert_that_another_process_made_anew_is_not_damaged(offload):
     reader, writer = open_store(offload), open_store(offload)
     writer.write(key(1), data_of(1))
