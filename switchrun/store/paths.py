@@ -56,36 +56,48 @@ def expert_path(folder: Path, key: ExpertKey) -> Path:
 
 def opened(folder: Path, *below: str, make: bool = False) -> AbstractContextManager[int]:
     """Open a store's folder, or that of one of its layers, for calls with `dir_fd`, as `open_below` does."""
-    return open_below(folder.parent.parent, folder.parent.name, folder.name, *below, make=make)
+    return open_below(*_parts(folder, 2), *below, make=make)
+
+
+def _parts(path: Path, depth: int) -> list[str]:
+    """Return the offload folder, and the names below it that lead to a path at this depth."""
+    # Not by pathlib, which would take longer than the system: each load comes by here.
+    text = os.fspath(path)
+    root, *names = (text if text.startswith("/") else f"./{text}").rsplit("/", depth)
+    return [root or "/", *names]
 
 
 def open_stored(path: Path, flags: int = 0) -> int:
     """Open an expert's file for reading, as `open_regular` does; nothing below the offload folder may be a link."""
-    with opened(path.parent.parent, path.parent.name) as block:
-        return open_regular(path.name, flags | os.O_NOFOLLOW, dir_fd=block)
+    *folders, name = _parts(path, 4)
+    with open_below(*folders) as block:
+        return open_regular(name, flags | os.O_NOFOLLOW, dir_fd=block)
 
 
 def stored_status(path: Path) -> os.stat_result | None:
     """Return the status of an expert's file that may be read; None if there is no such file."""
-    with contextlib.suppress(OSError), opened(path.parent.parent, path.parent.name) as block:
-        status = os.stat(path.name, dir_fd=block, follow_symlinks=False)
-        if stat.S_ISREG(status.st_mode) and os.access(path.name, os.R_OK, dir_fd=block):
+    *folders, name = _parts(path, 4)
+    with contextlib.suppress(OSError), open_below(*folders) as block:
+        status = os.stat(name, dir_fd=block, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and os.access(name, os.R_OK, dir_fd=block):
             return status
     return None
 
 
 def stored_exists(path: Path) -> bool:
-    """Whether anything has an expert's name, be it a file or not."""
-    with contextlib.suppress(OSError), opened(path.parent.parent, path.parent.name) as block:
-        os.stat(path.name, dir_fd=block, follow_symlinks=False)
+    """Whether anything has the name of an expert's file, be it a file or not."""
+    *folders, name = _parts(path, 4)
+    with contextlib.suppress(OSError), open_below(*folders) as block:
+        os.stat(name, dir_fd=block, follow_symlinks=False)
         return True
     return False
 
 
 def remove_stored(path: Path) -> None:
     """Delete an expert's file, or a link in its place; OSError if that fails, or nothing is there."""
-    with opened(path.parent.parent, path.parent.name) as block:
-        os.unlink(path.name, dir_fd=block)
+    *folders, name = _parts(path, 4)
+    with open_below(*folders) as block:
+        os.unlink(name, dir_fd=block)
 
 
 def block_folders(folder: Path) -> list[tuple[Stack, int, str]]:
