@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from switchrun import __version__
+from switchrun.errors import printable
 from switchrun.output.consoles import make_list, make_table, render
 from switchrun.units import format_bytes, format_count, format_rate, format_seconds, mib_up
 
@@ -220,7 +221,7 @@ def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyRep
 
 def _owner(info: StoreInfo) -> str:
     """Return what the user called the model; where that cannot be read, the folder that is named after it."""
-    return info.manifest.model if info.manifest else info.folder.parent.name
+    return printable(info.manifest.model, 200) if info.manifest else info.folder.parent.name
 
 
 def render_checks(checks: Sequence[Check]) -> str:
