@@ -95,7 +95,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     for name in ("scratch", "secret", "home"):
         (root / name).mkdir()
     (root / "secret" / "file").write_text("{}")
-    model = random_model(tiny_config())
+    model = random_model(tiny_config(), seed=8)  # whose tokens vary
     for name, options in {
         "safetensors": {},
         "sharded": {"sharded": True},
@@ -123,7 +123,9 @@ def test_the_sound_ones_are_answered(house: House) -> None:
         assert (result["exit"], result["stderr"], result["touched"]) == (0, "", [])
         oracle = house.oracle()
         assert oracle is not None
-        assert json.loads(result["stdout"])["output_ids"] == _until_end(oracle)
+        ids = json.loads(result["stdout"])["output_ids"]
+        assert ids == _until_end(oracle)
+        assert len(set(ids)) > 3
 
 
 @st.composite
