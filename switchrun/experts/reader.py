@@ -14,6 +14,7 @@ from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import touch
+from switchrun.machine.files import open_regular
 from switchrun.units import MIB
 
 PAGE = 4096
@@ -282,9 +283,9 @@ def _open_file(file: Path, direct: bool) -> OpenFile:
     try:
         if direct and hasattr(os, "O_DIRECT"):
             try:
-                return OpenFile(os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True)
+                return OpenFile(open_regular(file, os.O_DIRECT), True)
             except OSError:
                 pass  # tmpfs and some network filesystems refuse the flag
-        return OpenFile(os.open(file, os.O_RDONLY | os.O_CLOEXEC), False)
+        return OpenFile(open_regular(file), False)
     except OSError as error:
         raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error
