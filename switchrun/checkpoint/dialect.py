@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from switchrun.checkpoint import names
 from switchrun.checkpoint.experts import Experts, check_int8, check_rows, check_tensor
-from switchrun.checkpoint.files import open_weights, read_json_object
+from switchrun.checkpoint.files import MOST_CONFIG_BYTES, open_weights, read_json_object
 from switchrun.checkpoint.index import CONFIG
 from switchrun.checkpoint.locate import Location
 from switchrun.checkpoint.types import Index, Stack, SwitchCheckpoint, TensorSlice
@@ -46,7 +46,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         CorruptCheckpointError: A tensor is missing or wrong, or config.json is damaged.
     """
     config_path = location.path / CONFIG
-    config = read_json_object(config_path)
+    config = read_json_object(config_path, MOST_CONFIG_BYTES)
     survey = _Survey(index)
     _refuse_others(config, survey, location.id)
     repairs = _Repairs(config_path, config)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchrun.errors import ModelError, UsageError
+from switchrun.checkpoint.files import open_weights
+from switchrun.errors import CorruptCheckpointError, ModelError, UsageError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: This much of both ends of the demo's weights differs from those of a demo that was trained again.
@@ -79,11 +79,10 @@ def demo_folder() -> Path:
 
 def _demo_content() -> str:
     try:
-        with (demo_folder() / "model.safetensors").open("rb") as file:
-            begin = file.read(_SAMPLE_BYTES)
-            file.seek(-len(begin), os.SEEK_END)
-            return hashlib.sha256(begin + file.read()).hexdigest()
-    except OSError:
+        with open_weights(demo_folder() / "model.safetensors") as file:
+            length = min(_SAMPLE_BYTES, file.size)
+            return hashlib.sha256(file.read(0, length) + file.read(file.size - length, length)).hexdigest()
+    except CorruptCheckpointError:
         return ""  # Opening it will say what is wrong.
 
 

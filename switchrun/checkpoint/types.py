@@ -156,6 +156,7 @@ class Index(Mapping[str, TensorSlice]):
         kinds: The distinct kinds.
         rows: The place of every tensor: the number of its file, its first byte there, and the number of its kind.
         stamps: Of all files that were read, the configuration's too.
+        lost: What the index JSON names and no file holds: the tensor, and the name of the file it should be in.
     """
 
     entry: Path
@@ -163,6 +164,7 @@ class Index(Mapping[str, TensorSlice]):
     kinds: tuple[Kind, ...]
     rows: Mapping[str, tuple[int, int, int]]
     stamps: tuple[FileStamp, ...]
+    lost: Mapping[str, str]
 
     def __getitem__(self, name: str) -> TensorSlice:
         file, offset, kind = self.rows[name]
@@ -176,9 +178,11 @@ class Index(Mapping[str, TensorSlice]):
 
     def missing(self, name: str) -> CorruptCheckpointError:
         """The error to raise for a tensor that the model needs and the checkpoint lacks."""
-        return CorruptCheckpointError(
-            f"{self.entry}: tensor {name} is missing", "the checkpoint is incomplete; download it again"
-        )
+        hint = "the checkpoint is incomplete; download it again"
+        if name in self.lost:
+            path = self.entry.parent / self.lost[name]
+            return CorruptCheckpointError(f"{path}: tensor {name} is not in this file, but the index says so", hint)
+        return CorruptCheckpointError(f"{self.entry}: tensor {name} is missing", hint)
 
     def require(self, name: str) -> TensorSlice:
         """Return a tensor that the model needs, or raise CorruptCheckpointError if the checkpoint lacks it."""
