@@ -12,16 +12,27 @@ _MODEL = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
 DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
 #: A parsed index of a checkpoint.
 _INDEX = re.compile(r"[0-9a-f]{32}\.json", re.ASCII)
+#: The cache folder of who has no home: nobody can ever make it, so nothing is found there and nothing kept.
+NOWHERE = Path(os.devnull) / "no-home-folder"
 
 
 def cache_folder() -> Path:
-    """Return the folder for what switchrun may remember: `SWITCHRUN_CACHE`, else the user's cache folder."""
+    """Return the folder for what switchrun may remember: `SWITCHRUN_CACHE`, else `switchrun` in the user's cache."""
     override = os.environ.get("SWITCHRUN_CACHE")
     if override:
         return Path(override)
-    import platformdirs  # not needed by `switchrun --help`
+    for folder in (Path(os.environ.get("XDG_CACHE_HOME", "")), in_home("~/.cache")):
+        if folder.is_absolute():  # by XDG's rules a relative one counts as unset
+            return folder / "switchrun"
+    return NOWHERE
 
-    return platformdirs.user_cache_path("switchrun")
+
+def in_home(path: str | Path) -> Path:
+    """Return a path with the home folder in the place of `~`; unchanged if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_cache_file(file: Path, data: bytes) -> None:

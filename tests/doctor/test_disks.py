@@ -160,7 +160,7 @@ def test_the_filesystem_is_that_of_the_nearest_mount(tmp_path: Path, monkeypatch
             "25 24 0:42 / /mnt/my rw - btrfs /dev/sdc1 rw",
         ]
     )
-    monkeypatch.setattr(Path, "read_text", lambda self: table)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: table.encode())
     assert disks.filesystem_of(Path("/mnt/my disk/a")) == "xfs"
     assert disks.filesystem_of(Path("/mnt/my/a")) == "btrfs"
     assert disks.filesystem_of(Path("/mnt/mine")) == "ext4"
