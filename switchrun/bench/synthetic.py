@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
-from switchrun.errors import BudgetError, UsageError
+from switchrun.errors import BudgetError, StorageError, UsageError
 from switchrun.units import format_bytes, parse_bytes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -132,6 +132,7 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
     Raises:
         UsageError: There is no such geometry, or less is to be real than two experts of each layer.
         BudgetError: The disk has no room for it.
+        StorageError: The offload folder cannot be written.
     """
     name, geometry = parse_geometry(spec)
     real = 0 if materialize is None else _real_experts(materialize, geometry)
@@ -146,6 +147,15 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
     with contextlib.suppress(OSError, ValueError):
         if json.loads((folder / _MARK).read_text(encoding="utf-8")) == mark:
             return Synthetic(folder, description)
+    try:
+        _make(folder, geometry, real, offload_folder, tell)
+        (folder / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be written: {error.strerror}", "use another --offload-folder") from error
+    return Synthetic(folder, description)
+
+
+def _make(folder: Path, geometry: Geometry, real: int, offload_folder: Path, tell: Callable[[str], None]) -> None:
     needed = real_bytes(geometry, real)
     offload_folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(offload_folder).free
@@ -158,8 +168,6 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
     shutil.rmtree(folder, ignore_errors=True)
     make_checkpoint(folder, geometry, real_experts=real)
     drop_page_cache(folder.iterdir())
-    (folder / _MARK).write_text(json.dumps(mark), encoding="utf-8")
-    return Synthetic(folder, description)
 
 
 def parse_geometry(spec: str) -> tuple[str, Geometry]:

@@ -12,7 +12,6 @@ import runpy
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -34,21 +33,24 @@ def start_python(
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # -P, for what the child starts in turn
     if folder is not None:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    start = partial(
-        subprocess.Popen[bytes],
-        command,
-        stdin=stdin,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        env=environment,
-        start_new_session=True,
-    )
+
+    def start(executable: str | None = None) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            command,
+            executable=executable,
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+        )
+
     try:
         return start()
     except (FileNotFoundError, PermissionError):
         # By its name it is gone (an update), or out of reach (another user's folder). It still is what runs here.
-        return start(executable="/proc/self/exe")
+        return start("/proc/self/exe")
 
 
 def end(child: subprocess.Popen[bytes]) -> bytes:
