@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -18,10 +19,20 @@ from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import debugging
-from switchrun.cli.streams import drop_stdout, prepare_output, report, write_answer
+from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
 from switchrun.errors import BudgetError, SwitchrunError, UsageError
 
 EXIT_BROKEN_PIPE = 141
+#: How the system says that it gives no more memory or open files, and how libraries say it.
+_SHORT = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_REFUSALS = (
+    "an't allocate memory",
+    "annot allocate memory",
+    "failed to map segment",
+    "bad_alloc",
+    "can't start new thread",
+    "Too many open files",
+)
 
 # Without rich the help is plain, and appears in a fifth of the time.
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -32,6 +43,9 @@ app.command("eval")(evaluate)
 app.command()(prepare)
 app.add_typer(offload, name="offload")
 app.command()(doctor)
+for each in (*app.registered_commands, *offload.registered_commands):
+    assert each.callback is not None
+    each.callback = without_stdout(each.callback)
 
 
 def _show_version(wanted: bool) -> None:
@@ -68,7 +82,7 @@ def run(arguments: list[str]) -> int:
     """Run one command, and turn whatever it raises into a line on stderr and the exit code to return.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came.
+        Interrupted: A signal came; whatever a library made of it does not count.
     """
     try:
         code: int | None = app(arguments, prog_name="switchrun", standalone_mode=False)
@@ -83,24 +97,37 @@ def run(arguments: list[str]) -> int:
         context: typer.Context | None = getattr(error, "ctx", None)
         report(f"{error.format_message()} (see: {context.command_path if context else 'switchrun'} --help)")
         return error.exit_code
-    except Exception as error:
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic in a library written in Rust is no Exception
+        SIGNALS.check()
         if debugging():
             traceback.print_exc()
+        shortage = None if isinstance(error, BudgetError) else _find_shortage(error)
+        if shortage is not None:
+            hint = "allow less with --cpu-memory or --gpu-memory, or raise what ulimit -a shows"
+            report(f"out of memory: {shortage or 'the system gave no more'} ({hint})")
+            return BudgetError.exit_code
         if isinstance(error, SwitchrunError):
             report(error.on_command_line() if isinstance(error, UsageError) else str(error))
             return error.exit_code
-        if _out_of_memory(error):
-            hint = "allow less with --cpu-memory or --gpu-memory"
-            report(f"out of memory: {error or 'the system gave no more'} ({hint})")
-            return BudgetError.exit_code
         report(f"internal error: {type(error).__name__}: {error} (set SWITCHRUN_DEBUG=1 to see where)")
         return SwitchrunError.exit_code
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, also in torch, which is not to be imported for the question."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
+def _find_shortage(error: BaseException | None) -> BaseException | None:
+    """Return the first cause of an error if the system refused memory, threads or files; else None.
+
+    torch's own errors are known by their names: it is not to be imported for the question.
+    """
+    found = None
+    while error is not None:
+        if (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or (isinstance(error, OSError) and error.errno in _SHORT)
+            or (isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _REFUSALS))
+        ):
+            found = error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found

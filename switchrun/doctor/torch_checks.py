@@ -12,6 +12,7 @@ from typing import Any
 from switchrun.doctor.check import Check, Problem
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.machine import children, processor
+from switchrun.machine.limits import check_limits
 from switchrun.units import GIB, MIB, format_bytes, format_count
 
 #: What the child looks at, in its order.
@@ -67,6 +68,10 @@ def _describe_end(code: int, errors: str) -> str:
 
 def check_torch(answer: Answer) -> Check:
     """Can torch and the libraries that a fill needs be imported, and compute?"""
+    try:
+        check_limits()
+    except SwitchrunError as error:
+        return Check("torch", error.message, error.hint, type(error))
     found = answer["torch"]
     if "error" in found:
         hint = "pip install --force-reinstall torch; then try: python -c 'import torch'"

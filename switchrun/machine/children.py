@@ -28,6 +28,9 @@ def start_python(
         module: It is run as `python -m` would.
         folder: Where it runs, and where modules are looked for first: one that the caller trusts.
         stdin: What it reads, as for `subprocess.Popen`.
+
+    Raises:
+        BudgetError: The system gives no more processes.
     """
     command = [sys.executable, "-P", __file__, module]
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}  # -P, for what the child starts in turn
@@ -51,6 +54,10 @@ def start_python(
     except (FileNotFoundError, PermissionError):
         # By its name it is gone (an update), or out of reach (another user's folder). It still is what runs here.
         return start("/proc/self/exe")
+    except BlockingIOError as error:
+        from switchrun.errors import BudgetError  # the child's first half does not find it
+
+        raise BudgetError("the system gives no more processes", "end others, or raise: ulimit -u") from error
 
 
 def end(child: subprocess.Popen[bytes]) -> bytes:
