@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -62,6 +63,10 @@ def switchrun(
     ] = False,
 ) -> None:
     """Run Switch Transformers that are larger than memory."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError("the current folder was deleted", "go to one that is there") from error
     if context.invoked_subcommand is None:
         raise UsageError("a command is missing", "see: switchrun --help")
 
@@ -105,8 +110,7 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         shortage = None if isinstance(error, BudgetError) else _find_shortage(error)
         if shortage is not None:
-            hint = "allow less with --cpu-memory or --gpu-memory, or raise what ulimit -a shows"
-            report(f"out of memory: {shortage or 'the system gave no more'} ({hint})")
+            report(shortage)
             return BudgetError.exit_code
         if isinstance(error, SwitchrunError):
             report(error.on_command_line() if isinstance(error, UsageError) else str(error))
@@ -115,12 +119,12 @@ def run(arguments: list[str]) -> int:
         return SwitchrunError.exit_code
 
 
-def _find_shortage(error: BaseException | None) -> BaseException | None:
-    """Return the first cause of an error if the system refused memory, threads or files; else None.
+def _find_shortage(error: BaseException | None) -> str | None:
+    """Return what to say if an error comes of memory, threads or files that the system refused; else None.
 
     torch's own errors are known by their names: it is not to be imported for the question.
     """
-    found = None
+    found: BaseException | None = None
     while error is not None:
         if (
             isinstance(error, MemoryError)
@@ -130,4 +134,9 @@ def _find_shortage(error: BaseException | None) -> BaseException | None:
         ):
             found = error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    return found
+    if found is None:
+        return None
+    if "Too many open files" in str(found):
+        return f"{found} (allow more with: ulimit -n 1024)"
+    hint = "allow less with --cpu-memory or --gpu-memory, or lift the limits that ulimit -a shows"
+    return f"out of memory: {str(found) or 'the system gave no more'} ({hint})"

@@ -161,7 +161,11 @@ def check_hub(model: tuple[str, str | None] | None, online: bool) -> Check:
     # Whether there is a token, and which variable sets a proxy: their values are secrets.
     proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
     finding = f"cache {cache}, {format_bytes(shutil.disk_usage(_existing(cache)).free)} free"
-    finding += "" if get_token() else ", no token"
+    try:
+        token = get_token()
+    except OSError:  # it lies where this user may not look
+        token = None
+    finding += "" if token else ", no token"
     finding += ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
     finding += f", proxy from {proxy}" if proxy else ""
     if online and constants.HF_HUB_OFFLINE:

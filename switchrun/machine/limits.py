@@ -10,7 +10,7 @@ from switchrun.errors import BudgetError, UsageError
 from switchrun.units import MIB, format_bytes
 
 #: What the demo's fill takes on a CPU at least, and each core more: addresses and private memory (torch 2.13).
-_ADDRESSES, _PRIVATE, _THREAD = 1050 * MIB, 320 * MIB, 8 * MIB
+_ADDRESSES, _PRIVATE, _THREAD = 1050 * MIB, 336 * MIB, 8 * MIB
 
 
 def check_limits() -> None:
