@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import SwitchrunError
 from switchrun.machine.children import end, start_python
+from switchrun.machine.limits import refused_by_system
 
 if TYPE_CHECKING:
     from switchrun.model.engine import Engine
@@ -93,15 +94,18 @@ def _crash(code: int, errors: str) -> ChildError:
 
 
 def answer_task(work: Callable[[Task], Answer]) -> None:
-    """Read a task, do it, and write the answer; the child's end. A `SwitchrunError` is an answer too."""
+    """Read a task, do it, and write the answer; the child's end. Errors with a reason are answers too."""
     task = json.loads(sys.stdin.readline())
     # Whatever a library prints must not get into the answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
         answer = work(task)
-    except SwitchrunError as error:
-        answer = {"error": ChildError(error.message, error.hint, error.kind, error.exit_code).record}
+    except Exception as error:
+        known = error if isinstance(error, SwitchrunError) else refused_by_system(error)
+        if known is None:
+            raise
+        answer = {"error": ChildError(known.message, known.hint, known.kind, known.exit_code).record}
     with answers:
         json.dump(answer, answers)
 

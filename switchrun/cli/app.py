@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 import traceback
 from pathlib import Path
@@ -21,19 +20,10 @@ from switchrun.cli.prepare import prepare
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import debugging
 from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
-from switchrun.errors import BudgetError, SwitchrunError, UsageError
+from switchrun.errors import SwitchrunError, UsageError
+from switchrun.machine.limits import refused_by_system
 
 EXIT_BROKEN_PIPE = 141
-#: How the system says that it gives no more memory or open files, and how libraries say it.
-_SHORT = {errno.ENOMEM, errno.EMFILE, errno.ENFILE}
-_REFUSALS = (
-    "an't allocate memory",
-    "annot allocate memory",
-    "failed to map segment",
-    "bad_alloc",
-    "can't start new thread",
-    "Too many open files",
-)
 
 # Without rich the help is plain, and appears in a fifth of the time.
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -108,35 +98,9 @@ def run(arguments: list[str]) -> int:
         SIGNALS.check()
         if debugging():
             traceback.print_exc()
-        shortage = None if isinstance(error, BudgetError) else _find_shortage(error)
-        if shortage is not None:
-            report(shortage)
-            return BudgetError.exit_code
+        error = refused_by_system(error) or error
         if isinstance(error, SwitchrunError):
             report(error.on_command_line() if isinstance(error, UsageError) else str(error))
             return error.exit_code
         report(f"internal error: {type(error).__name__}: {error} (set SWITCHRUN_DEBUG=1 to see where)")
         return SwitchrunError.exit_code
-
-
-def _find_shortage(error: BaseException | None) -> str | None:
-    """Return what to say if an error comes of memory, threads or files that the system refused; else None.
-
-    torch's own errors are known by their names: it is not to be imported for the question.
-    """
-    found: BaseException | None = None
-    while error is not None:
-        if (
-            isinstance(error, MemoryError)
-            or type(error).__name__ == "OutOfMemoryError"
-            or (isinstance(error, OSError) and error.errno in _SHORT)
-            or (isinstance(error, (RuntimeError, ImportError)) and any(words in str(error) for words in _REFUSALS))
-        ):
-            found = error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if found is None:
-        return None
-    if "Too many open files" in str(found):
-        return f"{found} (allow more with: ulimit -n 1024)"
-    hint = "allow less with --cpu-memory or --gpu-memory, or lift the limits that ulimit -a shows"
-    return f"out of memory: {str(found) or 'the system gave no more'} ({hint})"
