@@ -83,6 +83,7 @@ def run(arguments: list[str]) -> int:
         code: int | None = app(arguments, prog_name="switchrun", standalone_mode=False)
         return code or 0
     except SystemExit as end:
+        SIGNALS.check()
         # Typer ends the program itself when a pipe breaks, with exit code 1.
         if not isinstance(end.__context__, BrokenPipeError):
             raise

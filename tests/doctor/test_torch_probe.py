@@ -16,6 +16,7 @@ import pytest
 
 from switchrun.doctor import torch_child
 from switchrun.doctor.torch_checks import NOT_TRIED, STAGES, TorchProbe, check_bitsandbytes, check_torch
+from switchrun.errors import BudgetError
 from switchrun.machine import processor
 from tests.conftest import ROOT
 from tests.doctor.conftest import torch_answer
@@ -168,3 +169,12 @@ def test_builds() -> None:
     assert torch_child.build_of(SimpleNamespace(cuda=None, hip="6.3", xpu=None)) == "ROCm 6.3"
     assert torch_child.build_of(SimpleNamespace(cuda=None, hip=None, xpu="20250302")) == "XPU 20250302"
     assert torch_child.build_of(SimpleNamespace(cuda=None, hip=None)) == "CPU"
+
+
+def test_a_process_that_torch_does_not_fit_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise BudgetError("ulimit -v allows little", "lift it")
+
+    monkeypatch.setattr("switchrun.doctor.torch_checks.check_limits", refuse)
+    check = check_torch(torch_answer(torch={"error": "MemoryError"}))
+    assert (check.finding, check.hint, check.exit_code) == ("ulimit -v allows little", "lift it", 6)
