@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import BudgetError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
+from switchrun.machine.limits import check_limits
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
@@ -262,6 +263,7 @@ class Session:
 @contextmanager
 def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
     """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
+    check_limits()
     with DensePreload(planned.checkpoint, planned.plan) as preload:
         import_libraries(planned.plan)
         yield preload

@@ -248,7 +248,8 @@ class ExpertStore:
         with self._lock:
             was, self._writable = self._writable, False
         if self._must_write:
-            raise StorageError(f"{self.folder} cannot be written: {reason}", "make room, or name another folder")
+            hint = "make room, or name another folder with --offload-folder"
+            raise StorageError(f"{self.folder} cannot be written: {reason}", hint)
         if was:
             self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
 
