@@ -182,7 +182,7 @@ class _Repairs:
         old = self.config.get(key)
         if old == value and type(old) is type(value):
             return
-        shown = f" {json.dumps(old)}" if key in self._given else ""
+        shown = f" {printable(json.dumps(old), 100)}" if key in self._given else ""
         self.sentences.append(f"{key}{shown} → {json.dumps(value)}: {why}")
         self.config[key] = value
 
