@@ -119,6 +119,8 @@ def open_engine(
 
     with read_while_importing(planned, import_libraries) as preload:
         from switchrun.model.engine import Engine
+        from switchrun.model.settings import check_settings
 
+        check_settings(planned.checkpoint)
         with Engine(planned, warn=warn, preload=preload) as engine:
             yield engine

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
 from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
+from switchrun.checkpoint.generation import end_token
 from switchrun.errors import BudgetError, InputError
 from switchrun.machine import processor, ram
 from switchrun.model.sentinels import NUM_SENTINELS
@@ -118,7 +119,7 @@ def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model)
     planned = _plan(task, task["cpu_memory"])
     checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
     text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)
-    batches = loss_pass.make_batches(text.usable, task["batch_size"], int(checkpoint.config.get("pad_token_id") or 0))
+    batches = loss_pass.make_batches(text.usable, task["batch_size"], pad=0)
     sizes = (int(checkpoint.config["d_model"]), planned.plan.precision.compute.itemsize)
     fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes
     allowed = int(((use.budget_bytes or 0) - fixed) * _HIDDEN_SHARE)
@@ -203,7 +204,7 @@ def _passages(task: Task, tokenizer: Tokenizer, checkpoint: SwitchCheckpoint) ->
         task["lines"],
         tokenizer.plain_ids,
         [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None],
-        int(checkpoint.config.get("eos_token_id") or 1) if eos is None else eos,
+        end_token(checkpoint.config) if eos is None else eos,
         memory.max_input_tokens(checkpoint),
         task["seed"],
     )

@@ -10,7 +10,6 @@ from typing import Any
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import InputError, ModelError
 from switchrun.model.sentinels import check_sentinels, sentinel
-from switchrun.planning.memory import max_input_tokens
 
 _FILES = ("tokenizer.json", "spiece.model")
 _HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
@@ -28,11 +27,10 @@ class Encoded:
 
 
 class Tokenizer:
-    """Turns texts into ids and ids into texts; `most_tokens` is the longest input that the model takes."""
+    """Turns texts into ids and ids into texts."""
 
-    def __init__(self, tokenizer: Any, most_tokens: int) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._most_tokens = most_tokens
 
     @classmethod
     def load(cls, checkpoint: SwitchCheckpoint, source: str | None) -> Tokenizer:
@@ -52,7 +50,7 @@ class Tokenizer:
         except Exception as error:  # huggingface_hub, tokenizers and sentencepiece each raise their own
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelError(f"cannot load a tokenizer from {place}: {reason}", _HINT) from error
-        loaded = cls(tokenizer, max_input_tokens(checkpoint))
+        loaded = cls(tokenizer)
         first, size = loaded.sentinel_id(0), checkpoint.config["vocab_size"]
         if first is None:
             raise ModelError(f"the tokenizer from {place} has no sentinel {sentinel(0)}", _HINT)
@@ -79,30 +77,42 @@ class Tokenizer:
         found = self._tokenizer.convert_tokens_to_ids(sentinel(number))
         return None if found is None or found == self._tokenizer.unk_token_id else int(found)
 
-    def encode(self, text: str) -> Encoded:
-        """Make a text ready for the model; see `Session.encode`."""
+    def encode(self, text: str, most_tokens: int) -> Encoded:
+        """Make a text ready for the model; see `Session.encode`. There is room for so many tokens."""
         sentinels = []
         for number in range(check_sentinels(text)):
             found = self.sentinel_id(number)
             if found is None:
                 raise InputError(f"the vocabulary of this model has no {sentinel(number)}", "use fewer sentinels")
             sentinels.append(found)
-        if len(text) > self._most_tokens * _MAX_CHARACTERS_PER_TOKEN:
-            # Not tokenised: that takes memory which is not reserved.
-            raise InputError(
-                f"the text has {len(text)} characters, the model takes {self._most_tokens} tokens", "split it"
-            )
+        # A text that cannot fit is not tokenised: that takes memory which is not reserved.
+        if len(text) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            raise _too_long(f"{len(text)} characters", most_tokens)
         ids = self._tokenizer(text).input_ids
-        if len(ids) > self._most_tokens:
-            raise InputError(
-                f"the text has {len(ids)} tokens, the model takes {self._most_tokens}", "shorten or split it"
-            )
+        if len(ids) > most_tokens:
+            raise _too_long(f"{len(ids)} tokens", most_tokens)
         return Encoded(text, tuple(ids), tuple(sentinels))
 
     def plain_ids(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens."""
         return list(self._tokenizer(text, add_special_tokens=False).input_ids)
 
+    def stop_criteria(self, strings: Any) -> Any:
+        """Return transformers' criteria to stop at texts; ModelError if it does not accept them."""
+        from transformers import StopStringCriteria
+
+        try:
+            return StopStringCriteria(self._tokenizer, strings)
+        except Exception as error:  # what strings may be wrong about, it finds out in many ways
+            raise ModelError(f"transformers does not accept the model's stop_strings: {error}") from error
+
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of ids, with or without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
+
+
+def _too_long(length: str, most_tokens: int) -> InputError:
+    return InputError(
+        f"the text has {length}, there is memory for {most_tokens} tokens",
+        "split it, or reserve more: --batch-size 4 does for twice as many tokens",
+    )

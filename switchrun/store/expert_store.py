@@ -291,4 +291,4 @@ def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
     if dtype != "nf4":
         return [plain]
     tiled = nf4_layout(d_model, d_ff, tiled=True)
-    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]
+    return [tiled, plain] if checkpoint.plain_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]

@@ -164,12 +164,6 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], int, tuple[str, ...]]] = {
         7,
         (SINGLE, DENSE, "stored as I64"),
     ),
-    "experts of two dtypes": (
-        "single",
-        lambda f: edit(f, lambda t: t.update({EXPERT: t[EXPERT].half()})),
-        7,
-        (SINGLE, EXPERT, "stored as F16, and other experts as F32"),
-    ),
     "missing tensor": ("single", lambda f: edit(f, lambda t: t.pop(DENSE)), 7, (SINGLE, f"{DENSE} is missing")),
     "missing expert": ("single", lambda f: edit(f, without_expert), 7, (SINGLE, f"{EXPERT} is missing")),
     "compressed": ("bin", compress, 7, (BIN, "compressed")),
