@@ -23,8 +23,8 @@ from switchrun.errors import ModelError, printable
 #: config.json chooses implementations, caches or the form of outputs, is about training, or is somebody else's.
 CONFIG_KEYS = frozenset({
     "bos_token_id", "d_ff", "d_kv", "d_model", "decoder_sparse_step", "decoder_start_token_id", "dense_act_fn",
-    "dropout_rate", "encoder_sparse_step", "eos_token_id", "expert_capacity", "is_encoder_decoder", "layer_norm_epsilon",
-    "num_decoder_layers", "num_experts", "num_heads", "num_layers", "num_sparse_decoder_layers",
+    "dropout_rate", "encoder_sparse_step", "eos_token_id", "expert_capacity", "is_encoder_decoder",
+    "layer_norm_epsilon", "num_decoder_layers", "num_experts", "num_heads", "num_layers", "num_sparse_decoder_layers",
     "num_sparse_encoder_layers", "pad_token_id", "relative_attention_max_distance", "relative_attention_num_buckets",
     "router_bias", "router_dtype", "router_ignore_padding_tokens", "router_jitter_noise", "tie_word_embeddings",
     "vocab_size",

@@ -131,7 +131,7 @@ def json_changes(draw: st.DrawFn) -> Callable[[bytes], bytes]:
         except RecursionError:
             return text
 
-    change.__name__ = f"{action}@{at} {_VALUES[value] if value < 30 else '…'!r:.20} {key!r:.20} {other}"
+    change.__name__ = f"{action}@{at} {value} {key!r:.20} {other}"
     return change
 
 

