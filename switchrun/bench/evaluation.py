@@ -12,8 +12,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
-from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
-from switchrun.errors import BudgetError, InputError
+from switchrun.bench.spans import LEAST_SENTINELS, LEAST_TOKENS, Passages, make_passages
+from switchrun.errors import BudgetError, InputError, ModelError
 from switchrun.machine import processor, ram
 from switchrun.model.sentinels import NUM_SENTINELS
 from switchrun.model.session import ImportLibraries, import_model
@@ -36,6 +36,8 @@ _COMMON = ("usage", "input", "model", "network")
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
 _EVERYTHING = 1 << 50
+#: The end mark of T5's vocabularies, for a tokenizer without one.
+_T5_EOS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,7 @@ def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model)
     planned = _plan(task, task["cpu_memory"])
     checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
     text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)
-    batches = loss_pass.make_batches(text.usable, task["batch_size"], int(checkpoint.config.get("pad_token_id") or 0))
+    batches = loss_pass.make_batches(text.usable, task["batch_size"])
     sizes = (int(checkpoint.config["d_model"]), planned.plan.precision.compute.itemsize)
     fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes
     allowed = int(((use.budget_bytes or 0) - fixed) * _HIDDEN_SHARE)
@@ -198,15 +200,16 @@ def _plan(task: Task, cpu_memory: int | None) -> PlannedModel:
 
 
 def _passages(task: Task, tokenizer: Tokenizer, checkpoint: SwitchCheckpoint) -> Passages:
-    eos = tokenizer.eos_id
-    text = make_passages(
-        task["lines"],
-        tokenizer.plain_ids,
-        [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None],
-        int(checkpoint.config.get("eos_token_id") or 1) if eos is None else eos,
-        memory.max_input_tokens(checkpoint),
-        task["seed"],
-    )
+    sentinels = [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None]
+    if len(sentinels) < LEAST_SENTINELS:
+        raise ModelError(f"eval needs {LEAST_SENTINELS} sentinels, the tokenizer has {len(sentinels)}")
+    ends = [tokenizer.eos_id, checkpoint.config.get("eos_token_id")]
+    eos = next((each for each in ends if type(each) is int and 0 <= each < checkpoint.config["vocab_size"]), _T5_EOS)
+    limit = memory.max_input_tokens(checkpoint)
+    try:
+        text = make_passages(task["lines"], tokenizer.plain_ids, sentinels, eos, limit, task["seed"])
+    except InputError as error:
+        raise InputError(f"{task['text']}, {error.message}", error.hint) from error
     if not text.usable:
         raise InputError(f"no line of {task['text']} is long enough for a span", f"{LEAST_TOKENS} tokens are the least")
     return text

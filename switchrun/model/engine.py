@@ -118,7 +118,6 @@ class Engine:
         rows: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
-        pad_id: int,
         seed: int,
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
@@ -129,7 +128,8 @@ class Engine:
         with the number of tokens generated so far.
         """
         width = max(map(len, rows))
-        input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+        # The padding may be any id: the mask hides it.
+        input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
         layers = len(self.checkpoint.sparse_blocks["encoder"])
         passed = 0
