@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from switchrun import __version__
+from switchrun.errors import printable
 from switchrun.output.consoles import make_list, make_table, render
 from switchrun.units import format_bytes, format_count, format_rate, format_seconds, mib_up
 
@@ -202,7 +203,7 @@ def render_preparation(
 def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
     """Return the stores of an offload folder as lines for stdout."""
     if not stores:
-        return f"{offload} holds no stored experts\n"
+        return f"{printable(offload)} holds no stored experts\n"
     table = make_table(f"Stored experts in {offload}", "model", "dtype", "problem", "experts", "bytes", text_columns=3)
     for info in stores:
         table.add_row(_owner(info), info.folder.name, info.problem, str(info.experts), format_bytes(info.nbytes))
@@ -220,7 +221,7 @@ def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyRep
 
 def _owner(info: StoreInfo) -> str:
     """Return what the user called the model; where that cannot be read, the folder that is named after it."""
-    return info.manifest.model if info.manifest else info.folder.parent.name
+    return printable(info.manifest.model if info.manifest else info.folder.parent.name, 200)
 
 
 def render_checks(checks: Sequence[Check]) -> str:
