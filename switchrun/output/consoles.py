@@ -58,7 +58,7 @@ def make_table(title: str, *columns: str, text_columns: int = 1) -> Table:
     )
     for position, column in enumerate(columns):
         number = position >= text_columns
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
+        table.add_column(escape(column), justify="right" if number else "left", overflow="fold")
     return table
 
 

@@ -71,6 +71,18 @@ def test_ls(invoke: Invoke, offload: Path) -> None:
     assert "cannot be used" in found[None, "nf4"]["problem"]
 
 
+def test_names_in_a_manifest_are_shown_and_not_obeyed(invoke: Invoke, offload: Path) -> None:
+    name = "\x1b]0;x\x07[red]\u202e\nsecond"
+    store = open_store(offload, model=name, dtype="int8")
+    assert store.write(key(0), data_of(0))
+    flip(store.folder / "encoder.1" / "0.safetensors", 5000)
+    for words in ("ls", "ls --format json", "verify", "clear --yes"):
+        done = invoke("offload", *words.split())
+        assert not set(done.stdout + done.stderr) & set("\x1b\x07\u202e"), words
+        assert words.startswith("clear") or "[red]" in done.stdout
+    assert json.loads(invoke("offload", "ls", "--format", "json").stdout)["stores"] == []
+
+
 def test_verify_of_whole_stores(invoke: Invoke, offload: Path) -> None:
     done = invoke("offload", "verify")
     assert (done.code, done.stderr) == (0, "")
