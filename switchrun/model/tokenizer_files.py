@@ -52,7 +52,8 @@ _COUNTED_FROM_BYTES = MIB
 #: T5's own files come to 36: Unicode's rules make 18 characters of one.
 _MOST_GROWTH = 50
 _MOST_ADDED = 1_000
-_MOST_EXTRA_IDS = 10_000
+#: To add so many takes transformers a second; it looks for each in a list of all.
+_MOST_EXTRA = 10_000
 #: A repeated group, or one that calls itself: where it does not fit, all ways to repeat it are tried.
 _ENDLESS = re.compile(r"(?<!\\)\)[*+{]|\\g<")
 
@@ -101,9 +102,11 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
     for key in _FILE_SETTINGS:
         if settings.get(key):
             raise ModelError(f"{path} has {key}: files that it names are not read", f"take {key} out of it")
-    extra = settings.get("extra_ids")
-    if isinstance(extra, int) and extra > _MOST_EXTRA_IDS:
-        raise ModelError(f"{path} asks for {extra} extra_ids, {_MOST_EXTRA_IDS} are the most")
+    for key in ("extra_ids", "extra_special_tokens", "additional_special_tokens"):
+        value = settings.get(key)
+        count = len(value) if isinstance(value, list | dict) else value
+        if isinstance(count, int) and count > _MOST_EXTRA:
+            raise ModelError(f"{path} asks for {count} {key}, {_MOST_EXTRA} are the most")
     return settings
 
 

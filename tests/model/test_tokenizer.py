@@ -398,9 +398,12 @@ def test_json_that_is_none(name: str, text: str, message: str, folder: Path) -> 
     assert len(caught.value.message) < 1000
 
 
-def test_more_sentinels_than_memory_has_room_for(folder: Path) -> None:
-    edit_settings(tokenizer_class="T5Tokenizer", extra_ids=10**9)(folder)
-    with pytest.raises(ModelError, match="asks for 1000000000 extra_ids"):
+@pytest.mark.parametrize(
+    ("key", "value"), [("extra_ids", 10**9), ("extra_special_tokens", ["x"] * 10**5), ("extra_ids", 10**40)]
+)
+def test_more_special_tokens_than_there_is_memory_or_time_for(key: str, value: Any, folder: Path) -> None:
+    edit_settings(tokenizer_class="T5Tokenizer", **{key: value})(folder)
+    with pytest.raises(ModelError, match=rf"asks for 1\d* {key}, 10000 are the most"):
         load(folder)
 
 
