@@ -23,14 +23,12 @@ from switchrun.units import MIB
 
 VOCABULARIES = ("tokenizer.json", "spiece.model")
 
-_SETTINGS = "tokenizer_config.json"
 #: What transformers may read besides, in whatever class of its own.
 _OTHERS = (
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
     "merges.txt",
-    "special_tokens_map.json",
     "spiece.model",
     "tokenizer.model",
     "vocab.json",
@@ -40,6 +38,7 @@ _OTHERS = (
 _FOREIGN = ("tekken.json", "tiktoken.model", "tokenizer.model")
 #: Settings that name files or take the place of files.
 _FILE_SETTINGS = ("fast_tokenizer_files", "gguf_file", "init_inputs", "merges", "vocab")
+_OF_A_TOKEN = frozenset({"__type", "content", "id", "lstrip", "normalized", "rstrip", "single_word", "special"})
 #: T5's tokenizer.json has 2 MB, mT5's with 250,000 pieces 16 MB; other files have a few KB.
 _MOST_BYTES = 32 * MIB
 _MOST_SMALL_BYTES = 4 * MIB
@@ -86,7 +85,12 @@ def check_files(folder: Path) -> TokenizerSettings:
         raise ModelError(f"{folder} has {foreign} besides spiece.model, and nothing says which one is right")
     else:
         _check_pieces_model(folder / "spiece.model")
-    settings = _read_settings(folder / _SETTINGS)
+    settings = _read_settings(folder / "tokenizer_config.json")
+    if (folder / "special_tokens_map.json").exists():
+        special = _json(folder / "special_tokens_map.json", _MOST_SMALL_BYTES)
+        extra = special.pop("extra_special_tokens", None)  # a list of tokens, or a table of their names
+        tokens = [*special.values(), *(extra if isinstance(extra, list) else ())]
+        _check_tokens(folder / "special_tokens_map.json", tokens)
     config = _json(folder / "config.json", _MOST_SMALL_BYTES) if (folder / "config.json").exists() else {}
     return TokenizerSettings(
         _text(config.get("model_type")),
@@ -102,6 +106,9 @@ def _read_settings(path: Path) -> Mapping[str, Any]:
     for key in _FILE_SETTINGS:
         if settings.get(key):
             raise ModelError(f"{path} has {key}: files that it names are not read", f"take {key} out of it")
+    decoder = settings.get("added_tokens_decoder")
+    _check_tokens(path, decoder.values() if isinstance(decoder, dict) else ())
+    _check_tokens(path, (each for each in _rules(settings) if each.get("__type") == "AddedToken"))
     for key in ("extra_ids", "extra_special_tokens", "additional_special_tokens"):
         value = settings.get(key)
         count = len(value) if isinstance(value, list | dict) else value
@@ -118,6 +125,7 @@ def _check_vocabulary(path: Path) -> None:
     pieces = list(vocabulary) if isinstance(vocabulary, dict) else [each[0] for each in _lists(vocabulary) if each]
     pieces += [each.get("content") for each in added if isinstance(each, dict)] if isinstance(added, list) else []
     _check_pieces(path, [piece for piece in pieces if isinstance(piece, str)])
+    _check_tokens(path, added if isinstance(added, list) else ())
     growth = 1.0
     for rule in _rules([tokenizer.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")]):
         growth *= max(1.0, _growth(rule))
@@ -160,6 +168,14 @@ def _check_pieces(path: Path, pieces: list[str]) -> None:
         before = word
     if places > _MOST_PLACES:
         raise ModelError(f"{path} has pieces that take {places} places in memory, {_MOST_PLACES} are the most")
+
+
+def _check_tokens(path: Path, tokens: Iterable[Any]) -> None:
+    """Refuse what an added token has not: the tokenizers library would print its name, on stdout."""
+    for token in tokens:
+        unknown = next((key for key in token if key not in _OF_A_TOKEN), None) if isinstance(token, dict) else None
+        if unknown is not None:
+            raise ModelError(f"{path} has '{printable(unknown, 60)}' in an added token, which none has", "take it out")
 
 
 def _check_growth(path: Path, growth: float) -> None:

@@ -430,6 +430,40 @@ def test_a_sentencepiece_model_is_looked_through_too(folder: Path) -> None:
             load(folder)
 
 
+def in_decoder(folder: Path, **values: Any) -> None:
+    edit_settings(added_tokens_decoder={"0": {"content": "<pad>", "special": True, **values}})(folder)
+
+
+def in_named_token(folder: Path, **values: Any) -> None:
+    edit_settings(unk_token={"__type": "AddedToken", "content": "<unk>", "special": True, **values})(folder)
+
+
+def in_special_map(folder: Path, **values: Any) -> None:
+    names = {"image_token": "<pad>"}
+    edit(folder / "special_tokens_map.json", unk_token={"content": "<unk>", **values}, extra_special_tokens=names)
+
+
+def in_special_list(folder: Path, **values: Any) -> None:
+    edit(folder / "special_tokens_map.json", extra_special_tokens=[{"content": "<pad>", **values}])
+
+
+def in_vocabulary(folder: Path, **values: Any) -> None:
+    edit_vocabulary(lambda t: t["added_tokens"][0].update(values))(folder)
+
+
+@pytest.mark.parametrize("place", [in_decoder, in_named_token, in_special_map, in_special_list, in_vocabulary])
+def test_nothing_is_printed_for_a_file(
+    place: Callable[..., None], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tokenizers library prints names that it does not know in an added token, from Rust and on stdout."""
+    place(folder, lstrip=False)
+    assert load(folder).encode(TEXT).ids
+    place(folder, **{"\x1b[31m": 1})
+    with pytest.raises(ModelError, match=r"has '\\x1b\[31m' in an added token, which none has"):
+        load(folder)
+    assert capfd.readouterr().out == ""
+
+
 # --- Libraries that panic or do not end
 
 
