@@ -21,7 +21,9 @@ from typing import Any, NamedTuple
 
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
-from switchrun.errors import BudgetError, UsageError
+from switchrun.errors import BudgetError, StorageError, UsageError
+from switchrun.machine.files import read_regular
+from switchrun.machine.folders import open_below
 from switchrun.units import format_bytes, parse_bytes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -29,8 +31,10 @@ Shapes = dict[str, tuple[int, ...]]
 #: As large as the Hub's shards of switch-c-2048.
 SHARD_BYTES = 9_990_000_000
 
+_FOLDER = "synthetic"
 #: Lies beside a checkpoint that is complete.
 _MARK = "synthetic.json"
+_MOST_MARK_BYTES = 64 * 1024
 #: Changes when what was made before would not do any more.
 _VERSION = 1
 _SPEC = re.compile(r"(?:switch-)?([\w-]+?)(?::experts=(\d+))?")
@@ -132,6 +136,7 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
     Raises:
         UsageError: There is no such geometry, or less is to be real than two experts of each layer.
         BudgetError: The disk has no room for it.
+        StorageError: The offload folder cannot be written.
     """
     name, geometry = parse_geometry(spec)
     real = 0 if materialize is None else _real_experts(materialize, geometry)
@@ -141,24 +146,37 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
         "materialized_experts": real,
         "note": _note(real, geometry.num_experts),
     }
-    folder = offload_folder / "synthetic" / f"{name}-{geometry.num_experts}-{real}"
+    made = f"{name}-{geometry.num_experts}-{real}"
+    folder = offload_folder / _FOLDER / made
     mark = {"version": _VERSION, "geometry": asdict(geometry), "materialized_experts": real}
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads((folder / _MARK).read_text(encoding="utf-8")) == mark:
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open_below(offload_folder, _FOLDER, made) as handle,
+    ):
+        if json.loads(read_regular(_MARK, _MOST_MARK_BYTES, os.O_NOFOLLOW, dir_fd=handle)) == mark:
             return Synthetic(folder, description)
     needed = real_bytes(geometry, real)
-    offload_folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(offload_folder).free
-    if needed > free:
-        raise BudgetError(
-            f"{offload_folder} has {format_bytes(free)} free, the synthetic checkpoint takes {format_bytes(needed)}",
-            "lower --materialize or use another --offload-folder",
-        )
-    tell(f"making {folder}: {format_bytes(needed)} of random weights")
-    shutil.rmtree(folder, ignore_errors=True)
-    make_checkpoint(folder, geometry, real_experts=real)
-    drop_page_cache(folder.iterdir())
-    (folder / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+    try:
+        offload_folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(offload_folder).free
+        if needed > free:
+            wanted = f"the synthetic checkpoint takes {format_bytes(needed)}"
+            raise BudgetError(
+                f"{offload_folder} has {format_bytes(free)} free, {wanted}",
+                "lower --materialize or use another --offload-folder",
+            )
+        tell(f"making {folder}: {format_bytes(needed)} of random weights")
+        with open_below(offload_folder, _FOLDER, make=True) as handle, contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(made, dir_fd=handle)
+        with open_below(offload_folder, _FOLDER, made, make=True) as handle:
+            # By this name it is the folder that is open, whatever is put in its place.
+            inside = Path(f"/proc/self/fd/{handle}")
+            make_checkpoint(inside, geometry, real_experts=real)
+            drop_page_cache(inside.iterdir())
+            (inside / _MARK).write_text(json.dumps(mark), encoding="utf-8")
+    except OSError as error:
+        hint = "use another --offload-folder"
+        raise StorageError(f"{folder} cannot be written: {error.strerror or error}", hint) from error
     return Synthetic(folder, description)
 
 

@@ -140,12 +140,12 @@ class PackedFormat(Format):
         if stored is None:
             return super().load(key)
         length = -(-stored.nbytes // PAGE) * PAGE if self._direct else stored.nbytes
-        segment = Segment(stored.path, stored.offset, length, 0, stored.nbytes)
+        segment = Segment(stored.path, stored.offset, length, 0, stored.nbytes, stored=True)
         return Load(key, ReadPlan((segment,), (0, 0)), staged=False, stored=stored)
 
     def place(self, load: Load, slot: Buffer) -> ExpertWeights:
-        """Verify an expert's checksum when it is read for the first time."""
-        if not self._store.is_verified(load.key) and not self._store.verify(load.key, self._packed(slot)):
+        """Verify an expert's checksum, at each read: a file may be damaged at any time."""
+        if not self._store.verify(load.key, self._packed(slot)):
             raise DamagedExpertError("its bytes do not match its checksum")
         return self._views(load.key, slot)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
@@ -27,7 +27,7 @@ from switchrun.kernels.matrices import ExpertWeights, quantise
 from switchrun.planning.memory import buffer_for, reads_directly
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
-from switchrun.store.paths import expert_path
+from switchrun.store.paths import opened
 
 _CALIBRATION_SECONDS = 0.5
 
@@ -111,7 +111,7 @@ class ExpertPacker:
             results.put(error)
 
     def _one(self, key: ExpertKey, job: _Job) -> _Outcome:
-        was_there = expert_path(self._store.folder, key).exists()
+        was_there = self._store.has_file(key)
         stored = self._store.find(key)
         if stored is not None and (not self._verify or job.is_whole(key, stored)):
             return "skipped"
@@ -163,7 +163,8 @@ class _Job:
         """Read a stored expert and look at its checksum."""
         data = self._packed.data[: stored.nbytes]
         try:
-            self._reader.read([self._reader.segment(stored.path, stored.offset, stored.nbytes)], self._packed.data)
+            segment = self._reader.segment(stored.path, stored.offset, stored.nbytes)
+            self._reader.read([replace(segment, stored=True)], self._packed.data)
             whole = self._store.verify(key, data)
         except CorruptCheckpointError:
             whole = False
@@ -177,9 +178,7 @@ class _Job:
 def _is_first(folder: Path, stack: contextlib.ExitStack) -> bool:
     """Whether no other process prepares the same store; this one then does, until the stack is closed."""
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        stack.callback(os.close, handle)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stack.enter_context(opened(folder)), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import touch
+from switchrun.machine.files import open_regular
+from switchrun.store import open_stored
 from switchrun.units import MIB
 
 PAGE = 4096
@@ -37,7 +39,8 @@ class Way:
 class Segment:
     """One read: `length` bytes of `file` from `offset` on go to byte `position` of a buffer.
 
-    `needed` bytes of it must be there; the rest is alignment, which may lie beyond the file's end.
+    `needed` bytes of it must be there; the rest is alignment, which may lie beyond the file's end. A file that is
+    `stored` is one of the offload folder, where no link is followed.
     """
 
     file: Path
@@ -45,6 +48,7 @@ class Segment:
     length: int
     position: int
     needed: int
+    stored: bool = False
 
 
 class FileReader:
@@ -139,7 +143,7 @@ class FileReader:
             pending.finish(None)
 
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
-        file = self._files.acquire(piece.file, self._direct and self._way.direct)
+        file = self._files.acquire(piece.file, self._direct and self._way.direct, piece.stored)
         got = 0
         try:
             while got < piece.needed:
@@ -148,7 +152,7 @@ class FileReader:
                 except OSError as error:
                     if file.direct and error.errno == errno.EINVAL:
                         # Some filesystems take the flag and refuse the read; others may still try with the old file.
-                        refused, file = file, self._files.acquire(piece.file, direct=False)
+                        refused, file = file, self._files.acquire(piece.file, direct=False, stored=piece.stored)
                         self._files.release(refused)
                         continue
                     raise CorruptCheckpointError(f"cannot read {piece.file}: {error.strerror}") from error
@@ -209,7 +213,8 @@ class _Pending:
 def _cut(segment: Segment, chunk: int) -> Iterator[Segment]:
     for start in range(0, segment.needed, chunk):
         length, needed = min(chunk, segment.length - start), min(chunk, segment.needed - start)
-        yield Segment(segment.file, segment.offset + start, length, segment.position + start, needed)
+        offset, position = segment.offset + start, segment.position + start
+        yield Segment(segment.file, offset, length, position, needed, segment.stored)
 
 
 @dataclass(slots=True, eq=False)
@@ -236,7 +241,7 @@ class OpenFiles:
         """Whether there were files, and all of them are read past the page cache."""
         return self._opened == {True}
 
-    def acquire(self, path: Path, direct: bool) -> OpenFile:
+    def acquire(self, path: Path, direct: bool, stored: bool = False) -> OpenFile:
         """Return a file, opened if need be, past the page cache if `direct` and possible; the caller releases it."""
         with self._lock:
             file = self._files.pop(path, None)
@@ -244,7 +249,7 @@ class OpenFiles:
                 self._retire(file)
                 file = None
             if file is None:
-                file = _open_file(path, direct)
+                file = _open_file(path, direct, stored)
                 self._opened.add(file.direct)
             self._files[path] = file
             file.users += 1
@@ -278,13 +283,14 @@ class OpenFiles:
             os.close(file.descriptor)
 
 
-def _open_file(file: Path, direct: bool) -> OpenFile:
+def _open_file(file: Path, direct: bool, stored: bool) -> OpenFile:
+    opener = open_stored if stored else open_regular
     try:
         if direct and hasattr(os, "O_DIRECT"):
             try:
-                return OpenFile(os.open(file, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC), True)
+                return OpenFile(opener(file, os.O_DIRECT), True)
             except OSError:
                 pass  # tmpfs and some network filesystems refuse the flag
-        return OpenFile(os.open(file, os.O_RDONLY | os.O_CLOEXEC), False)
+        return OpenFile(opener(file), False)
     except OSError as error:
         raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error

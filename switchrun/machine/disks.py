@@ -11,7 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from switchrun.machine.folders import cache_folder, write_cache_file
+from switchrun.machine.folders import cache_folder, read_cache_file, write_cache_file
+
+#: Beyond these, in bytes per second, it is no disk that was measured.
+_SLOWEST, _FASTEST = 1e3, 1e13
+#: Enough for thousands of filesystems.
+_MOST_REMEMBERED_BYTES = 1 << 20
 
 
 def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: float = 0.5) -> float | None:
@@ -109,7 +114,7 @@ def remember_bandwidth(path: Path, bytes_per_second: float) -> None:
 def known_bandwidth(path: Path) -> float | None:
     """Return the read bandwidth that was last measured on the filesystem that `path` lies on, in bytes per second."""
     known = recall("bandwidth", path)
-    return float(known) if isinstance(known, int | float) and 0 < known < float("inf") else None
+    return float(known) if type(known) in (int, float) and _SLOWEST < known < _FASTEST else None
 
 
 def remember(what: str, path: Path, value: Any) -> None:
@@ -128,7 +133,13 @@ def recall(what: str, path: Path) -> Any:
 
 def _remembered(what: str) -> dict[str, Any]:
     try:
-        known = json.loads((cache_folder() / f"{what}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = json.loads(read_cache_file(cache_folder() / f"{what}.json", _MOST_REMEMBERED_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return known if isinstance(known, dict) else {}
+    # Nothing deeper was ever kept, and what is read here is written again.
+    return {key: value for key, value in known.items() if _is_flat(value)} if isinstance(known, dict) else {}
+
+
+def _is_flat(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else [value]
+    return not any(isinstance(each, dict | list) for each in inner)

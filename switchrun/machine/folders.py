@@ -1,17 +1,84 @@
-"""Where switchrun may write: the offload folder, and the user's cache folder."""
+"""Where switchrun may write: the offload folder, and the user's cache folder; and how, without following links."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+
+from switchrun.machine.files import read_regular
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9._-]+-)?[0-9a-f]{12}", re.ASCII)
 DTYPE_NAME = re.compile(r"[a-z0-9]+", re.ASCII)
-#: A parsed index of a checkpoint.
+#: What lies in a folder of experts of a model and dtype, and says so.
+MANIFEST = "manifest.json"
+#: The folder of parsed indexes, one for each checkpoint.
+_INDEX_FOLDER = "index"
 _INDEX = re.compile(r"[0-9a-f]{32}\.json", re.ASCII)
+_MOST_README_BYTES = 1 << 20
+
+
+@contextmanager
+def open_below(root: str | Path, *names: str, make: bool = False) -> Iterator[int]:
+    """Open a folder by its name in a folder in … in `root`, for calls with `dir_fd`; with `make`, make what is missing.
+
+    `root` may be a link, for the user has named it. What is below is switchrun's own, and a link there is not followed:
+    it could lead what is written or deleted to anywhere. Since calls are made relative to the open folder, it does not
+    matter who puts a link in its place meanwhile.
+
+    Raises:
+        OSError: A folder is not there, or is a link; `strerror` names it.
+    """
+    if make:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    handle = _open_folder(root)
+    try:
+        for name in names:
+            outer, handle = handle, _open_in(handle, name, make)
+            os.close(outer)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _open_in(outer: int, name: str, make: bool) -> int:
+    if make:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, dir_fd=outer)
+    try:
+        return _open_folder(name, os.O_NOFOLLOW, dir_fd=outer)
+    except OSError:
+        if _is_link(name, outer):
+            raise NotADirectoryError(errno.ENOTDIR, f"{name} is a link, and links are not followed there") from None
+        raise
+
+
+def _open_folder(path: str | Path, flags: int = 0, dir_fd: int | None = None) -> int:
+    flags |= os.O_DIRECTORY | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDONLY | flags, dir_fd=dir_fd)
+    except PermissionError:  # what may not be listed may still be passed through
+        return os.open(path, os.O_PATH | flags, dir_fd=dir_fd)
+
+
+def _is_link(name: str, folder: int) -> bool:
+    try:
+        return stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+    except OSError:
+        return False
+
+
+def _names_below(root: Path, *names: str, folders: bool = False) -> list[str]:
+    """Return what a folder holds, all or the folders; nothing if it is not there, or may not be looked at."""
+    with contextlib.suppress(OSError), open_below(root, *names) as handle, os.scandir(handle) as entries:
+        return sorted(each.name for each in entries if not folders or each.is_dir(follow_symlinks=False))
+    return []
 
 
 def cache_folder() -> Path:
@@ -26,15 +93,30 @@ def cache_folder() -> Path:
 
 def write_cache_file(file: Path, data: bytes) -> None:
     """Write a file that may be lost, whole or not at all; a cache that cannot be written is no reason to fail."""
-    # A name of its own: two processes may write the same file at once.
-    temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+    # Two processes may write the same file at once, and nobody else shall know the name.
+    temporary = f".{secrets.token_hex(8)}.tmp"
+    with contextlib.suppress(OSError), _folder_of(file, make=True) as folder:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+        try:
+            with open(handle, "wb") as output:
+                output.write(data)
+            os.replace(temporary, file.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+
+
+def read_cache_file(file: Path, most_bytes: int) -> bytes:
+    """Read what `write_cache_file` wrote; OSError if it is not there, is a link, no file, or too large to be that."""
+    with _folder_of(file) as folder:
+        return read_regular(file.name, most_bytes, os.O_NOFOLLOW, dir_fd=folder)
+
+
+def _folder_of(file: Path, make: bool = False) -> AbstractContextManager[int]:
+    # The cache folder may be a link of the user's; the folder of indexes in it, or in the offload folder, may not.
+    root, name = file.parent.parent, file.parent.name
+    return open_below(root, name, make=make) if name == _INDEX_FOLDER else open_below(file.parent, make=make)
 
 
 def offload_folder(given: str | Path | None) -> Path:
@@ -52,22 +134,24 @@ def offload_folder(given: str | Path | None) -> Path:
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is empty, or what is in it shows that switchrun writes there."""
     try:
-        names = {path.name for path in folder.iterdir()}
-        if not names:
+        if next(folder.iterdir(), None) is None:
             return True
-        readme = folder / "README.md"
-        if "README.md" in names and "switchrun" in readme.read_text(encoding="utf-8", errors="replace"):
-            return True
-        manifests = folder.glob("*/*/manifest.json")
-        indexes = (folder / "index").glob("*.json")
-        return any(is_store_folder(file.parent) for file in manifests) or any(_INDEX.fullmatch(i.name) for i in indexes)
     except OSError:  # it is not there, no folder, or may not be looked at
         return False
+    with contextlib.suppress(OSError):
+        if b"switchrun" in read_regular(folder / "README.md", _MOST_README_BYTES):
+            return True
+    return bool(store_folders(folder)) or any(map(_INDEX.fullmatch, _names_below(folder, _INDEX_FOLDER)))
 
 
-def is_store_folder(folder: Path) -> bool:
-    """Whether a folder's name is one that experts of a model and dtype are kept under.
+def store_folders(offload: Path) -> list[Path]:
+    """Return the folders in an offload folder that experts of a model and dtype are kept in, none behind a link.
 
     Others have files called manifest.json too, and an offload folder may be any folder of the user's.
     """
-    return bool(_MODEL.fullmatch(folder.parent.name) and DTYPE_NAME.fullmatch(folder.name))
+    return [
+        offload / model / dtype
+        for model in filter(_MODEL.fullmatch, _names_below(offload, folders=True))
+        for dtype in filter(DTYPE_NAME.fullmatch, _names_below(offload, model, folders=True))
+        if MANIFEST in _names_below(offload, model, dtype)
+    ]

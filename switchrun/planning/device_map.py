@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.names import mlp_prefix
-from switchrun.errors import UsageError
+from switchrun.errors import UsageError, printable
 from switchrun.planning.plan import CPU, DISK, SparseLayer, Tier, gpu_tier, main_tier
+from switchrun.units import MIB, format_bytes
 
 #: Other names that `shared` may go by; accelerate looks for each of them in a device map.
 SHARED_ALIASES = ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")
+#: accelerate's own map of switch-c-2048, each expert by name, has 10 MiB.
+_MOST_BYTES = 64 * MIB
 
 
 def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
@@ -28,7 +31,11 @@ def read_device_map(source: str | Path | Mapping[str, Any]) -> dict[str, Tier]:
         raw: Any = source
     else:
         try:
-            raw = json.loads(Path(source).read_text(encoding="utf-8"))
+            with open(source, "rb") as file:  # a pipe too, if the user names one
+                text = file.read(_MOST_BYTES + 1)
+            if len(text) > _MOST_BYTES:
+                raise UsageError(f"the device map {source} is larger than {format_bytes(_MOST_BYTES)}")
+            raw = json.loads(text)
         except OSError as error:
             raise UsageError(f"cannot read the device map {source}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
@@ -49,9 +56,13 @@ def _tier(module: str, value: Any) -> Tier:
         if value in (CPU, DISK):
             return Tier(value)
         number = value.removeprefix("cuda:").removeprefix("gpu:")
-        if number.isdecimal():
+        if number.isdecimal() and len(number) < 10:
             return gpu_tier(int(number))
-    raise UsageError(f"the device map puts '{module}' on {value!r}", "a tier is a GPU's number, cpu or disk")
+    # What is nested may be so deeply that it cannot be shown.
+    shown = "a list or an object" if isinstance(value, list | dict) else printable(repr(value), 200)
+    raise UsageError(
+        f"the device map puts '{printable(module, 200)}' on {shown}", "a tier is a GPU's number, cpu or disk"
+    )
 
 
 def tier_of(name: str, device_map: Mapping[str, Tier]) -> Tier:

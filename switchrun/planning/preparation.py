@@ -15,7 +15,7 @@ from switchrun.errors import BudgetError, StorageError, UsageError
 from switchrun.planning.memory import buffer_for, index_bytes
 from switchrun.planning.plan import Bandwidth, SparseLayer
 from switchrun.store import ExpertStore, Layout
-from switchrun.store.paths import expert_path, stored_experts
+from switchrun.store.paths import stored_experts
 from switchrun.units import MIB, format_bytes, mib_up
 
 #: Interpreter and torch, resident once an expert has been quantised. Measured with torch 2.13 (CPU), Python 3.11.
@@ -171,7 +171,7 @@ def make_preparation(
     stored: list[ExpertKey] = []
     damaged = left_out = 0
     for key in keys:
-        there = expert_path(store.folder, key).exists()
+        there = store.has_file(key)
         if store.find(key) is not None:
             stored.append(key)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from switchrun.store.expert_store import ExpertStore, open_checkpoint_store
 from switchrun.store.files import StoredExpert
 from switchrun.store.layout import Layout
-from switchrun.store.paths import clear_hint, expert_path, model_name, store_folder, stored_experts
+from switchrun.store.paths import clear_hint, expert_path, model_name, open_stored, store_folder, stored_experts
 from switchrun.store.upkeep import StoreInfo, VerifyReport, clear_store, list_stores, verify_store
 from switchrun.store.writer import BackgroundWriter
 
@@ -22,6 +22,7 @@ __all__ = [
     "list_stores",
     "model_name",
     "open_checkpoint_store",
+    "open_stored",
     "store_folder",
     "stored_experts",
     "verify_store",

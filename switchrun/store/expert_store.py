@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -17,8 +16,17 @@ from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
 from switchrun.store.layout import Layout, layout_of, nf4_layout
 from switchrun.store.limit import SizeLimit
-from switchrun.store.manifest import MANIFEST, Manifest, check_manifest
-from switchrun.store.paths import clear_hint, expert_path, model_name, store_folder
+from switchrun.store.manifest import Manifest, check_manifest, has_manifest
+from switchrun.store.paths import (
+    clear_hint,
+    expert_path,
+    model_name,
+    opened,
+    remove_stored,
+    store_folder,
+    stored_exists,
+    stored_status,
+)
 from switchrun.units import format_bytes
 
 _log = logging.getLogger(__name__)
@@ -77,7 +85,6 @@ class ExpertStore:
         self._warn = warn or _log.warning
         self._lock = threading.Lock()
         self._known: dict[ExpertKey, StoredExpert] = {}
-        self._verified: set[ExpertKey] = set()
         #: Damaged files that could not be deleted.
         self._unusable: set[ExpertKey] = set()
         self._warned_unreadable = False
@@ -113,10 +120,13 @@ class ExpertStore:
         path = expert_path(self.folder, key)
         with self._lock:
             unknown = key not in self._known and key not in self._unusable
-        with contextlib.suppress(OSError):
-            if unknown and path.stat().st_size == self._format.file_bytes and os.access(path, os.R_OK):
-                return StoredExpert(path, self._format.header_bytes, self.layout.nbytes, None)
+        if unknown and (status := stored_status(path)) is not None and status.st_size == self._format.file_bytes:
+            return StoredExpert(path, self._format.header_bytes, self.layout.nbytes, None)
         return self.find(key)
+
+    def has_file(self, key: ExpertKey) -> bool:
+        """Whether anything has the name of an expert's file, sound or damaged."""
+        return stored_exists(expert_path(self.folder, key))
 
     def find(self, key: ExpertKey) -> StoredExpert | None:
         """Return the place of an expert, if it is stored.
@@ -137,7 +147,8 @@ class ExpertStore:
     def _look(self, key: ExpertKey) -> StoredExpert | None:
         path = expert_path(self.folder, key)
         try:
-            found = self._format.inspect(path, key)
+            # Touched for the size limit: it was used now.
+            found = self._format.inspect(path, key, touch=not self._read_only)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except DamagedFileError as error:
@@ -148,9 +159,6 @@ class ExpertStore:
                 self._warned_unreadable = True
                 self._warn(f"cannot read {path}: {error.strerror}; such experts are taken from the checkpoint")
             return None
-        if not self._read_only:
-            with contextlib.suppress(OSError):
-                os.utime(path)  # for the size limit: it was used now
         with self._lock:
             return self._known.setdefault(key, found)
 
@@ -176,7 +184,7 @@ class ExpertStore:
             return False
         written = False
         try:
-            self._make_folder(path.parent)
+            self._make_folder(path.parent.name)
             write_atomically(self.folder, path, [header, data])
             written = True
         except FileNotFoundError:
@@ -189,22 +197,17 @@ class ExpertStore:
                 self._limit.settle(key, self.file_bytes, written)
         with self._lock:
             self._known[key] = StoredExpert(path, len(header), len(data), checksum)
-            self._verified.discard(key)
             self._unusable.discard(key)
         return True
 
-    def _make_folder(self, folder: Path) -> None:
-        if folder.is_dir():
+    def _make_folder(self, block: str) -> None:
+        with contextlib.suppress(FileNotFoundError), opened(self.folder, block):
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        with opened(self.folder, block, make=True):
+            pass
         # The first expert of a layer is rare enough to look whether the user has cleared the folder meanwhile.
-        if not (self.folder / MANIFEST).exists():
+        if not has_manifest(self.folder):
             self.manifest.write(self.folder)
-
-    def is_verified(self, key: ExpertKey) -> bool:
-        """Whether `verify` has passed for this expert since it was found or written."""
-        with self._lock:
-            return key in self._verified
 
     def verify(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
         """Whether an expert's data has the checksum that its file states; if not, the caller discards the expert."""
@@ -214,11 +217,7 @@ class ExpertStore:
             # Another process may have replaced the file after its header was read here.
             self._forget(key)
             known = self.find(key)
-        if known is None or known.checksum != checksum:
-            return False
-        with self._lock:
-            self._verified.add(key)
-        return True
+        return known is not None and known.checksum == checksum
 
     def discard(self, key: ExpertKey, reason: str = "its bytes do not match its checksum") -> None:
         """Delete an expert's file that is damaged, and warn; one that is gone is forgotten without a word.
@@ -231,10 +230,12 @@ class ExpertStore:
             if key in self._unusable:
                 return  # The warning was given then.
         try:
-            if self._read_only:
-                path.stat()
+            if not self._read_only:
+                remove_stored(path)
+            elif self.has_file(key):
                 raise PermissionError
-            path.unlink()
+            else:
+                return
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError:
@@ -254,7 +255,6 @@ class ExpertStore:
     def _forget(self, key: ExpertKey) -> None:
         with self._lock:
             self._known.pop(key, None)
-            self._verified.discard(key)
 
 
 def open_checkpoint_store(

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from switchrun.checkpoint.types import ExpertKey
+from switchrun.machine.files import open_regular
 from switchrun.store.layout import Layout
+from switchrun.store.paths import open_stored, opened
 
 PAGE = 4096
 #: Experts of this size on are read past the page cache, so their pages are given back once written.
@@ -26,6 +28,8 @@ _ABANDONED_SECONDS = 15 * 60
 #: XXH3 is as fast as memory; it finds accidents, and is no protection against a forger.
 _CHECKSUM = "xxh3_64"
 _CHECKSUM_DIGITS = 16
+#: How `open_regular` refuses what is no file, but can be deleted as one; the second is a link's, if put there just now.
+_NO_FILE = (errno.EINVAL, errno.ELOOP)
 
 
 class DamagedFileError(Exception):
@@ -82,16 +86,23 @@ class ExpertFormat:
         about = {_CHECKSUM: f"{checksum:0{_CHECKSUM_DIGITS}x}", "expert": name, "store": self._identity}
         return json.dumps({"__metadata__": about, **self._tensors}, separators=(",", ":")).encode()
 
-    def inspect(self, path: Path, key: ExpertKey) -> StoredExpert:
-        """Read and check an expert's header.
+    def inspect(self, path: Path, key: ExpertKey, touch: bool = False) -> StoredExpert:
+        """Read and check an expert's header; with `touch`, note in the file's times that it is used now.
 
         Raises:
-            DamagedFileError: It is not this expert's, or the file has another length than it must have.
+            DamagedFileError: It is not this expert's, no regular file, or has another length than it must have.
             OSError: The file cannot be read, or is not there.
         """
-        # A FIFO or a device in its place must not block the fill.
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
+            file = open_stored(path)
+        except OSError as error:
+            if error.errno in _NO_FILE:
+                raise DamagedFileError(error.strerror) from error
+            raise
+        try:
+            if touch:
+                with contextlib.suppress(OSError):
+                    os.utime(file)
             # The data is read past the page cache: reading ahead into it would read it twice.
             with contextlib.suppress(OSError):
                 os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
@@ -117,34 +128,35 @@ def write_atomically(store: Path, target: Path, chunks: Sequence[bytes | memoryv
     The temporary file lies in the store's folder and not beside the target, so that one listing finds what killed
     processes left, not one for each of sixty layers. If this raises OSError, nothing is left behind.
     """
-    temporary, file = _create_temporary(store)
-    try:
+    with opened(store) as folder, opened(store, *target.relative_to(store).parts[:-1]) as block:
+        temporary, file = _create_temporary(folder)
         try:
-            size = _write_all(file, chunks)
-            os.fsync(file)
-            if size >= _DROP_BYTES:
-                with contextlib.suppress(OSError):
-                    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.replace(temporary, target)  # noqa: PTH105 - the tests kill the process here
-        finally:
-            os.close(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(target.parent)
+            try:
+                size = _write_all(file, chunks)
+                os.fsync(file)
+                if size >= _DROP_BYTES:
+                    with contextlib.suppress(OSError):
+                        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.replace(temporary, target.name, src_dir_fd=folder, dst_dir_fd=block)
+            finally:
+                os.close(file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=folder)
+            raise
+        _sync_folder(block)
 
 
-def _create_temporary(store: Path) -> tuple[Path, int]:
+def _create_temporary(folder: int) -> tuple[str, int]:
     """Create a file and lock it until it is closed, by death too: so `remove_leftovers` knows that it has an owner."""
     while True:
-        path = store / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        name = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         # Another process that begins just now may have taken it for a dead one's before it was locked.
         if os.fstat(file).st_nlink:
-            return path, file
+            return name, file
         os.close(file)
 
 
@@ -159,24 +171,21 @@ def _write_all(file: int, chunks: Sequence[bytes | memoryview]) -> int:
     return position
 
 
-def _sync_folder(folder: Path) -> None:
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _sync_folder(folder: int) -> None:
     try:
-        os.fsync(file)
+        os.fsync(folder)
     except OSError as error:
         # Some filesystems cannot sync a folder. The file itself is safe, and losing its name loses only time.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
-    finally:
-        os.close(file)
 
 
-def temporaries(store: Path) -> list[Path]:
-    """Return the temporary files in a store's folder, whoever's they are."""
-    try:
-        return [path for path in store.iterdir() if _TEMPORARY.fullmatch(path.name)]
-    except OSError:
-        return []
+def temporaries(folder: int) -> list[str]:
+    """Return the names of the temporary files in a store's folder, whoever's they are."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        files = [each.name for each in entries if each.is_file(follow_symlinks=False)]
+        return list(filter(_TEMPORARY.fullmatch, files))
+    return []
 
 
 def remove_leftovers(store: Path) -> None:
@@ -184,14 +193,15 @@ def remove_leftovers(store: Path) -> None:
 
     Process ids would not do: a store may be shared by containers, which do not see each other's.
     """
-    for path in temporaries(store):
-        with contextlib.suppress(OSError):
-            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                if _abandoned(file):
-                    path.unlink()
-            finally:
-                os.close(file)
+    with contextlib.suppress(OSError), opened(store) as folder:
+        for name in temporaries(folder):
+            with contextlib.suppress(OSError):
+                file = open_regular(name, os.O_NOFOLLOW, dir_fd=folder)
+                try:
+                    if _abandoned(file):
+                        os.unlink(name, dir_fd=folder)
+                finally:
+                    os.close(file)
 
 
 def _abandoned(file: int) -> bool:

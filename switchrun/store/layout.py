@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from switchrun.checkpoint.files import plausible
 from switchrun.dtypes import STORED_ITEMSIZE
 
 #: Every part begins at a multiple of this, so that a view of it in a page-aligned buffer suits any kernel.
@@ -42,10 +43,12 @@ class Layout:
     def of(cls, parts: Iterable[tuple[str, str, tuple[int, ...]]]) -> Layout:
         """Lay out parts (name, safetensors dtype, shape); ValueError without any, or for a name that is taken."""
         tensors: list[Part] = []
+        taken: set[str] = set()
         end = 0
         for name, dtype, shape in parts:
-            if name.startswith(_PADDING) or any(name == part.name for part in tensors):
+            if name.startswith(_PADDING) or name in taken:
                 raise ValueError(f"a part cannot be called {name!r}")
+            taken.add(name)
             gap = -end % ALIGNMENT
             if gap:
                 tensors.append(Part(f"{_PADDING}.{len(tensors)}", "U8", (gap,), end, gap))
@@ -82,9 +85,15 @@ class Layout:
     def from_json(cls, rows: Any) -> Layout:
         """Read what `to_json` returned, or raise ValueError if it is not that."""
         try:
-            return cls.of((str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in rows)
-        except (TypeError, KeyError, OverflowError) as error:
+            parts = [(name, dtype, tuple(shape)) for name, dtype, shape in rows]
+            if not all(type(name) is str and type(dtype) is str and plausible(shape) for name, dtype, shape in parts):
+                raise TypeError("a name, dtype or shape is none")
+            layout = cls.of(parts)
+        except (TypeError, KeyError) as error:
             raise ValueError(f"not a layout: {error}") from error
+        if not plausible([layout.nbytes]):
+            raise ValueError("not a layout: no file is that large")
+        return layout
 
 
 def int8_layout(d_model: int, d_ff: int) -> Layout:

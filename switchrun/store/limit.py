@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from switchrun.checkpoint.types import ExpertKey
-from switchrun.store.paths import expert_path, stored_experts
+from switchrun.store.paths import expert_path, remove_stored, stored_experts
 
 #: The folder is looked through again after this many times what that took: at most 5 % of the time goes into it.
 _SCAN_SHARE = 20
@@ -79,7 +79,9 @@ class SizeLimit:
             return True
         for key in sorted(self._sizes, key=lambda key: self._used.get(key, 0)):
             try:
-                expert_path(self._folder, key).unlink(missing_ok=True)
+                remove_stored(expert_path(self._folder, key))
+            except FileNotFoundError:
+                pass
             except OSError:
                 continue
             excess -= self._sizes.pop(key)

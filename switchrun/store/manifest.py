@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchrun.errors import CorruptCheckpointError
+from switchrun.errors import CorruptCheckpointError, printable
+from switchrun.machine.files import read_regular
+from switchrun.machine.folders import MANIFEST
 from switchrun.store.files import write_atomically
 from switchrun.store.layout import Layout
+from switchrun.store.paths import opened
 
-MANIFEST = "manifest.json"
 #: Counts up whenever files written before can no longer be used.
 FORMAT_VERSION = 2
+_MOST_VERSIONS = 1_000_000
 _TEXTS = ("model", "fingerprint", "dtype")
+#: A layout takes a few hundred; a model's name may be the longest path there is.
+_MOST_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +58,19 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into a store's folder, which is made if it is not there; OSError if that is not possible."""
-        folder.mkdir(parents=True, exist_ok=True)
+        with opened(folder, make=True):
+            pass
         write_atomically(folder, folder / MANIFEST, [self._text()])
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a store's folder has a manifest, good or bad."""
+    try:
+        with opened(folder) as handle:
+            os.stat(MANIFEST, dir_fd=handle, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -64,18 +81,21 @@ def read_manifest(folder: Path) -> Manifest | None:
         OSError: It cannot be read.
     """
     try:
-        text = (folder / MANIFEST).read_bytes()
+        with opened(folder) as handle:
+            text = read_regular(MANIFEST, _MOST_BYTES, os.O_NOFOLLOW, dir_fd=handle)
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         record = json.loads(text)
         version = record["version"]
-        if type(version) is int and version != FORMAT_VERSION:
+        if type(version) is not int or not 0 <= version < _MOST_VERSIONS:
+            raise ValueError("its version is none")
+        if version != FORMAT_VERSION:
             # What the other fields mean is known to that version only.
             model, fingerprint, dtype = (str(record.get(name, "")) for name in _TEXTS)
             return Manifest(model, fingerprint, dtype, Layout(()), version)
         model, fingerprint, dtype = (record[name] for name in _TEXTS)
-        if version != FORMAT_VERSION or any(type(text) is not str for text in (model, fingerprint, dtype)):
+        if any(type(text) is not str for text in (model, fingerprint, dtype)):
             raise ValueError("a field has the wrong type")
         return Manifest(model, fingerprint, dtype, Layout.from_json(record["layout"]))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -96,7 +116,7 @@ def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], 
             f"{folder}: it was written in format {found.version}, this switchrun has format {wanted.version}", hint
         )
     if found.model != wanted.model:
-        raise CorruptCheckpointError(f"{folder}: it belongs to another model, {found.model}", hint)
+        raise CorruptCheckpointError(f"{folder}: it belongs to another model, {printable(found.model, 200)}", hint)
     if found.fingerprint != wanted.fingerprint:
         raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", hint)
     if found.dtype != wanted.dtype or found.layout not in layouts:

@@ -1,4 +1,4 @@
-"""What a store's folders and files are called, and what is found there."""
+"""What a store's folders and files are called, what is found there, and how it is opened: never through a link."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import contextlib
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import cast
 
 from switchrun.checkpoint.locate import demo_folder
 from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 from switchrun.errors import command
-from switchrun.machine.folders import DTYPE_NAME, offload_folder
+from switchrun.machine.files import open_regular
+from switchrun.machine.folders import DTYPE_NAME, offload_folder, open_below
 
 _BLOCK = re.compile(r"(encoder|decoder)\.(0|[1-9][0-9]*)", re.ASCII)
 _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
@@ -51,20 +54,67 @@ def expert_path(folder: Path, key: ExpertKey) -> Path:
     return folder / f"{key.stack}.{key.block}" / f"{key.expert}.safetensors"
 
 
-def block_folders(folder: Path) -> list[tuple[Stack, int, Path]]:
-    """Return the folders of sparse layers that a store has; none if it cannot be read."""
+def opened(folder: Path, *below: str, make: bool = False) -> AbstractContextManager[int]:
+    """Open a store's folder, or that of one of its layers, for calls with `dir_fd`, as `open_below` does."""
+    return open_below(*_parts(folder, 2), *below, make=make)
+
+
+def _parts(path: Path, depth: int) -> list[str]:
+    """Return the offload folder, and the names below it that lead to a path at this depth."""
+    # Not by pathlib, which would take longer than the system: each load comes by here.
+    text = os.fspath(path)
+    root, *names = (text if text.startswith("/") else f"./{text}").rsplit("/", depth)
+    return [root or "/", *names]
+
+
+def open_stored(path: Path, flags: int = 0) -> int:
+    """Open an expert's file for reading, as `open_regular` does; nothing below the offload folder may be a link."""
+    *folders, name = _parts(path, 4)
+    with open_below(*folders) as block:
+        return open_regular(name, flags | os.O_NOFOLLOW, dir_fd=block)
+
+
+def stored_status(path: Path) -> os.stat_result | None:
+    """Return the status of an expert's file that may be read; None if there is no such file."""
+    *folders, name = _parts(path, 4)
+    with contextlib.suppress(OSError), open_below(*folders) as block:
+        status = os.stat(name, dir_fd=block, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode) and os.access(name, os.R_OK, dir_fd=block):
+            return status
+    return None
+
+
+def stored_exists(path: Path) -> bool:
+    """Whether anything has the name of an expert's file, be it a file or not."""
+    *folders, name = _parts(path, 4)
+    with contextlib.suppress(OSError), open_below(*folders) as block:
+        os.stat(name, dir_fd=block, follow_symlinks=False)
+        return True
+    return False
+
+
+def remove_stored(path: Path) -> None:
+    """Delete an expert's file, or a link in its place; OSError if that fails, or nothing is there."""
+    *folders, name = _parts(path, 4)
+    with open_below(*folders) as block:
+        os.unlink(name, dir_fd=block)
+
+
+def block_folders(folder: Path) -> list[tuple[Stack, int, str]]:
+    """Return the folders of sparse layers that a store has, with their names; none if it cannot be read."""
     try:
-        names = os.listdir(folder)  # noqa: PTH208 - names alone are wanted
+        with opened(folder) as handle:
+            names = os.listdir(handle)  # noqa: PTH208 - pathlib cannot list what is open
     except OSError:
         return []
     matches = filter(None, map(_BLOCK.fullmatch, names))
-    return sorted((cast(Stack, match[1]), int(match[2]), folder / match[0]) for match in matches)
+    return sorted((cast(Stack, match[1]), int(match[2]), match[0]) for match in matches)
 
 
 def stored_experts(folder: Path) -> Iterator[tuple[ExpertKey, os.stat_result]]:
-    """Yield the experts that a store has; what vanishes meanwhile is left out."""
-    for stack, block, block_folder in block_folders(folder):
-        with contextlib.suppress(OSError), os.scandir(block_folder) as entries:
+    """Yield the experts that a store has; what vanishes meanwhile is left out, as is what is no file of its own."""
+    for stack, block, name in block_folders(folder):
+        with contextlib.suppress(OSError), opened(folder, name) as handle, os.scandir(handle) as entries:
             for entry in entries:
                 match = _EXPERT.fullmatch(entry.name)
                 with contextlib.suppress(OSError):

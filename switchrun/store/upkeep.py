@@ -11,11 +11,11 @@ from pathlib import Path
 
 from xxhash import xxh3_64
 
-from switchrun.errors import CorruptCheckpointError
-from switchrun.machine.folders import is_store_folder
+from switchrun.errors import CorruptCheckpointError, printable
+from switchrun.machine.folders import MANIFEST, open_below, store_folders
 from switchrun.store.files import DamagedFileError, ExpertFormat, temporaries
-from switchrun.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, read_manifest
-from switchrun.store.paths import block_folders, expert_path, stored_experts
+from switchrun.store.manifest import FORMAT_VERSION, Manifest, read_manifest
+from switchrun.store.paths import block_folders, expert_path, open_stored, opened, remove_stored, stored_experts
 
 _CHUNK_BYTES = 4 * 1024**2
 
@@ -50,8 +50,7 @@ class VerifyReport:
 
 def list_stores(offload: str | Path) -> list[StoreInfo]:
     """Return every store in an offload folder; a folder that is not there has none."""
-    found = (path.parent for path in sorted(Path(offload).glob(f"*/*/{MANIFEST}")))
-    return [_describe(folder) for folder in found if is_store_folder(folder)]
+    return [_describe(folder) for folder in store_folders(Path(offload))]
 
 
 def _describe(folder: Path) -> StoreInfo:
@@ -62,7 +61,8 @@ def _describe(folder: Path) -> StoreInfo:
         if manifest is not None and manifest.version != FORMAT_VERSION:
             problem = f"format {manifest.version}, not {FORMAT_VERSION}"
     except (OSError, ValueError) as error:
-        problem = f"its {MANIFEST} cannot be used: {error}"
+        reason = error.strerror if isinstance(error, OSError) else error
+        problem = f"its {MANIFEST} cannot be used: {printable(reason, 200)}"
     return StoreInfo(folder, manifest, len(sizes), sum(sizes), problem)
 
 
@@ -94,10 +94,10 @@ def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool
         except FileNotFoundError:
             continue  # Somebody else keeps the folder small.
         except (DamagedFileError, OSError) as error:
-            damaged.append((path, str(error)))
+            damaged.append((path, (error.strerror if isinstance(error, OSError) else None) or str(error)))
             if delete and isinstance(error, DamagedFileError):
                 with contextlib.suppress(OSError):
-                    path.unlink()
+                    remove_stored(path)
         experts += 1
         done += status.st_size
         report(done)
@@ -108,7 +108,7 @@ def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
     """Sum up a file's data, and give its pages back: a whole store would drive everything else out of the cache."""
     buffer = memoryview(bytearray(_CHUNK_BYTES))
     checksum = xxh3_64()
-    with open(path, "rb", buffering=0) as file:
+    with open(open_stored(path), "rb", buffering=0) as file:
         file.seek(offset)
         while count := file.readinto(buffer):
             checksum.update(buffer[:count])
@@ -127,13 +127,26 @@ def clear_store(folder: Path, progress: Progress | None = None) -> int:
     found = list(stored_experts(folder))
     total, freed = sum(status.st_size for _, status in found), 0
     for key, status in found:
-        expert_path(folder, key).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            remove_stored(expert_path(folder, key))
         freed += status.st_size
         if progress is not None:
             progress(freed, total)
-    for path in (*temporaries(folder), folder / MANIFEST):
-        path.unlink(missing_ok=True)
-    for empty in (*(path for _, _, path in block_folders(folder)), folder, folder.parent):
-        with contextlib.suppress(OSError):
-            empty.rmdir()
+    with contextlib.suppress(FileNotFoundError), opened(folder) as handle:
+        for _, _, name in block_folders(folder):
+            _remove_if_empty(name, handle)
+        for name in (*temporaries(handle), MANIFEST):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=handle)
+    offload, model = folder.parent.parent, folder.parent.name
+    with contextlib.suppress(OSError), open_below(offload, model) as handle:
+        _remove_if_empty(folder.name, handle)
+    with contextlib.suppress(OSError), open_below(offload) as handle:
+        _remove_if_empty(model, handle)
     return freed
+
+
+def _remove_if_empty(name: str, within: int) -> None:
+    """Remove an empty folder; a link to one is left."""
+    with contextlib.suppress(OSError):
+        os.rmdir(name, dir_fd=within)

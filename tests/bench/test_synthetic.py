@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from switchrun.bench import raw_disk, synthetic
 from switchrun.bench.measure import make_inputs
 from switchrun.bench.probe import Probe
 from switchrun.bench.synthetic import make_synthetic
-from switchrun.errors import BudgetError, UsageError
+from switchrun.errors import BudgetError, StorageError, UsageError
 from switchrun.model.engine import Engine
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions
@@ -77,6 +78,44 @@ def test_the_disk_is_asked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(BudgetError, match="free, the synthetic checkpoint takes"):
         make_synthetic("tiny-8", None, tmp_path, lambda _: None)
     assert not (tmp_path / "synthetic").exists()
+
+
+@pytest.mark.parametrize("level", ["synthetic", "synthetic/switch-tiny-8-8-0"])
+def test_a_link_is_neither_written_through_nor_believed(tmp_path: Path, level: str) -> None:
+    (tmp_path / "other").mkdir()
+    made = make_synthetic("tiny-8", None, tmp_path / "other", lambda _: None)
+    before = {path: path.read_bytes() for path in made.path.iterdir()}
+    link = tmp_path / "tier" / level
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "other" / level)
+    with pytest.raises(StorageError, match=r"cannot be written: .*link"):
+        make_synthetic("tiny-8", None, tmp_path / "tier", lambda _: None)
+    assert {path: path.read_bytes() for path in made.path.iterdir()} == before
+
+
+@pytest.mark.parametrize("mark", ["FIFO", "link", "deep"])
+def test_a_mark_that_is_none_is_made_again(tmp_path: Path, mark: str) -> None:
+    said: list[str] = []
+    path = make_synthetic("tiny-8", None, tmp_path, said.append).path / "synthetic.json"
+    content = path.read_bytes()
+    path.unlink()
+    if mark == "FIFO":
+        os.mkfifo(path)
+    elif mark == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.write_bytes(b"[" * 50_000)
+    make_synthetic("tiny-8", None, tmp_path, said.append)
+    assert len(said) == 2
+    assert path.read_bytes() == content
+    assert not path.is_symlink()
+
+
+def test_an_offload_folder_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written: File exists"):
+        make_synthetic("tiny-8", None, tmp_path / "file", lambda _: None)
 
 
 def test_the_size_that_is_foretold(tmp_path: Path) -> None:

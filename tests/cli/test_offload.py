@@ -71,16 +71,33 @@ def test_ls(invoke: Invoke, offload: Path) -> None:
     assert "cannot be used" in found[None, "nf4"]["problem"]
 
 
-def test_names_in_a_manifest_are_shown_and_not_obeyed(invoke: Invoke, offload: Path) -> None:
-    name = "\x1b]0;x\x07[red]\u202e\nsecond"
-    store = open_store(offload, model=name, dtype="int8")
-    assert store.write(key(0), data_of(0))
-    flip(store.folder / "encoder.1" / "0.safetensors", 5000)
-    for words in ("ls", "ls --format json", "verify", "clear --yes"):
-        done = invoke("offload", *words.split())
-        assert not set(done.stdout + done.stderr) & set("\x1b\x07\u202e"), words
-        assert words.startswith("clear") or "[red]" in done.stdout
-    assert json.loads(invoke("offload", "ls", "--format", "json").stdout)["stores"] == []
+def test_names_in_a_manifest_reach_the_terminal_without_escapes(invoke: Invoke, offload: Path) -> None:
+    path = store_folder(offload, "demo", "int8") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "\x1b]0;x\x07[red]\u202ede\nmo"}))
+    # Its experts name another model.
+    for command, code in ((["ls"], 0), (["ls", "--format", "json"], 0), (["verify"], 7), (["clear", "--yes"], 0)):
+        done = invoke("offload", *command)
+        assert done.code == code
+        assert not {"\x1b", "\x07", "\u202e"} & set(done.stdout + done.stderr)
+    assert experts(offload) == 0
+
+
+def test_folders_and_files_that_are_none_are_passed_over(invoke: Invoke, offload: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("manifest.json", "0.safetensors", "1.safetensors"):
+        (victim / name).write_text("mine")
+    folder = store_folder(offload, "demo", "int8")
+    (folder / "encoder.3").symlink_to(victim)
+    os.mkfifo(folder / "decoder.1")
+    os.mkfifo(folder / "encoder.1" / "5.safetensors")
+    os.mkfifo(offload / f"fifo-{'0a' * 6}")
+    (offload / f"link-{'0b' * 6}").symlink_to(tmp_path)
+    (folder.parent / "nf4").symlink_to(victim)
+    assert len(json.loads(invoke("offload", "ls", "--format", "json").stdout)["stores"]) == 3
+    assert invoke("offload", "verify", "--delete").code == 0
+    assert invoke("offload", "clear", "--yes").stdout.startswith("deleted 6 experts, ")
+    assert [path.read_text() for path in victim.iterdir()] == ["mine"] * 3
 
 
 def test_verify_of_whole_stores(invoke: Invoke, offload: Path) -> None:
@@ -193,7 +210,7 @@ def test_what_cannot_be_deleted_is_said(invoke: Invoke, offload: Path, monkeypat
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
     done = invoke("offload", "clear", "--yes", "--model", "demo")
     assert done.code == 9
     assert "cannot be emptied: Permission denied" in done.stderr

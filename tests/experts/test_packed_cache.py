@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -127,6 +128,34 @@ def test_damaged_and_vanished_experts_come_from_the_checkpoint(
     assert idle(fresh) == set(fresh._table.entries)
     assert sum("is damaged" in warning for warning in warnings) == len(warnings) == 1
     wait_for(fresh, again, damaged, vanished)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_link_or_a_fifo_that_is_put_there_before_the_read(
+    checkpoint: SwitchCheckpoint, opened: Open, warnings: list[str], tmp_path: Path, direct: bool
+) -> None:
+    """The store has seen a file of the right size; when it is opened for its data, something else has its name."""
+    cache, store = opened(2, direct)
+    wanted = keys(0, 1)
+    list(cache.stream(wanted))
+    wait_for(cache, store, *wanted)
+    fresh, again = opened(2, direct)
+    paths = [expert_path(again.folder, key) for key in wanted]
+
+    def exchange(*_: object) -> None:
+        fresh.on_load = None
+        for path in paths:
+            path.rename(tmp_path / path.name)
+        paths[0].symlink_to(tmp_path / paths[0].name)
+        os.mkfifo(paths[1])
+
+    fresh.on_load = exchange
+    assert [stored for key in wanted if (stored := again.expect(key))]
+    for key, weights in fresh.stream(wanted):
+        check(checkpoint, key, weights)
+    assert len(warnings) == 2
+    assert sum("it is a link, not a file" in warning for warning in warnings) == 1
+    assert all((tmp_path / path.name).is_file() for path in paths)
 
 
 @pytest.mark.parametrize("where", ["before the read", "while it is being cut into pieces", "after an arrival"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from switchrun.errors import CorruptCheckpointError
 from switchrun.store import list_stores, store_folder, verify_store
 from tests.store.conftest import Mount, tmpfs
 from tests.support.checkpoints import save_tiny_tokenizer
-from tests.support.sessions import small_process
+from tests.support.sessions import open_with_slots, small_process
 from tests.support.strategies import CheckpointSpec
 
 __all__ = ["small_process", "tmpfs"]
@@ -71,6 +72,58 @@ def test_a_read_only_disk(model: Path, tmp_path: Path, tmpfs: Mount, caplog: pyt
     assert fill(model, disk) == expected
     check_one_warning(caplog, "Read-only file system")
     assert stored(disk) == len(others)
+
+
+def damage(path: Path) -> None:
+    """Overwrite an expert's data in place, as a failing disk may; name, size and header stay."""
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(b"\x5a" * (path.stat().st_size - 4096))
+
+
+def test_experts_that_are_damaged_between_two_reads(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One slot: an expert that has been read and verified is read again for the next token."""
+    options = GenerationOptions(max_new_tokens=8)
+    with open_with_slots(model, 1, dtype="int8", batch_size=2, offload_folder=tmp_path / "tier") as session:
+        expected = [result.raw for result in session.fill(TEXTS, options)]
+    files = sorted((tmp_path / "tier").rglob("*.safetensors"))
+    with open_with_slots(model, 1, dtype="int8", batch_size=2, offload_folder=tmp_path / "tier") as session:
+        assert [result.raw for result in session.fill(TEXTS, options)] == expected
+        assert not caplog.records
+        for path in files:
+            damage(path)
+        assert [result.raw for result in session.fill(TEXTS, options)] == expected
+    told = sorted(record.message for record in caplog.records)
+    reason = "is damaged: its bytes do not match its checksum; the expert is taken from the checkpoint again"
+    assert told == sorted(f"{path} {reason}" for path in files)
+    # What was packed again meanwhile is sound. The writer may have had no buffer free for some.
+    assert stored(tmp_path / "tier") > 0
+
+
+@pytest.mark.parametrize("kind", ["damaged", "FIFO", "link", "folder", "gone"])
+def test_experts_that_are_no_good_from_the_start(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    expected = fill(model, tmp_path / "tier")
+    outside = shutil.copytree(tmp_path / "tier", tmp_path / "outside")
+    before = {path: path.read_bytes() for path in outside.rglob("*.safetensors")}
+    for path in sorted((tmp_path / "tier").rglob("*.safetensors")):
+        if kind == "damaged":
+            damage(path)
+            continue
+        path.unlink()
+        if kind == "FIFO":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to(outside / path.relative_to(tmp_path / "tier"))
+        elif kind == "folder":
+            path.mkdir()
+    assert fill(model, tmp_path / "tier") == expected
+    assert bool(caplog.records) == (kind != "gone")
+    assert all(record.levelname == "WARNING" for record in caplog.records)
+    assert {path: path.read_bytes() for path in outside.rglob("*.safetensors")} == before
 
 
 def test_a_folder_of_another_model(model: Path, tmp_path: Path) -> None:

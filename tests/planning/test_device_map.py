@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,31 @@ def test_files_that_are_no_map(tmp_path: Path, text: str, message: str) -> None:
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=message):
         read_device_map(path)
+
+
+@pytest.mark.parametrize("value", ["cuda:" + "9" * 5000, "9" * 5000, "x" * 5000, [[]], {"a": [[]]}])
+def test_a_tier_that_is_none_is_shown_in_short(value: object) -> None:
+    with pytest.raises(UsageError, match="the device map puts 'shared' on") as caught:
+        read_device_map({"shared": value})
+    assert len(caught.value.message) < 300
+
+
+def test_a_file_without_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "map.json"
+    path.touch()
+    os.truncate(path, 1 << 40)
+    for source in (path, "/dev/zero"):
+        with pytest.raises(UsageError, match="is larger than 64 MiB"):
+            read_device_map(source)
+
+
+def test_a_map_may_come_through_a_pipe() -> None:
+    """As from `--device-map <(switchrun plan --format json)`."""
+    reading, writing = os.pipe()
+    os.write(writing, b'{"": "cpu"}')
+    os.close(writing)
+    assert read_device_map(f"/proc/self/fd/{reading}") == {"": "cpu"}
+    os.close(reading)
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.store import ExpertStore, Layout
-from switchrun.store.files import temporaries
 from switchrun.store.layout import int8_layout
 from switchrun.store.manifest import Manifest
 
@@ -58,6 +57,10 @@ def flip(path: Path, position: int) -> None:
     with open(path, "r+b") as file:
         byte = os.pread(file.fileno(), 1, position)
         os.pwrite(file.fileno(), bytes([byte[0] ^ 1]), position)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return list(folder.glob(".*.tmp"))
 
 
 def no_temporaries(store: ExpertStore) -> bool:

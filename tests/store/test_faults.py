@@ -105,7 +105,7 @@ def test_a_damaged_file_that_cannot_be_deleted_can_be_replaced(offload, monkeypa
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", refuse)
+        patch.setattr(os, "unlink", refuse)
         store.discard(key(1))
     assert store.find(key(1)) is None
     assert store.write(key(1), data_of(1))
@@ -174,7 +174,6 @@ def check_rebuilt(offload: Path, path: Path) -> None:
     data = read(store, key(1))
     if data is not None:
         assert not store.verify(key(1), data)
-        assert not store.is_verified(key(1))
         store.discard(key(1))
     assert len(warnings) == 1
     assert str(path) in warnings[0]
@@ -223,6 +222,16 @@ def test_damage_that_is_found_by_a_process_that_knew_the_file(offload):
     assert not store.verify(key(1), read(store, key(1)))
 
 
+def test_damage_after_a_good_read_is_found_too(offload):
+    warnings: list[str] = []
+    store = open_store(offload, warnings)
+    store.write(key(1), data_of(1))
+    for _ in range(2):
+        assert store.verify(key(1), read(store, key(1)))
+    flip(store.find(key(1)).path, 5000)
+    assert not store.verify(key(1), read(store, key(1)))
+
+
 def test_an_expert_that_another_process_made_anew_is_not_damaged(offload):
     reader, writer = open_store(offload), open_store(offload)
     writer.write(key(1), data_of(1))
@@ -253,7 +262,7 @@ def test_a_folder_that_was_cleared_meanwhile(offload):
 
 def test_a_folder_that_is_cleared_while_an_expert_is_written(offload, monkeypatch):
     store, real = open_store(offload), os.replace
-    monkeypatch.setattr(os, "replace", lambda *names: (clear_store(store.folder), real(*names)))
+    monkeypatch.setattr(os, "replace", lambda *names, **at: (clear_store(store.folder), real(*names, **at)))
     assert not store.write(key(1), data_of(1))
     monkeypatch.undo()
     assert store.write(key(1), data_of(1))
@@ -269,16 +278,16 @@ def test_a_file_that_cannot_be_read_stays(offload):
     warnings: list[str] = []
     store = open_store(offload, warnings)
     assert [store.find(key(1)) for _ in range(3)] == [None] * 3
-    assert warnings == [f"cannot read {path}: Is a directory; such experts are taken from the checkpoint"]
+    assert warnings == [f"cannot read {path}: it is a folder, not a file; such experts are taken from the checkpoint"]
 
 
 def test_opening_spares_the_file_that_is_being_written(offload, monkeypatch):
     store, real, seen = open_store(offload), os.replace, []
 
-    def replace(temporary: Path, target: Path) -> None:
+    def replace(temporary: str, target: str, **folders: int) -> None:
         open_store(offload)
-        seen.append(temporary.exists())
-        real(temporary, target)
+        seen.append((store.folder / temporary).exists())
+        real(temporary, target, **folders)
 
     monkeypatch.setattr(os, "replace", replace)
     assert store.write(key(1), data_of(1))

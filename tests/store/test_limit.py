@@ -123,7 +123,7 @@ def test_files_that_cannot_be_deleted_are_not_exceeded(offload, monkeypatch):
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
     assert not store.write(key(3), data_of(3))
     assert there(store) == [0, 1, 2]
     assert len(warnings) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from switchrun.errors import CorruptCheckpointError
-from switchrun.store import clear_store, store_folder
+from switchrun.store import clear_store, store_folder, verify_store
 from switchrun.store.layout import int8_layout
 from tests.store.conftest import MODEL, data_of, holds, key, open_store
 
@@ -25,6 +25,9 @@ EDITS = {
     "no fingerprint": (lambda record: {k: v for k, v in record.items() if k != "fingerprint"}, "cannot be used"),
     "null fingerprint": (lambda record: record | {"fingerprint": None}, "cannot be used"),
     "version as text": (lambda record: record | {"version": "2"}, "cannot be used"),
+    "version as a truth": (lambda record: record | {"version": True}, "its version is none"),
+    "negative version": (lambda record: record | {"version": -1}, "its version is none"),
+    "long version": (lambda record: record | {"version": 10**4000}, "its version is none"),
     "layout of text": (lambda record: record | {"layout": "wi"}, "cannot be used"),
     "a list": (lambda record: [record], "cannot be used"),
 }
@@ -71,7 +74,54 @@ def test_another_manifest_is_refused(offload, name):
     check_refused_until_cleared(offload, {}, words)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        None,
+        {},
+        [],
+        {"wi.weight": ["I8", [3]]},
+        [["wi.weight", "I8"]],
+        [["wi.weight", "I8", 3]],
+        [["wi.weight", "I8", [-3]]],
+        [["wi.weight", "I8", [True]]],
+        [["wi.weight", "I8", [3.0]]],
+        [["wi.weight", "I8", ["3"]]],
+        [["wi.weight", "I8", [1 << 62, 1 << 62]]],
+        [["wi.weight", "I8", [10**400]]],
+        [["wi.weight", "I8", [1] * 200]],
+        [["wi.weight", "I8", [1 << 62]], ["wo.weight", "F32", [1 << 62]]],
+        [["wi.weight", "X9", [3]]],
+        [["wi.weight", ["I8"], [3]]],
+        [[3, "I8", [3]]],
+        [["padding.1", "I8", [3]]],
+        [["wi.weight", "I8", [3]]] * 2,
+        [["a", "I8", [1]]] * 3_000,
+    ],
+    ids=lambda layout: str(layout)[:40],
+)
+def test_a_layout_that_cannot_be_is_refused(offload, layout):
+    open_store(offload)
+    path = store_folder(offload, MODEL, "int8") / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": layout}))
+    check_refused_until_cleared(offload, {}, "cannot be used")
+
+
+def test_names_in_a_manifest_may_be_anything(offload):
+    """They are shown without their control codes, and used for nothing."""
+    store = open_store(offload)
+    path = store.folder / "manifest.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"layout": [["\x1b[31m\ud800__metadata__", "I8", [3]]]}))
+    assert "another layout" in refusal(offload).message
+    assert verify_store(store.folder).experts == 0
+    path.write_text(json.dumps(record | {"model": "\x1b]0;x\x07" + "m" * 5000}))
+    message = refusal(offload).message
+    assert "another model, \\x1b]0;x\\x07mmm" in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[" * 60_000, b"1" * 60_000])
 def test_a_damaged_manifest_is_refused(offload, damage):
     open_store(offload)
     (store_folder(offload, MODEL, "int8") / "manifest.json").write_bytes(damage)

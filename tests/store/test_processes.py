@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from switchrun.store import Layout, expert_path, verify_store
-from switchrun.store.files import temporaries
-from tests.store.conftest import data_of, holds, key, no_temporaries, open_store, read
+from tests.store.conftest import data_of, holds, key, no_temporaries, open_store, read, temporaries
 
 _LAYOUT = Layout.of([("wi.weight", "I8", (100_000,))])
 
@@ -36,8 +35,8 @@ _POINTS = {
     "half": "real = os.pwrite; os.pwrite = lambda file, data, at: real(file, data[:1], at) if at else (die(), 0)[1]",
     "header": "real = os.pwrite; os.pwrite = lambda file, data, at: die() if at else real(file, data, at)",
     "unsynced": "os.fsync = lambda file: die()",
-    "unnamed": "os.replace = lambda *names: die()",
-    "named": "real = os.replace; os.replace = lambda *names: (real(*names), die())",
+    "unnamed": "os.replace = lambda *names, **folders: die()",
+    "named": "real = os.replace; os.replace = lambda *names, **folders: (real(*names, **folders), die())",
 }
 #: For every number on stdin, a process that dies at that line of the store's code; its exit code goes to stdout.
 _DYING = """
