@@ -12,8 +12,12 @@ def main() -> NoReturn:
     quit_on_signals()
     # Takes a tenth of a second, in which Ctrl-C would show where Python is.
     from switchrun.cli.app import main as run
+    from switchrun.cli.streams import leave
 
-    run()
+    try:
+        run()
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else 1)
 
 
 if __name__ == "__main__":

@@ -82,11 +82,10 @@ class DtypeChoice(StrEnum):
 def resolve_dtype(choice: str, stored: str, plain: str | None = None) -> Precision:
     """Decide what to compute in, and what experts are kept in.
 
-    `auto` is as stored, and packs nothing that is stored otherwise. fp16 is never computed in (T5's activations
-    overflow it): `auto` takes fp32, which keeps every stored bit. With packed experts, everything else is as `auto`.
-
-    `stored` is safetensors' name of what experts are stored in. For a model in 8 bit that is `I8`, and `plain` is what
-    its other weights are stored in.
+    `auto` is `plain`, safetensors' name of what a checkpoint is computed in by its own account (`plain_dtype`), or
+    `stored`, what its experts are stored in, which is `I8` for a model in 8 bit. fp16 is never computed in (T5's
+    activations overflow it): `auto` takes fp32, which keeps every stored bit. With packed experts, everything else is
+    as `auto`.
 
     Raises:
         UsageError: An unknown name, or another precision for a model in 8 bit.

@@ -9,7 +9,7 @@
     ├── NetworkError            8  the Hub could not be reached
     └── StorageError            9  the offload folder cannot be written: no space, or no right to
 
-Exit code 3 (some inputs failed, others were answered) and those of signals (130, 141, 143) belong to
+Exit code 3 (some inputs failed, others were answered) and those of signals (129, 130, 141, 143) belong to
 `switchrun.cli`: no exception stands for them.
 """
 

@@ -43,7 +43,8 @@ An option on the command line wins over its variable. The [Python API](python-ap
 # What is read without an option: by switchrun itself, or by a library that it uses.
 _OTHER_VARIABLES = {
     "Without an option": {
-        "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache.",
+        "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache. "
+        "Without a home folder nothing is kept.",
         "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",
     },
     "The Hub": {

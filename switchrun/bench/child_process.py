@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import SwitchrunError
+from switchrun.machine.children import end, start_python
+from switchrun.machine.limits import refused_by_system
 
 if TYPE_CHECKING:
     from switchrun.model.engine import Engine
@@ -61,30 +63,20 @@ def run_child(
         module: It calls `answer_task`.
         task: Goes to its stdin.
         timeout: Seconds before it is killed.
-        folder: Where it runs, and where modules are looked for first.
+        folder: Where it runs, and where modules are looked for first; None is here, where none is looked for.
         on_start: Called with the child's process id before the child imports anything large.
 
     Raises:
         ChildError: It crashed, was killed, took too long, or answered with an error.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=folder,
-        # Ctrl-C is for the parent: it ends the child, and the records of earlier children are kept.
-        start_new_session=True,
-    )
+    child = start_python(module, folder=folder, stdin=subprocess.PIPE)
     try:
         on_start(child.pid)
         output, errors = child.communicate((json.dumps(task) + "\n").encode(), timeout)
     except subprocess.TimeoutExpired:
         raise ChildError(f"not done after {timeout:.0f} s", "allow more time", "timeout") from None
     finally:
-        if child.poll() is None:
-            child.kill()
-        child.communicate()
+        end(child)
     if child.returncode or not output:
         raise _crash(child.returncode, errors.decode("utf-8", "replace"))
     answer: Answer = json.loads(output)
@@ -102,15 +94,18 @@ def _crash(code: int, errors: str) -> ChildError:
 
 
 def answer_task(work: Callable[[Task], Answer]) -> None:
-    """Read a task, do it, and write the answer; the child's end. A `SwitchrunError` is an answer too."""
+    """Read a task, do it, and write the answer; the child's end. Errors with a reason are answers too."""
     task = json.loads(sys.stdin.readline())
     # Whatever a library prints must not get into the answer.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     try:
         answer = work(task)
-    except SwitchrunError as error:
-        answer = {"error": ChildError(error.message, error.hint, error.kind, error.exit_code).record}
+    except Exception as error:
+        known = error if isinstance(error, SwitchrunError) else refused_by_system(error)
+        if known is None:
+            raise
+        answer = {"error": ChildError(known.message, known.hint, known.kind, known.exit_code).record}
     with answers:
         json.dump(answer, answers)
 
@@ -124,6 +119,8 @@ def open_engine(
 
     with read_while_importing(planned, import_libraries) as preload:
         from switchrun.model.engine import Engine
+        from switchrun.model.settings import check_settings
 
+        check_settings(planned.checkpoint)
         with Engine(planned, warn=warn, preload=preload) as engine:
             yield engine

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
 from switchrun.bench.spans import LEAST_SENTINELS, LEAST_TOKENS, Passages, make_passages
+from switchrun.checkpoint.generation import end_token
 from switchrun.errors import BudgetError, InputError, ModelError
 from switchrun.machine import processor, ram
 from switchrun.model.sentinels import NUM_SENTINELS
@@ -36,8 +37,6 @@ _COMMON = ("usage", "input", "model", "network")
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
 _EVERYTHING = 1 << 50
-#: The end mark of T5's vocabularies, for a tokenizer without one.
-_T5_EOS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +202,7 @@ def _passages(task: Task, tokenizer: Tokenizer, checkpoint: SwitchCheckpoint) ->
     sentinels = [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None]
     if len(sentinels) < LEAST_SENTINELS:
         raise ModelError(f"eval needs {LEAST_SENTINELS} sentinels, the tokenizer has {len(sentinels)}")
-    ends = [tokenizer.eos_id, checkpoint.config.get("eos_token_id")]
-    eos = next((each for each in ends if type(each) is int and 0 <= each < checkpoint.config["vocab_size"]), _T5_EOS)
+    eos = end_token(checkpoint.config) if tokenizer.eos_id is None else tokenizer.eos_id
     limit = memory.max_input_tokens(checkpoint)
     try:
         text = make_passages(task["lines"], tokenizer.plain_ids, sentinels, eos, limit, task["seed"])

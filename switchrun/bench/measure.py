@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.bench.child_process import Answer, Task, open_engine
 from switchrun.bench.raw_disk import io_read_bytes, replay_all
+from switchrun.checkpoint.generation import end_token
 from switchrun.errors import InputError
 from switchrun.machine import processor, ram
 from switchrun.model.session import ImportLibraries, import_model
@@ -74,7 +75,7 @@ def make_inputs(config: Mapping[str, Any], batch_size: int, input_tokens: int, s
     """
     vocabulary = int(config["vocab_size"])
     top = vocabulary - _LEFT_OUT if vocabulary > _SMALL_VOCABULARY else vocabulary
-    end = int(config.get("eos_token_id") or 1)
+    end = end_token(config)
     rows = []
     for row in range(batch_size):
         draw = random.Random(f"{seed} {row}")

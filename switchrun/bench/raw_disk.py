@@ -19,6 +19,7 @@ from typing import Any
 
 from switchrun.experts.reader import PAGE, Segment, Way
 from switchrun.experts.ways import WAYS
+from switchrun.machine.files import system_lines
 from switchrun.units import MIB
 
 #: Root may write here; it drops every file's pages, so it is done only where asking for the files alone fails.
@@ -60,12 +61,10 @@ def cached_pages(file: Path) -> int:
 
 def io_read_bytes() -> int | None:
     """Return the bytes that this process made the system read from disks so far; None where it is not counted."""
-    try:
-        for line in Path("/proc/self/io").read_text().splitlines():
-            if line.startswith("read_bytes:"):
-                return int(line.split()[1])
-    except OSError:
-        pass
+    for line in system_lines(Path("/proc/self/io")):
+        name, _, count = line.partition(": ")
+        if name == "read_bytes" and count.isdecimal():
+            return int(count)
     return None
 
 

@@ -12,14 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from switchrun import __version__
 from switchrun.bench.child_process import CHILD, Answer, ChildError, run_child
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.bench.records import SCHEMA_VERSION, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.machine import disks, ram
+from switchrun.machine.files import system_lines
 from switchrun.store import expert_path, model_name, store_folder, stored_experts
 
 _PACKAGES = ("torch", "transformers", "accelerate")
@@ -129,7 +128,7 @@ def describe_environment(checkpoint: Path) -> dict[str, Any]:
         },
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": int(psutil.virtual_memory().total),
+        "memory_bytes": ram.total_memory_bytes(),
         "available_memory_bytes": ram.available_memory_bytes(),
         "disk": _disk(checkpoint),
         "kernel": platform.release(),
@@ -137,22 +136,22 @@ def describe_environment(checkpoint: Path) -> dict[str, Any]:
 
 
 def _cpu_model() -> str | None:
-    for line in _read(Path("/proc/cpuinfo")).splitlines():
+    for line in system_lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
-    return platform.processor() or None
+    # `platform.processor` would run a program called uname, whichever the path finds first.
+    return platform.machine() or None
 
 
 def _disk(path: Path) -> dict[str, str | None]:
     device = disks.device_of(path)
-    block = Path("/sys/dev/block") / device
-    name = block.resolve().name if block.exists() else None
-    model = next((text for place in (block, block.parent) if (text := _read(place / "device" / "model"))), None)
-    return {"number": device, "name": name, "model": model, "filesystem": disks.filesystem_of(path)}
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.resolve().read_text().strip()
-    except OSError:
-        return ""
+    block = (Path("/sys/dev/block") / device).resolve()
+    # That of a partition is its disk's, one folder up.
+    models = (line.strip() for place in (block, block.parent) for line in system_lines(place / "device" / "model"))
+    model = next(filter(None, models), None)
+    return {
+        "number": device,
+        "name": block.name if block.exists() else None,
+        "model": model,
+        "filesystem": disks.filesystem_of(path),
+    }

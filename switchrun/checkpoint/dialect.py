@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from switchrun.checkpoint import names
 from switchrun.checkpoint.experts import Experts, check_int8, check_rows, check_tensor
-from switchrun.checkpoint.files import open_weights, read_json_object
+from switchrun.checkpoint.files import MOST_CONFIG_BYTES, read_json_object
+from switchrun.checkpoint.generation import generation_settings
 from switchrun.checkpoint.index import CONFIG
 from switchrun.checkpoint.locate import Location
 from switchrun.checkpoint.types import Index, Stack, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
-from switchrun.errors import CorruptCheckpointError, ModelError
+from switchrun.errors import CorruptCheckpointError, ModelError, printable
 from switchrun.units import format_count
 
 _MODEL_TYPE = "switch_transformers"
@@ -34,8 +35,10 @@ _DEFAULTS = {
 #: What may be zero: transformers takes it for "one sparse block, or none".
 _MAY_BE_ZERO = frozenset({"num_sparse_encoder_layers", "num_sparse_decoder_layers"})
 _TIE = "tie_word_embeddings"
-_SAMPLES = 8
-_SAMPLE_BYTES = 4096
+#: What transformers calls the same settings too (SwitchTransformersConfig.attribute_map); it prefers these names.
+_ALIASES = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+#: What a config.json may say that weights are to be computed in. There is no 64 bit here: 32 are nearest to it.
+_CONFIG_DTYPES = {"float64": "F32"} | {torch_name: stored for stored, torch_name in WEIGHT_DTYPES.items()}
 
 
 def understand(location: Location, index: Index) -> SwitchCheckpoint:
@@ -46,7 +49,8 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         CorruptCheckpointError: A tensor is missing or wrong, or config.json is damaged.
     """
     config_path = location.path / CONFIG
-    config = read_json_object(config_path)
+    own = read_json_object(config_path, MOST_CONFIG_BYTES)
+    config = own | {_ALIASES[name]: value for name, value in own.items() if name in _ALIASES}
     survey = _Survey(index)
     _refuse_others(config, survey, location.id)
     repairs = _Repairs(config_path, config)
@@ -60,12 +64,13 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
     dense = _dense(repairs, sparse_blocks, index)
     experts = Experts(index, sparse_blocks, repairs.config["num_experts"])
     forms = experts.check(repairs.config["d_model"], repairs.config["d_ff"])
-    matrices = [*dense.values(), *(matrix for form, _ in forms for matrix in form)]
-    int8 = any(matrix.dtype == "I8" for matrix in matrices)
+    stored = _widest(matrix.dtype for form, _ in forms for matrix in form)
+    if any(tensor.dtype == "I8" for tensor in dense.values()):
+        stored = "I8"
     # In transformers' 8 bit models the embedding shows what the rest is computed in.
-    plain = dense[names.SHARED].dtype if int8 else forms[0][0].wi.dtype
-    repairs.fill(dtype=WEIGHT_DTYPES[plain])
-    repairs.change("dtype", WEIGHT_DTYPES[plain], "the experts are stored so")
+    plain = dense[names.SHARED].dtype if stored == "I8" else _widest((stored, *(each.dtype for each in dense.values())))
+    plain = _configured_dtype(config_path, repairs.config) or plain
+    repairs.config["dtype"] = WEIGHT_DTYPES[plain]
     return SwitchCheckpoint(
         id=location.id,
         revision=location.revision,
@@ -76,9 +81,30 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         experts=experts,
         sparse_blocks=sparse_blocks,
         fingerprint=index.fingerprint(location.content),
-        stored_dtype="I8" if int8 else plain,
+        stored_dtype=stored,
+        plain_dtype=plain,
         expert_forms=forms,
+        generation=generation_settings(location.path, own, repairs.config),
     )
+
+
+def _widest(dtypes: Iterable[str]) -> str:
+    """Return the dtype that loses no bit of any of them; int8 is no matter of bits, and counts before all others."""
+    found = set(dtypes)
+    return "I8" if "I8" in found else found.pop() if len(found) == 1 else "F32"
+
+
+def _configured_dtype(path: Path, config: Mapping[str, Any]) -> str | None:
+    """Return in what config.json has weights computed; None if it does not say."""
+    name = config.get("dtype")
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in _CONFIG_DTYPES:
+        raise ModelError(
+            f"{path}: dtype is {printable(name, 50)}, which no model can be computed in",
+            f"remove it there, or make it one of {', '.join(WEIGHT_DTYPES.values())}",
+        )
+    return _CONFIG_DTYPES[name]
 
 
 class _Survey:
@@ -114,7 +140,7 @@ class _Survey:
 def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> None:
     model_type = config.get("model_type")
     if not (model_type in (None, _MODEL_TYPE) or survey.has_experts or survey.gated):
-        raise ModelError(f"{model} is not a Switch Transformers model (model_type {ascii(model_type)[1:-1][:50]})")
+        raise ModelError(f"{model} is not a Switch Transformers model (model_type {printable(model_type, 50)})")
     activation = str(config.get("dense_act_fn"))
     if survey.gated or config.get("is_gated_act") is True or activation.startswith("gated"):
         raise ModelError(
@@ -135,14 +161,15 @@ class _Repairs:
         self.config = dict(config)
         self.sentences: list[str] = []
         if "torch_dtype" in self.config:  # the key's name until transformers 4.56
-            self.config.setdefault("dtype", self.config.pop("torch_dtype"))
+            old = self.config.pop("torch_dtype")
+            self.config["dtype"] = old if self.config.get("dtype") is None else self.config["dtype"]
         self._given = frozenset(self.config)
         if self.config.get("num_decoder_layers", 0) is None:  # transformers: as many as the encoder has
             self.config["num_decoder_layers"] = self.config.get("num_layers", _DEFAULTS["num_layers"])
         for key, default in _DEFAULTS.items():
             value = self.config.setdefault(key, default)
             if type(value) is not int or value < (0 if key in _MAY_BE_ZERO else 1):
-                raise CorruptCheckpointError(f"{path}: {key} is {ascii(value)[:50]}, not a positive whole number")
+                raise CorruptCheckpointError(f"{path}: {key} is {printable(value, 50)}, not a positive whole number")
 
     def fill(self, **values: Any) -> None:
         """Set what is absent or null, where that cannot change what the checkpoint means."""
@@ -155,7 +182,7 @@ class _Repairs:
         old = self.config.get(key)
         if old == value and type(old) is type(value):
             return
-        shown = f" {json.dumps(old)}" if key in self._given else ""
+        shown = f" {printable(json.dumps(old), 100)}" if key in self._given else ""
         self.sentences.append(f"{key}{shown} → {json.dumps(value)}: {why}")
         self.config[key] = value
 
@@ -219,65 +246,43 @@ def _built_sparse(layers: int, step: int) -> tuple[int, ...]:
 
 def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], index: Index) -> dict[str, TensorSlice]:
     """Return the tensors that are no expert's, by their canonical names, each of them checked."""
-    # A save of tied weights may keep any one of their three names.
-    shared = next((name for name in (names.SHARED, *names.EMBEDDINGS) if name in index), None)
-    if shared is None:
-        raise index.missing(names.SHARED)
-    if shared != names.SHARED:
-        repairs.sentences.append(f"{shared} → {names.SHARED}: the embedding was saved under this name only")
-    head = find_head(index, shared, repairs)
-    stored_as = {names.SHARED: shared, names.HEAD: head}
+    stored_as = _embeddings(index, repairs)
     dense: dict[str, TensorSlice] = {}
-    for name, shape in names.dense_tensors(repairs.config, sparse_blocks, tied=head is None):
-        source = stored_as.get(name) or name
-        if names.LINEAR_NAME.fullmatch(source) and index.require(source).dtype == "I8":
+    for name, shape in names.dense_tensors(repairs.config, sparse_blocks, tied=names.HEAD not in stored_as):
+        source = stored_as.get(name, name)
+        if names.LINEAR_NAME.fullmatch(name) and index.require(source).dtype == "I8":
             dense[name] = check_int8(index, source, shape)
             check_rows(index, source)
         else:
             dense[name] = check_tensor(index, source, shape)
-    if head is not None:
-        # With an untied head transformers 5 lets the stacks have embeddings of their own, and saves them.
-        for name in names.EMBEDDINGS:
-            if name in index and index[name] != dense[names.SHARED]:
-                dense[name] = check_tensor(index, name, dense[names.SHARED].shape)
+    for name in stored_as.keys() & set(names.EMBEDDINGS):
+        dense[name] = check_tensor(index, name, dense[names.SHARED].shape)
     return dense
 
 
-def find_head(index: Index, shared: str, repairs: _Repairs) -> str | None:
-    """Return the name of the head's tensor, or None if the head is tied to the embedding, which is called `shared`.
+def _embeddings(index: Index, repairs: _Repairs) -> dict[str, str]:
+    """Return by what names the embedding is stored, and the embeddings of one stack and the head if they are others.
 
-    The configuration is repaired to say so. It matters beyond the matrix itself: with a tied head the decoder's output
-    is scaled by d_model^-0.5.
+    As transformers loads them: whatever is stored counts, and what is not is the first of those that are. Only what
+    lies at the very same place is the same: to compare 270 MB of switch-c at each start would take longer than to keep
+    both. That the head is tied, as config.json has it, is about more than the matrix: the decoder's output is scaled by
+    d_model^-0.5 then.
     """
     says_tied = repairs.config.get(_TIE) is not False
-    if names.HEAD not in index and names.DECODER_HEAD in index:
-        repairs.sentences.append(f"{names.DECODER_HEAD} → {names.HEAD}: transformers knows the head by this name")
+    head = next((name for name in (names.HEAD, names.DECODER_HEAD) if name in index), None)
+    embeddings = [name for name in (names.SHARED, *names.EMBEDDINGS) if name in index]
+    if names.HEAD in index and says_tied:
+        embeddings.append(names.HEAD)
+    if not embeddings:
+        raise index.missing(names.SHARED)
+    first = embeddings[0]
+    if first != names.SHARED:
+        repairs.sentences.append(f"{first} → {names.SHARED}: the embedding was saved under this name only")
+    if head is None and not says_tied:
+        repairs.change(_TIE, True, "the checkpoint has no head of its own")
+    elif head == names.DECODER_HEAD and index[head] != index[first]:
+        repairs.sentences.append(f"{head} → {names.HEAD}: transformers knows the head by this name")
         repairs.change(_TIE, False, "the checkpoint has a head of its own")
-        return names.DECODER_HEAD
-    if names.HEAD not in index:
-        if not says_tied:
-            repairs.change(_TIE, True, "the checkpoint has no head of its own")
-        repairs.config[_TIE] = True
-        return None
-    if says_tied and _same(index[names.HEAD], index[shared]):
-        repairs.config[_TIE] = True
-        return None
-    repairs.change(_TIE, False, f"{names.HEAD} differs from {shared}")
-    return names.HEAD
-
-
-def _same(head: TensorSlice, shared: TensorSlice) -> bool:
-    """Whether two matrices are one, or copies; judged by samples, for they may be large."""
-    if head == shared:
-        return True
-    if (head.dtype, head.shape, head.transposed) != (shared.dtype, shared.shape, shared.transposed):
-        return False
-    return _samples(head) == _samples(shared)
-
-
-def _samples(tensor: TensorSlice) -> list[bytes]:
-    length = min(_SAMPLE_BYTES, tensor.nbytes)
-    last = tensor.nbytes - length
-    places = [tensor.offset + last * number // (_SAMPLES - 1) for number in range(_SAMPLES)]
-    with open_weights(tensor.file) as file:
-        return [file.read(place, length) for place in places]
+    repairs.fill(**{_TIE: True})
+    others = {name: name for name in names.EMBEDDINGS if name in index} | ({names.HEAD: head} if head else {})
+    return {names.SHARED: first} | {name: source for name, source in others.items() if index[source] != index[first]}

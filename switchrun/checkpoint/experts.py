@@ -102,10 +102,9 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
         """Check every expert, and return one of each form in which they are stored, with how many there are of it.
 
         Raises:
-            CorruptCheckpointError: A tensor is missing or has the wrong shape, or there are two dtypes beside int8.
+            CorruptCheckpointError: A tensor is missing or has the wrong shape or dtype.
         """
         shapes = {"wi": (d_ff, d_model), "wo": (d_model, d_ff)}
-        plain: str | None = None
         # By kinds: 120,000 tensors are of two of them, or a few more.
         firsts: dict[tuple[tuple[int, ...], ...], ExpertKey] = {}
         counts: Counter[tuple[tuple[int, ...], ...]] = Counter()
@@ -113,7 +112,7 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
             form = self._kinds(self._name(key, "wi")), self._kinds(self._name(key, "wo"))
             if form not in firsts:
                 for matrix, shape in shapes.items():
-                    plain = self._check_matrix(self._name(key, matrix), shape, plain)
+                    self._check_matrix(self._name(key, matrix), shape)
                 firsts[form] = key
             counts[form] += 1
         return tuple((self[key], counts[form]) for form, key in firsts.items())
@@ -128,14 +127,6 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
         scales = self._index.rows.get(scales_of(name))
         return (row[2],) if scales is None else (row[2], scales[2])
 
-    def _check_matrix(self, name: str, shape: tuple[int, ...], plain: str | None) -> str | None:
-        """Check one matrix, and return the dtype of those that are not in int8: `plain` if it is known already."""
-        if self._index.require(name).dtype == "I8":
-            check_int8(self._index, name, shape)
-            return plain
-        tensor = check_tensor(self._index, name, shape)
-        if plain not in (None, tensor.dtype):
-            raise CorruptCheckpointError(
-                f"{tensor.file}: tensor {name} is stored as {tensor.dtype}, and other experts as {plain}"
-            )
-        return tensor.dtype
+    def _check_matrix(self, name: str, shape: tuple[int, ...]) -> None:
+        check = check_int8 if self._index.require(name).dtype == "I8" else check_tensor
+        check(self._index, name, shape)

@@ -39,6 +39,8 @@ def find_snapshot(repo: str, revision: str | None, weights: bool = True) -> Path
     """
     from huggingface_hub import HfApi, snapshot_download
 
+    if cache_folder() is None:
+        raise ModelError(f"{repo} cannot be stored: there is no home folder", "set HF_HOME to a folder for downloads")
     # Exception and no less: huggingface_hub's HTTP library, and so what it raises, changes with its version.
     try:
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
@@ -56,6 +58,14 @@ def find_snapshot(repo: str, revision: str | None, weights: bool = True) -> Path
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
         raise _explain(repo, revision, error) from error
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of the Hub's local cache; None if it would be in a home folder, and there is none."""
+    from huggingface_hub import constants
+
+    # It is then not replaced, and huggingface_hub would make a folder of this name in the current one.
+    return None if constants.HF_HUB_CACHE.startswith("~") else Path(constants.HF_HUB_CACHE)
 
 
 def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
@@ -110,6 +120,8 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     """Return a model's folder in the Hub's local cache; None if it is not there. Never asks the Hub."""
     from huggingface_hub import snapshot_download
 
+    if cache_folder() is None:
+        return None
     try:
         path = snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=["config.json"])
     except Exception:  # Not there, in whichever words.

@@ -1,25 +1,35 @@
 """Which tensors a folder holds: finds the container, reads every shard's header, and remembers the result.
 
 Reading 364 headers takes seconds, reading the cached index a fraction of one. That is a line with a checksum and one of
-JSON, in columns, so that 120,000 tensors are four lists and not 120,000 small ones. If anything is wrong with it, it
-counts as absent.
+JSON, in columns, so that 120,000 tensors are four lists and not 120,000 small ones. It is trusted no more than a file
+of the checkpoint: if anything is wrong with it, it counts as absent.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import Any
 
-from switchrun.checkpoint.files import WeightsFile, open_weights, plausible, read_json_object, unreadable
-from switchrun.checkpoint.torch_file import read_torch
+from switchrun.checkpoint.files import (
+    MOST_CONFIG_BYTES,
+    MOST_JSON_BYTES,
+    open_weights,
+    parse_json,
+    plausible,
+    read_json_object,
+    unreadable,
+)
+from switchrun.checkpoint.safetensors_file import read_safetensors, tensor_bytes
+from switchrun.checkpoint.torch_file import ZIP_MAGIC, read_torch
 from switchrun.checkpoint.types import FileStamp, Index, Kind, TensorSlice
-from switchrun.dtypes import STORED_ITEMSIZE
-from switchrun.errors import CorruptCheckpointError, ModelError
-from switchrun.machine.folders import cache_folder, write_cache_file
+from switchrun.errors import CorruptCheckpointError, ModelError, printable
+from switchrun.machine.folders import cache_folder, read_cache_file, write_cache_file
 
 CONFIG = "config.json"
 #: In order of preference: what transformers itself would load, safetensors first.
@@ -29,10 +39,14 @@ _ENTRIES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+#: A key of config.json that names another entry; transformers goes by it.
+_NAMED_ENTRY = "transformers_weights"
 #: Files that training leaves beside the weights.
 _NOT_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
 _READERS = 8
-_CACHE_VERSION = 1
+#: switch-c-2048 has 123,000, three times as many in int8.
+_MOST_TENSORS = 1_000_000
+_CACHE_VERSION = 2
 
 
 def load_index(folder: Path, cache_dir: Path | None = None) -> Index:
@@ -40,15 +54,15 @@ def load_index(folder: Path, cache_dir: Path | None = None) -> Index:
 
     Raises:
         ModelError: The folder holds no configuration or no weights.
-        CorruptCheckpointError: A shard is missing or damaged, or does not hold what the index JSON says.
+        CorruptCheckpointError: A shard is missing or damaged.
     """
     folder = folder.resolve()
     entry = _find_entry(folder)
     cache_dir = cache_dir or cache_folder() / "index"
-    index = _read_cache(cache_dir, entry)
+    index = _read_cache(cache_dir, folder, entry)
     if index is None:
         index = _read_index(folder, entry)
-        _write_cache(cache_dir, index)
+        _write_cache(cache_dir, folder, index)
     return index
 
 
@@ -59,9 +73,15 @@ def _find_entry(folder: Path) -> Path:
         raise ModelError(f"{folder}: cannot be read: {error.strerror or error}") from error
     if CONFIG not in names:
         raise ModelError(f"{folder}: there is no {CONFIG}, so this is not a model's folder")
-    for name in _ENTRIES:
-        if name in names:
-            return folder / name
+    named: Any = read_json_object(folder / CONFIG, MOST_CONFIG_BYTES).get(_NAMED_ENTRY)
+    if named is not None:
+        if not _is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
+            raise ModelError(f"{folder / CONFIG}: {_NAMED_ENTRY} is no safetensors file of this folder")
+        return folder / str(named)
+    entries = [folder / name for name in _ENTRIES if name in names]
+    if entries:
+        # As transformers does, what is no file is passed over; if nothing else is there, reading it says what it is.
+        return next(filter(_is_file, entries), entries[0])
     for suffix in (".safetensors", ".pt"):
         found = sorted(name for name in names if name.endswith(suffix) and name not in _NOT_WEIGHTS)
         if len(found) == 1:
@@ -74,46 +94,75 @@ def _find_entry(folder: Path) -> Path:
     raise ModelError(f"{folder}: there are no weights (looked for {', '.join(_ENTRIES)}, *.pt)")
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # It may not be looked at.
+        return False
+
+
 def _read_index(folder: Path, entry: Path) -> Index:
-    weight_map = _weight_map(entry) if entry.suffix == ".json" else None
-    names = [entry.name] if weight_map is None else sorted(set(weight_map.values()))
+    weight_map = _weight_map(entry) if entry.suffix == ".json" else {}
+    names = sorted(set(weight_map.values())) or [_relative(entry, folder)]
     files = [folder / name for name in names]
-    if weight_map is not None:
+    if weight_map:
         _check_shards(entry, files)
     # Stamped before they are read: a file that changes meanwhile is then seen to have changed.
     try:
         stamps = tuple(FileStamp.of(folder, path) for path in dict.fromkeys((folder / CONFIG, entry, *files)))
     except OSError as error:
         raise unreadable(Path(error.filename or folder), error) from error
-    read = read_torch if entry.name.endswith((".bin", ".bin.index.json", ".pt")) else read_safetensors
-    with ThreadPoolExecutor(_READERS) as pool:
-        # Reading headers from a cold disk is waiting; the parsing itself does not gain from threads.
-        headers = dict(zip(names, pool.map(read, files), strict=True))
-    if weight_map is None:
-        weight_map = dict.fromkeys(headers[entry.name], entry.name)
-    numbers = {name: number for number, name in enumerate(names)}
     kinds: dict[Kind, int] = {}
     rows: dict[str, tuple[int, int, int]] = {}
-    for name, file in weight_map.items():
-        found = headers[file].get(name)
-        if found is None:
-            raise CorruptCheckpointError(f"{folder / file}: tensor {name} is not in this file, but the index says so")
-        kind = Kind(found.nbytes, found.dtype, found.shape, found.transposed)
-        rows[name] = numbers[file], found.offset, kinds.setdefault(kind, len(kinds))
-    return Index(entry=entry, files=tuple(files), kinds=tuple(kinds), rows=rows, stamps=stamps)
+    with ThreadPoolExecutor(_READERS) as pool:
+        # Reading headers from a cold disk is waiting. Parsing does not gain from threads, and may take much memory.
+        for number, tensors in enumerate(pool.map(partial(_read_weights, turn=Lock()), files)):
+            for name, tensor in tensors.items():
+                # transformers takes the last of two tensors of one name; the index may say which is meant.
+                if name in rows and weight_map.get(name) == names[rows[name][0]]:
+                    continue
+                kind = Kind(tensor.nbytes, tensor.dtype, tensor.shape, tensor.transposed)
+                rows[name] = number, tensor.offset, kinds.setdefault(kind, len(kinds))
+            if len(rows) > _MOST_TENSORS:
+                raise CorruptCheckpointError(f"{entry}: it has more than {_MOST_TENSORS} tensors")
+    lost = {name: file for name, file in weight_map.items() if name not in rows}
+    return Index(entry=entry, files=tuple(files), kinds=tuple(kinds), rows=rows, stamps=stamps, lost=lost)
+
+
+def _read_weights(path: Path, turn: Lock) -> dict[str, TensorSlice]:
+    """Read a file's headers by what it is, whatever it is called."""
+    with open_weights(path) as file:
+        begin = file.read(0, min(file.size, 9))
+    # As the length of a safetensors header, the first bytes of a zip archive would be more than is allowed.
+    is_torch = begin.startswith(ZIP_MAGIC) or (path.suffix != ".safetensors" and begin[8:] != b"{")
+    return read_torch(path, turn) if is_torch else read_safetensors(path, turn)
 
 
 def _weight_map(entry: Path) -> dict[str, str]:
-    weight_map: Any = read_json_object(entry).get("weight_map")
+    """Return which file each tensor should be in. transformers only finds the files by it, and so do we."""
+    weight_map: Any = read_json_object(entry, MOST_JSON_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpointError(f"{entry}: there is no weight_map in it")
-    for file in set(map(str, weight_map.values())):
-        path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file or not path.name:
-            raise CorruptCheckpointError(f"{entry}: it names a file outside the checkpoint's folder: {file!a}")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptCheckpointError(f"{entry}: its weight_map is malformed")
+    for file in set(weight_map.values()):
+        if not _is_inside(file):
+            raise CorruptCheckpointError(
+                f"{entry}: it names a file outside the checkpoint's folder: {printable(repr(file), 200)}"
+            )
     return weight_map
+
+
+def _is_inside(name: object) -> bool:
+    """Whether it is the name of a file in the checkpoint's folder or below."""
+    if type(name) is not str or "\\" in name or "\0" in name:
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # No file is called so.
+        return False
+    path = PurePosixPath(name)
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
 def _check_shards(entry: Path, files: list[Path]) -> None:
@@ -129,40 +178,70 @@ def _check_shards(entry: Path, files: list[Path]) -> None:
         )
 
 
-def _read_cache(cache_dir: Path, entry: Path) -> Index | None:
-    """Return the index that was kept; None if there is none, or a file has changed since."""
-    folder = entry.parent
+def _read_cache(cache_dir: Path, folder: Path, entry: Path) -> Index | None:
+    """Return the index that was kept; None if there is none, a file has changed since, or anything in it is wrong."""
     try:
-        checksum, text = _cache_file(cache_dir, folder).read_bytes().split(b"\n", 1)
+        checksum, text = read_cache_file(_cache_file(cache_dir, folder), MOST_JSON_BYTES).split(b"\n", 1)
         if checksum != _checksum(text):
             return None
-        record = json.loads(text)
-        if (record["version"], record["folder"], record["entry"]) != (_CACHE_VERSION, str(folder), entry.name):
+        record = parse_json(text)
+        if (record["version"], record["folder"], record["entry"]) != (
+            _CACHE_VERSION,
+            str(folder),
+            _relative(entry, folder),
+        ):
             return None
-        stamps = tuple(FileStamp(*row) for row in record["stamps"])
-        if any(FileStamp.of(folder, folder / old.name) != old for old in stamps):
+        names, lost = record["files"], record["lost"]
+        if not all(map(_is_inside, names)) or len(set(names)) < len(names):
             return None
+        files = tuple(folder / name for name in names)
+        stamps = tuple(FileStamp.of(folder, path) for path in dict.fromkeys((folder / CONFIG, entry, *files)))
+        if [list(stamp) for stamp in stamps] != record["stamps"]:
+            return None
+        sizes = {stamp.name: stamp.size for stamp in stamps}
+        kinds = tuple(Kind(nbytes, dtype, tuple(shape), flag) for nbytes, dtype, shape, flag in record["kinds"])
         places = zip(record["file"], record["offset"], record["kind"], strict=True)
-        return Index(
-            entry=entry,
-            files=tuple(folder / name for name in record["files"]),
-            kinds=tuple(Kind(nbytes, dtype, tuple(shape), flag) for nbytes, dtype, shape, flag in record["kinds"]),
-            rows=dict(zip(record["name"], places, strict=True)),
-            stamps=stamps,
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = dict(zip(record["name"], places, strict=True))
+        if not (all(map(_is_true, kinds)) and _are_inside(rows, [sizes[name] for name in names], kinds)):
+            return None
+        if not all(type(text) is str for item in lost.items() for text in item):
+            return None
+        return Index(entry=entry, files=files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def _write_cache(cache_dir: Path, index: Index) -> None:
-    folder = index.entry.parent
+def _is_true(kind: Kind) -> bool:
+    """Whether a kind from the cache is one that a header could have given."""
+    return (
+        type(kind.dtype) is str
+        and plausible(kind.shape)
+        and type(kind.nbytes) is int
+        and kind.nbytes == tensor_bytes(kind.dtype, kind.shape)
+        and type(kind.transposed) is bool
+        and (len(kind.shape) == 2 or not kind.transposed)
+    )
+
+
+def _are_inside(rows: dict[Any, tuple[Any, Any, Any]], sizes: list[int], kinds: tuple[Kind, ...]) -> bool:
+    """Whether rows from the cache are names, and places within the files; none at all are no index."""
+    for name, (file, offset, kind) in rows.items():
+        if type(name) is not str or not type(file) is type(offset) is type(kind) is int:
+            return False
+        if not (0 <= file < len(sizes) and 0 <= kind < len(kinds) and 0 <= offset <= sizes[file] - kinds[kind].nbytes):
+            return False
+    return bool(rows)
+
+
+def _write_cache(cache_dir: Path, folder: Path, index: Index) -> None:
     file, offset, kind = zip(*index.rows.values(), strict=True) if index.rows else ((), (), ())
     record = {
         "version": _CACHE_VERSION,
         "folder": str(folder),
-        "entry": index.entry.name,
+        "entry": _relative(index.entry, folder),
         "stamps": index.stamps,
-        "files": [path.relative_to(folder).as_posix() for path in index.files],
+        "files": [_relative(path, folder) for path in index.files],
+        "lost": index.lost,
         "kinds": index.kinds,
         "name": list(index.rows),
         "file": file,
@@ -173,6 +252,10 @@ def _write_cache(cache_dir: Path, index: Index) -> None:
     write_cache_file(_cache_file(cache_dir, folder), _checksum(text) + b"\n" + text)
 
 
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
 def _cache_file(cache_dir: Path, folder: Path) -> Path:
     name = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_dir / f"{name}.json"
@@ -180,43 +263,3 @@ def _cache_file(cache_dir: Path, folder: Path) -> Path:
 
 def _checksum(text: bytes) -> bytes:
     return hashlib.sha256(text).hexdigest().encode()
-
-
-#: The limit that the safetensors library itself sets.
-_MAX_HEADER_BYTES = 100_000_000
-
-
-def read_safetensors(path: Path) -> dict[str, TensorSlice]:
-    """Read which tensors a safetensors file holds, and where; CorruptCheckpointError if its header makes no sense."""
-    with open_weights(path) as file:
-        header_bytes = int.from_bytes(file.read(0, 8), "little")
-        if header_bytes > _MAX_HEADER_BYTES:
-            raise CorruptCheckpointError(f"{path}: not a safetensors file (its header would be {header_bytes} bytes)")
-        text = file.read(8, header_bytes)
-        try:
-            header = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(f"{path}: its header is not valid JSON: {error}") from error
-        if not isinstance(header, dict):
-            raise CorruptCheckpointError(f"{path}: its header is not a JSON object")
-        header.pop("__metadata__", None)
-        return {name: _slice(file, name, value, 8 + header_bytes) for name, value in header.items()}
-
-
-def _slice(file: WeightsFile, name: str, value: Any, start: int) -> TensorSlice:
-    try:
-        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if type(dtype) is not str or not plausible((*shape, begin, end)) or begin > end:
-            raise ValueError
-    except (TypeError, KeyError, ValueError) as error:
-        raise CorruptCheckpointError(f"{file.path}: the header's entry for tensor {name} is malformed") from error
-    itemsize = STORED_ITEMSIZE.get(dtype)
-    # A dtype unknown here is no weight's; a tensor that the model needs is refused later, by its dtype.
-    if itemsize is not None and math.prod(shape) * itemsize != end - begin:
-        raise CorruptCheckpointError(
-            f"{file.path}: tensor {name} has {end - begin} bytes, but {dtype} {list(shape)} takes "
-            f"{math.prod(shape) * itemsize}"
-        )
-    if start + end > file.size:
-        raise file.truncated(f"tensor {name} ends at byte {start + end}, the file at {file.size}")
-    return TensorSlice(file.path, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape)

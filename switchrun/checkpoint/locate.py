@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from switchrun.errors import ModelError, UsageError
+from switchrun.checkpoint.files import open_weights
+from switchrun.errors import CorruptCheckpointError, ModelError, UsageError
+from switchrun.machine.folders import in_home
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 #: This much of both ends of the demo's weights differs from those of a demo that was trained again.
@@ -44,7 +45,7 @@ def locate(model: str | None, *, download: bool = True, weights: bool = True) ->
         if not (demo_folder() / "config.json").is_file():
             raise ModelError("the demo model is not part of this installation", _WAYS)
         return Location(id="demo", revision=None, path=demo_folder(), content=_demo_content())
-    path = Path(model).expanduser()
+    path = in_home(model)
     if _is_dir(path):
         path = path.resolve()
         content = _demo_content() if path == demo_folder() else ""
@@ -52,7 +53,7 @@ def locate(model: str | None, *, download: bool = True, weights: bool = True) ->
     if _exists(path):
         raise ModelError(f"{model} is a file, not a model's folder", f"give its folder: {path.parent}")
     name, at, revision = model.partition("@")
-    if at and _is_dir(Path(name).expanduser()):
+    if at and _is_dir(in_home(name)):
         raise UsageError(f"{name} is a local folder, which has no revisions", f"leave out @{revision}")
     found = hub_id(model)
     if found is None:
@@ -67,7 +68,7 @@ def locate(model: str | None, *, download: bool = True, weights: bool = True) ->
 
 def hub_id(model: str | None) -> tuple[str, str | None] | None:
     """Return a Hub id and its revision; None for the demo, a folder or file that is there, or what is no id."""
-    if model is None or _exists(Path(model).expanduser()):
+    if model is None or _exists(in_home(model)):
         return None
     name, at, revision = model.partition("@")
     return (name, revision or None) if _HUB_ID.fullmatch(name) and bool(at) == bool(revision) else None
@@ -80,11 +81,10 @@ def demo_folder() -> Path:
 
 def _demo_content() -> str:
     try:
-        with (demo_folder() / "model.safetensors").open("rb") as file:
-            begin = file.read(_SAMPLE_BYTES)
-            file.seek(-len(begin), os.SEEK_END)
-            return hashlib.sha256(begin + file.read()).hexdigest()
-    except OSError:
+        with open_weights(demo_folder() / "model.safetensors") as file:
+            length = min(_SAMPLE_BYTES, file.size)
+            return hashlib.sha256(file.read(0, length) + file.read(file.size - length, length)).hexdigest()
+    except CorruptCheckpointError:
         return ""  # Opening it will say what is wrong.
 
 

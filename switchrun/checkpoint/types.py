@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -76,12 +76,14 @@ class SwitchCheckpoint:
         config: `config.json`, repaired: plain transformers builds the right model of it.
         repairs: What was wrong in the checkpoint's configuration or names, one sentence each.
         dense: Every tensor that is not an expert's, by its canonical name in transformers. `lm_head.weight` is
-            there only when the head is not tied, the two `embed_tokens` only when they are not `shared.weight`.
+            there only when it is not `shared.weight` itself, and so are the two `embed_tokens`.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
         fingerprint: Changes when any file of the checkpoint does; see `Index.fingerprint`.
-        stored_dtype: What the experts are stored in; `I8` if any linear layer of the checkpoint is.
-        expert_forms: An expert of each form in which experts are stored (of int8 models, some may be plain), and how
-            many have that form; never empty.
+        stored_dtype: What the experts are stored in, `F32` if in several; `I8` if any linear layer is.
+        plain_dtype: What `--dtype auto` computes in: the `dtype` of config.json, else one that loses no stored bit.
+        expert_forms: An expert of each form in which experts are stored (dtypes may differ), and how many have that
+            form; never empty.
+        generation: The checkpoint's own generation settings; see `switchrun.checkpoint.generation`.
     """
 
     id: str
@@ -94,7 +96,9 @@ class SwitchCheckpoint:
     sparse_blocks: Mapping[Stack, tuple[int, ...]]
     fingerprint: str
     stored_dtype: str
+    plain_dtype: str
     expert_forms: tuple[tuple[ExpertSlices, int], ...]
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
@@ -103,18 +107,13 @@ class SwitchCheckpoint:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of one expert as stored; of the largest, if some are in int8 and some are not."""
+        """Bytes of one expert as stored; of the largest, if they differ."""
         return max(form.nbytes for form, _ in self.expert_forms)
 
     @property
     def has_int8_experts(self) -> bool:
         """Whether experts are stored in int8: those are read in place and never kept in the offload folder."""
         return any(matrix.dtype == "I8" for form, _ in self.expert_forms for matrix in form)
-
-    @property
-    def plain_dtype(self) -> str:
-        """What is stored in that is not in int8."""
-        return self.stored_dtype if self.stored_dtype != "I8" else self.dense["shared.weight"].dtype
 
     @property
     def total_bytes(self) -> int:
@@ -156,6 +155,7 @@ class Index(Mapping[str, TensorSlice]):
         kinds: The distinct kinds.
         rows: The place of every tensor: the number of its file, its first byte there, and the number of its kind.
         stamps: Of all files that were read, the configuration's too.
+        lost: What the index JSON names and no file holds: the tensor, and the name of the file it should be in.
     """
 
     entry: Path
@@ -163,6 +163,7 @@ class Index(Mapping[str, TensorSlice]):
     kinds: tuple[Kind, ...]
     rows: Mapping[str, tuple[int, int, int]]
     stamps: tuple[FileStamp, ...]
+    lost: Mapping[str, str]
 
     def __getitem__(self, name: str) -> TensorSlice:
         file, offset, kind = self.rows[name]
@@ -176,9 +177,11 @@ class Index(Mapping[str, TensorSlice]):
 
     def missing(self, name: str) -> CorruptCheckpointError:
         """The error to raise for a tensor that the model needs and the checkpoint lacks."""
-        return CorruptCheckpointError(
-            f"{self.entry}: tensor {name} is missing", "the checkpoint is incomplete; download it again"
-        )
+        hint = "the checkpoint is incomplete; download it again"
+        if name in self.lost:
+            path = self.entry.parent / self.lost[name]
+            return CorruptCheckpointError(f"{path}: tensor {name} is not in this file, but the index says so", hint)
+        return CorruptCheckpointError(f"{self.entry}: tensor {name} is missing", hint)
 
     def require(self, name: str) -> TensorSlice:
         """Return a tensor that the model needs, or raise CorruptCheckpointError if the checkpoint lacks it."""

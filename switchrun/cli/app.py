@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -18,8 +19,9 @@ from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import debugging
-from switchrun.cli.streams import drop_stdout, prepare_output, report, write_answer
-from switchrun.errors import BudgetError, SwitchrunError, UsageError
+from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
+from switchrun.errors import SwitchrunError, UsageError
+from switchrun.machine.limits import refused_by_system
 
 EXIT_BROKEN_PIPE = 141
 
@@ -32,6 +34,9 @@ app.command("eval")(evaluate)
 app.command()(prepare)
 app.add_typer(offload, name="offload")
 app.command()(doctor)
+for each in (*app.registered_commands, *offload.registered_commands):
+    assert each.callback is not None
+    each.callback = without_stdout(each.callback)
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,6 +53,10 @@ def switchrun(
     ] = False,
 ) -> None:
     """Run Switch Transformers that are larger than memory."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UsageError("the current folder was deleted", "go to one that is there") from error
     if context.invoked_subcommand is None:
         raise UsageError("a command is missing", "see: switchrun --help")
 
@@ -68,12 +77,13 @@ def run(arguments: list[str]) -> int:
     """Run one command, and turn whatever it raises into a line on stderr and the exit code to return.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came.
+        Interrupted: A signal came; whatever a library made of it does not count.
     """
     try:
         code: int | None = app(arguments, prog_name="switchrun", standalone_mode=False)
         return code or 0
     except SystemExit as end:
+        SIGNALS.check()
         # Typer ends the program itself when a pipe breaks, with exit code 1.
         if not isinstance(end.__context__, BrokenPipeError):
             raise
@@ -83,24 +93,15 @@ def run(arguments: list[str]) -> int:
         context: typer.Context | None = getattr(error, "ctx", None)
         report(f"{error.format_message()} (see: {context.command_path if context else 'switchrun'} --help)")
         return error.exit_code
-    except Exception as error:
+    except (Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a panic in a library written in Rust is no Exception
+        SIGNALS.check()
         if debugging():
             traceback.print_exc()
+        error = refused_by_system(error) or error
         if isinstance(error, SwitchrunError):
             report(error.on_command_line() if isinstance(error, UsageError) else str(error))
             return error.exit_code
-        if _out_of_memory(error):
-            hint = "allow less with --cpu-memory or --gpu-memory"
-            report(f"out of memory: {error or 'the system gave no more'} ({hint})")
-            return BudgetError.exit_code
         report(f"internal error: {type(error).__name__}: {error} (set SWITCHRUN_DEBUG=1 to see where)")
         return SwitchrunError.exit_code
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, also in torch, which is not to be imported for the question."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from switchrun.bench.child_process import Answer, Task, answer_task
 from switchrun.cli.startup import import_libraries
+from switchrun.machine.limits import check_limits
 
 
 def work(task: Task) -> Answer:
     """Do what a task says."""
+    check_limits()
     if task["work"] == "evaluate":
         from switchrun.bench.evaluation import evaluate_dtype
 

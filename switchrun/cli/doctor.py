@@ -9,7 +9,6 @@ import typer
 from switchrun.cli import options
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import write_answer
-from switchrun.machine import folders
 
 
 def doctor(
@@ -33,8 +32,7 @@ def doctor(
 
     resolve_budgets(cpu_memory, 0 if gpu_memory is None else gpu_memory)  # refuses what is not a size
     quieten_libraries()
-    folder = folders.offload_folder(offload_folder)
-    checks = examine(folder, model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, online=online)
+    checks = examine(offload_folder, model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, online=online)
     record = checks_record(checks)
     write_answer(format_record(record, indent=True) if style is options.TableFormat.JSON else render_checks(checks))
     if record["exit_code"]:

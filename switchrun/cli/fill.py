@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchrun.cli import options
+from switchrun.cli.signals import SIGNALS
 from switchrun.cli.startup import import_libraries, quieten_libraries
 from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import InputError, UsageError
 from switchrun.machine import processor
-from switchrun.model.records import FillResult, GenerationOptions
+from switchrun.model.records import FillResult, GenerationOptions, Progress, ProgressCallback
 from switchrun.model.sentinels import check_sentinels, replace_blanks
 from switchrun.output.progress import SessionProgress
 from switchrun.output.sinks import FillFormat, format_failure, format_result
@@ -139,13 +140,17 @@ def fill(
             progress.clear()
             report(text)
 
+    def show(step: Progress) -> None:
+        SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
+        progress(step)
+
     quieten_libraries()
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
     with _Answers(style, label, progress.clear) as answers:
         if hopeless:
             answers.write(entries, ())
             raise typer.Exit(answers.exit_code)
-        with open_session(opening, progress, lambda warning: note(f"warning: {warning}")) as session:
+        with open_session(opening, show, lambda warning: note(f"warning: {warning}")) as session:
             progress.clear()
             for sentence in (*session.checkpoint.repairs, *session.plan.notes):
                 note(f"note: {sentence}")
@@ -160,7 +165,7 @@ def fill(
     raise typer.Exit(answers.exit_code)
 
 
-def open_session(opening: OpenOptions, progress: SessionProgress, warn: Callable[[str], None]) -> Session:
+def open_session(opening: OpenOptions, progress: ProgressCallback, warn: Callable[[str], None]) -> Session:
     """Open the model. The tests put a session of their own in the place of this."""
     from switchrun.model.session import open_session as open_it
 

@@ -162,7 +162,7 @@ def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[S
 def _is_of(info: StoreInfo, place: Path, model: str) -> bool:
     from switchrun.store import store_folder
 
-    path = Path(model).expanduser()
+    path = folders.in_home(model)
     # A folder called demo is ./demo: what is deleted must not depend on where one is.
     names = {model} if model == "demo" else {model, str(path.absolute()), str(path.resolve())}
     stored = info.manifest.model if info.manifest else ""

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from switchrun.cli import options
-from switchrun.cli.signals import Interrupted
+from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
 from switchrun.machine import folders
+from switchrun.machine.limits import check_limits
 from switchrun.output.progress import ByteProgress
 from switchrun.units import format_bytes, format_count, format_seconds
 
@@ -116,7 +117,9 @@ def prepare(
 def _preparer(checkpoint: SwitchCheckpoint, store: ExpertStore, jobs: int, verify: bool = False) -> ExpertPacker:
     """Import torch, which takes seconds: what is wrong with options, model or budget has been said by now."""
     quieten_libraries()
-    from switchrun.experts.packing import ExpertPacker
+    check_limits()
+    with SIGNALS.at_once():
+        from switchrun.experts.packing import ExpertPacker
 
     return ExpertPacker(checkpoint, store, jobs, verify)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from switchrun.cli.signals import SIGNALS
 from switchrun.units import MIB
 
 if TYPE_CHECKING:
@@ -74,12 +75,14 @@ def import_libraries(plan: Plan) -> None:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        try:
-            with _stand_ins():
+        # An exception in the middle could be swallowed: C++ imports modules too, and Python itself in a `__del__`.
+        with SIGNALS.at_once():
+            try:
+                with _stand_ins():
+                    _import_others()
+            except (ImportError, AttributeError, TypeError):  # another version cannot do with them
                 _import_others()
-        except (ImportError, AttributeError, TypeError):  # another version cannot do with them
-            _import_others()
-        import_model(plan)
+            import_model(plan)
     finally:
         if enabled:
             gc.enable()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from functools import wraps
+from typing import Any, BinaryIO, NoReturn
 
 from switchrun.cli.signals import SIGNALS
 from switchrun.errors import InputError, SwitchrunError, UsageError, printable
@@ -65,13 +66,49 @@ def stdin_lines() -> Iterator[Entry]:
 
 
 def prepare_output() -> None:
-    """Make stdout and stderr UTF-8 whatever the locale says; what goes to a closed stderr is dropped."""
-    if sys.stderr is None:
-        # Else `print(..., file=sys.stderr)` in any library would write to stdout.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    """Make stdout and stderr UTF-8 whatever the locale says, and stdout Python's alone; a closed stderr drops all.
+
+    What C code writes to stdout, whose descriptor is always 1, goes to stderr.
+    """
+    closed = [number for number in (0, 1, 2) if not _is_open(number)]
+    for _ in closed:
+        os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free, which no other file may have
+    if 2 in closed:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - it lives as long as the process
+    stderr: Any = sys.stderr
+    stderr.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    if 1 not in closed:
+        answers = open(os.dup(1), "w", encoding="utf-8", errors="backslashreplace", newline="\n")  # noqa: SIM115
+        sys.stdout = sys.__stdout__ = answers  # type: ignore[misc] # the one that `write_answer` and tables mean
+        os.dup2(2, 1)
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def without_stdout(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command during which `sys.stdout` is stderr: what a library prints is no answer."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.redirect_stdout(sys.stderr):
+            return command(*args, **kwargs)
+
+    return run
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without Python's own end, in which a signal would kill it."""
+    for stream in (sys.__stdout__, sys.stderr):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
+    os._exit(code)
 
 
 def write_answer(lines: str) -> None:
@@ -82,16 +119,13 @@ def write_answer(lines: str) -> None:
         SwitchrunError: stdout is closed, or the disk is full.
         Interrupted: A signal came; the lines are written.
     """
-    if sys.stdout is None:
+    stdout = sys.__stdout__
+    if stdout is None:
         raise UsageError("stdout is closed, so there is nowhere to write the answer to")
     with SIGNALS.held():
         try:
-            # Under PYTHONUNBUFFERED a text stream drops what a write had not taken when a signal cut it short.
-            sys.stdout.flush()
-            data = memoryview(lines.encode("utf-8", "backslashreplace"))
-            while data:
-                data = data[sys.stdout.buffer.write(data) :]
-            sys.stdout.buffer.flush()
+            stdout.write(lines)
+            stdout.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -102,7 +136,7 @@ def write_answer(lines: str) -> None:
 def drop_stdout() -> None:
     """Drop what is left in stdout's buffer, so that Python does not fail a second time when it exits."""
     with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), sys.__stdout__.fileno())  # type: ignore[union-attr] # it was written to
 
 
 def report(message: str) -> None:

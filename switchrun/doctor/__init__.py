@@ -11,13 +11,19 @@ from switchrun.checkpoint.locate import hub_id
 from switchrun.doctor import machine_checks, torch_checks
 from switchrun.doctor.check import Check
 from switchrun.errors import SwitchrunError
+from switchrun.machine import folders
 from switchrun.planning import resolve_budgets
 
 __all__ = ["Check", "examine"]
 
 
 def examine(
-    offload_folder: Path, model: str | None, *, cpu_memory: str | None, gpu_memory: str | None, online: bool
+    offload_folder: str | Path | None,
+    model: str | None,
+    *,
+    cpu_memory: str | None,
+    gpu_memory: str | None,
+    online: bool,
 ) -> list[Check]:
     """Run every check and return them in the order to show; blocks for seconds, most of them to import torch.
 
@@ -30,8 +36,9 @@ def examine(
         packages = _guarded("packages", machine_checks.check_packages)
         memory = _guarded("memory", machine_checks.check_memory)
         # Before the model is opened: its index is kept there, which makes the folder.
-        disks = [_guarded("offload folder", machine_checks.check_offload_folder, offload_folder)]
-        opened = machine_checks.open_model(model, offload_folder)
+        folder, named = folders.offload_folder(offload_folder), offload_folder is not None
+        disks = [_guarded("offload folder", machine_checks.check_offload_folder, folder, named)]
+        opened = machine_checks.open_model(model, folder)
         if not isinstance(opened, Exception):
             disks.append(_guarded("checkpoint", machine_checks.check_checkpoint, opened))
         hub = _guarded("hub", machine_checks.check_hub, hub_id(model), online)

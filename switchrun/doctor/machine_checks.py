@@ -14,15 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from switchrun.checkpoint import open_checkpoint
-from switchrun.checkpoint.hub import ask_hub
+from switchrun.checkpoint.hub import ask_hub, cache_folder
 from switchrun.checkpoint.locate import NotDownloadedError
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.doctor.check import Check, Problem
 from switchrun.errors import BudgetError, NetworkError, StorageError, SwitchrunError
-from switchrun.machine import disks, ram
+from switchrun.machine import disks, folders, ram
 from switchrun.planning import Budgets, make_plan
 from switchrun.planning.budgets import DEFAULT_CPU_SHARE
 from switchrun.planning.memory import RUNTIME_BYTES
@@ -70,7 +68,7 @@ def needed_requirements() -> list[str]:
 
 def check_memory() -> Check:
     """How much memory may a process take, and does a container limit it?"""
-    total = int(psutil.virtual_memory().total)
+    total = ram.total_memory_bytes()
     available = ram.available_memory_bytes()
     container = min((limit for limit, _ in ram.memory_limits() if limit < total), default=None)
     details = {"total_bytes": total, "available_bytes": available, "container_limit_bytes": container}
@@ -85,10 +83,14 @@ def check_memory() -> Check:
     return Check("memory", finding, details=details)
 
 
-def check_offload_folder(folder: Path) -> Check:
-    """Can it be written, or the one above it where it would be made, and is its disk good? Leaves nothing behind."""
-    place, problem = _existing(folder), None
+def check_offload_folder(folder: Path, named: bool = True) -> Check:
+    """Can it be written, or the one above it where it would be made, and is its disk good? Leaves nothing behind.
+
+    One that nobody `named` is a comfort, without which a fill works: there, a failure is a warning.
+    """
+    problem = None
     try:
+        place = _existing(folder)
         free = shutil.disk_usage(place).free
         if free < GIB:
             problem = ("little room", "make room, or set --offload-folder to a folder on another disk")
@@ -104,8 +106,10 @@ def check_offload_folder(folder: Path) -> Check:
             return _check_disk("offload folder", folder, [(sample, 0, written)], problem, {"free_bytes": free})
     except OSError as error:
         finding = f"{folder} cannot be written: {error.strerror or error}"
+        if folder.is_relative_to(folders.NOWHERE):
+            finding = "there is no home folder to keep it in, so nothing is kept from one run to the next"
         hint = "set --offload-folder to a folder that you may write to; switchrun prepare needs one"
-        return Check("offload folder", finding, hint, error=StorageError, details={"path": str(folder)})
+        return Check("offload folder", finding, hint, StorageError if named else None, {"path": str(folder)})
 
 
 def check_checkpoint(checkpoint: SwitchCheckpoint) -> Check:
@@ -151,11 +155,17 @@ def check_hub(model: tuple[str, str | None] | None, online: bool) -> Check:
     """How is the Hub set up, and does it know the model, (id, revision)? It is asked only if `online`."""
     from huggingface_hub import constants, get_token
 
-    cache = Path(constants.HF_HUB_CACHE)
+    cache = cache_folder()
+    if cache is None:
+        return Check("hub", "there is no home folder to keep downloads in", "set HF_HOME to a folder for them")
     # Whether there is a token, and which variable sets a proxy: their values are secrets.
     proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
     finding = f"cache {cache}, {format_bytes(shutil.disk_usage(_existing(cache)).free)} free"
-    finding += "" if get_token() else ", no token"
+    try:
+        token = get_token()
+    except OSError:  # it lies where this user may not look
+        token = None
+    finding += "" if token else ", no token"
     finding += ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
     finding += f", proxy from {proxy}" if proxy else ""
     if online and constants.HF_HUB_OFFLINE:

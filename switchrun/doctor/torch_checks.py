@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from switchrun.doctor import torch_child
 from switchrun.doctor.check import Check, Problem
 from switchrun.errors import SwitchrunError, UsageError
-from switchrun.machine import processor
+from switchrun.machine import children, processor
+from switchrun.machine.limits import check_limits
 from switchrun.units import GIB, MIB, format_bytes, format_count
 
 #: What the child looks at, in its order.
@@ -25,7 +23,7 @@ TIMEOUT_SECONDS = 120.0
 
 Answer = Mapping[str, Mapping[str, Any]]
 
-_CHILD = (sys.executable, "-P", torch_child.__file__)
+_CHILD = "switchrun.doctor.torch_child"
 _INSTALL = "https://pytorch.org/get-started/locally/"
 _OLDER_CUDA = f"update the driver, or install torch for an older CUDA: {_INSTALL}"
 
@@ -33,10 +31,8 @@ _OLDER_CUDA = f"update the driver, or install torch for an older CUDA: {_INSTALL
 class TorchProbe:
     """The child process: it runs from the start, and is gone at the end of the context."""
 
-    def __init__(self, command: Sequence[str] = _CHILD) -> None:
-        null, pipe = subprocess.DEVNULL, subprocess.PIPE
-        # In a session of its own: Ctrl-C is for us, and we end the child with whatever it has started.
-        self._child = subprocess.Popen(command, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True)
+    def __init__(self, module: str = _CHILD) -> None:
+        self._child = children.start_python(module)
 
     def answer(self, timeout: float = TIMEOUT_SECONDS) -> Answer:
         """Wait for the child and return its answers by `STAGES`; one that it didn't get to has an `error`."""
@@ -44,7 +40,7 @@ class TorchProbe:
             output, errors = self._child.communicate(timeout=timeout)
             end = _describe_end(self._child.returncode, errors.decode("utf-8", "replace"))
         except subprocess.TimeoutExpired:
-            output, end = self._kill(), f"it took more than {timeout:.0f} s"
+            output, end = children.end(self._child), f"it took more than {timeout:.0f} s"
         found: dict[str, dict[str, Any]] = {}
         for line in output.splitlines():
             with contextlib.suppress(ValueError, TypeError):
@@ -56,17 +52,11 @@ class TorchProbe:
                 found[stage], end = {"error": end}, NOT_TRIED
         return found
 
-    def _kill(self) -> bytes:
-        if self._child.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGKILL)
-        return self._child.communicate()[0]
-
     def __enter__(self) -> TorchProbe:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._kill()
+        children.end(self._child)
 
 
 def _describe_end(code: int, errors: str) -> str:
@@ -78,6 +68,10 @@ def _describe_end(code: int, errors: str) -> str:
 
 def check_torch(answer: Answer) -> Check:
     """Can torch and the libraries that a fill needs be imported, and compute?"""
+    try:
+        check_limits()
+    except SwitchrunError as error:
+        return Check("torch", error.message, error.hint, type(error))
     found = answer["torch"]
     if "error" in found:
         hint = "pip install --force-reinstall torch; then try: python -c 'import torch'"

@@ -1,7 +1,7 @@
 """Imports torch and tries it, in a process of its own: what is broken there must not take doctor down.
 
-Run as a file: `python -P torch_child.py`. It answers a line of JSON on stdout for each look, at once, so that the last
-line shows where a crash came. What it does with a GPU was never run on a real one.
+It answers a line of JSON on stdout for each look, at once, so that the last line shows where a crash came. What it does
+with a GPU was never run on a real one.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 
@@ -38,8 +36,6 @@ def main() -> None:
 
 
 def _driver() -> dict[str, Any]:
-    # At the end of the path, where it shadows nothing; the package need not be installed.
-    sys.path.append(str(Path(__file__).parents[2]))
     from switchrun.machine import gpus
 
     visible = [asdict(gpu) for gpu in gpus.visible_gpus()]

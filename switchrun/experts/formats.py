@@ -88,7 +88,7 @@ class PlainFormat(Format):
         self._dtype = dtype
 
     def _is_staged(self, slices: ExpertSlices) -> bool:
-        return TORCH_DTYPES[slices.wi.dtype] != self._dtype
+        return any(TORCH_DTYPES[matrix.dtype] != self._dtype for matrix in slices)
 
     def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
         """Copy."""

@@ -16,6 +16,7 @@ from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import FileReader, Segment, Way
 from switchrun.machine import disks
+from switchrun.machine.files import open_regular
 from switchrun.units import MIB
 
 #: One of them was the best on every disk that was tried; the first is taken until another has shown that it is better.
@@ -91,5 +92,8 @@ def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
 
 def _forget(read: Segment) -> None:
     """Put what will be read out of the page cache, where a way through it would find it."""
-    with open(Path(read.file), "rb", buffering=0) as file:
-        os.posix_fadvise(file.fileno(), read.offset, read.length, os.POSIX_FADV_DONTNEED)
+    file = open_regular(read.file)
+    try:
+        os.posix_fadvise(file, read.offset, read.length, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(file)

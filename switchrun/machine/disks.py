@@ -6,17 +6,21 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchrun.machine.files import system_lines
 from switchrun.machine.folders import cache_folder, read_cache_file, write_cache_file
 
 #: Beyond these, in bytes per second, it is no disk that was measured.
 _SLOWEST, _FASTEST = 1e3, 1e13
 #: Enough for thousands of filesystems.
 _MOST_REMEMBERED_BYTES = 1 << 20
+
+_ESCAPED = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def measure_read_bandwidth(ranges: Iterable[tuple[Path, int, int]], seconds: float = 0.5) -> float | None:
@@ -57,23 +61,21 @@ class _Mount(NamedTuple):
 
 def _mount_of(path: Path) -> _Mount | None:
     path, found, depth = path.resolve(), None, -1
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        fields = line.split()
+    for line in system_lines(Path("/proc/self/mountinfo")):
+        about, _, source = line.partition(" - ")
+        fields, sources = about.split(" "), source.split(" ")
+        if len(fields) < 5 or len(sources) < 2:
+            continue
         # Not by the device's number: btrfs gives its files another one than its mounts.
         place = Path(_unescaped(fields[4]))
         # Of several mounts on one folder the last is on top.
         if path.is_relative_to(place) and len(place.parts) >= depth:
-            after = fields.index("-")
-            found, depth = _Mount(fields[after + 1], _unescaped(fields[after + 2])), len(place.parts)
+            found, depth = _Mount(_unescaped(sources[0]), _unescaped(sources[1])), len(place.parts)
     return found
 
 
 def _unescaped(field: str) -> str:
-    return field.encode().decode("unicode_escape")
+    return os.fsdecode(_ESCAPED.sub(lambda digits: bytes([int(digits[1], 8)]), os.fsencode(field)))
 
 
 def filesystem_of(path: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Opens files that nobody vouches for: never waits for one, and never reads one that has no end."""
+"""Opens files that nobody vouches for: never waits for one, and never reads one without an end."""
 
 from __future__ import annotations
 
@@ -53,6 +53,17 @@ def read_regular(path: str | Path, most_bytes: int, flags: int = 0, *, dir_fd: i
     if size > most_bytes:
         raise OSError(errno.EFBIG, f"it has {size} bytes, a file of its kind {most_bytes} at most", str(path))
     return b"".join(parts)
+
+
+def system_lines(path: Path) -> list[str]:
+    """Return the lines of a file of /proc or /sys; none where there is no such file, or it may not be read.
+
+    The names of files in it are bytes; here they are as `os.listdir` has them.
+    """
+    try:
+        return os.fsdecode(path.read_bytes()).split("\n")
+    except OSError:
+        return []
 
 
 def _check(status: os.stat_result, path: str | Path) -> None:

@@ -22,6 +22,8 @@ MANIFEST = "manifest.json"
 _INDEX_FOLDER = "index"
 _INDEX = re.compile(r"[0-9a-f]{32}\.json", re.ASCII)
 _MOST_README_BYTES = 1 << 20
+#: The cache folder of who has no home: nobody can ever make it, so nothing is found there and nothing kept.
+NOWHERE = Path(os.devnull) / "no-home-folder"
 
 
 @contextmanager
@@ -82,13 +84,22 @@ def _names_below(root: Path, *names: str, folders: bool = False) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what switchrun may remember: `SWITCHRUN_CACHE`, else the user's cache folder."""
+    """Return the folder for what switchrun may remember: `SWITCHRUN_CACHE`, else `switchrun` in the user's cache."""
     override = os.environ.get("SWITCHRUN_CACHE")
     if override:
         return Path(override)
-    import platformdirs  # not needed by `switchrun --help`
+    for folder in (Path(os.environ.get("XDG_CACHE_HOME", "")), in_home("~/.cache")):
+        if folder.is_absolute():  # by XDG's rules a relative one counts as unset
+            return folder / "switchrun"
+    return NOWHERE
 
-    return platformdirs.user_cache_path("switchrun")
+
+def in_home(path: str | Path) -> Path:
+    """Return a path with the home folder in the place of `~`; unchanged if there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def write_cache_file(file: Path, data: bytes) -> None:

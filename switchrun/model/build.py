@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import SwitchTransformersForConditionalGeneration
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Precision
-from switchrun.errors import ModelError
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import Format, Int8Format, PackedFormat, PlainFormat
@@ -25,11 +22,10 @@ from switchrun.experts.reader import FileReader, Way
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.kernels.int8 import use_int8
 from switchrun.kernels.plain import use_fast_products
+from switchrun.model.settings import generation_config, model_config
 from switchrun.planning import Plan, memory
 from switchrun.planning.opening import PlannedModel
 from switchrun.store import BackgroundWriter, open_checkpoint_store
-
-_log = logging.getLogger(__name__)
 
 
 def open_cache(
@@ -70,9 +66,7 @@ def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: Exper
     Returns a `SwitchTransformersForConditionalGeneration` in eval mode that computes in the precision's compute dtype,
     routers in float32. Raises a `ModelError` if transformers does not accept the configuration.
     """
-    config = _config(checkpoint)
-    if config.dense_act_fn not in ACT2FN:
-        raise ModelError(f"transformers knows no activation function '{config.dense_act_fn}' (dense_act_fn)")
+    config = model_config(checkpoint, num_experts=1)
     # On the meta device there is nothing to initialise; torch would import its compiler to find that out.
     with torch.device("meta"), no_init_weights():
         model: Any = SwitchTransformersForConditionalGeneration(config)
@@ -92,32 +86,6 @@ def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: Exper
                 config.d_model, num_experts, bias=config.router_bias, device="meta", dtype=torch.float32
             )
             mlp.experts = OffloadedExperts(tiers, stack, block, activation, context)
-    model.generation_config = _generation_config(checkpoint.path, config)
+    model.generation_config = generation_config(checkpoint)
     model.eval()
     return model
-
-
-def _config(checkpoint: SwitchCheckpoint) -> Any:
-    # `num_experts` is 1 only while the model is being built.
-    settings = {**checkpoint.config, "num_experts": 1}
-    for key in ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "quantization_config"):
-        settings.pop(key, None)
-    try:
-        return SwitchTransformersConfig.from_dict(settings)
-    except Exception as error:  # transformers raises many kinds for a value that it does not like
-        reason = " ".join(str(error).split())
-        raise ModelError(f"transformers does not accept {checkpoint.path / 'config.json'}: {reason}") from error
-
-
-def _generation_config(path: Path, config: Any) -> GenerationConfig:
-    """Take the checkpoint's own generation settings where it has any, as plain transformers does."""
-    if (path / "generation_config.json").is_file():
-        try:
-            own = GenerationConfig.from_pretrained(path)
-            for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
-                if getattr(own, name) is None:
-                    setattr(own, name, getattr(config, name))
-            return own
-        except Exception as error:  # as above; the settings of config.json then serve as well
-            _log.warning("ignoring %s: %s", path / "generation_config.json", error)
-    return GenerationConfig.from_model_config(config)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
+from transformers import StoppingCriteria
 
 from switchrun.errors import BudgetError
 from switchrun.experts import accelerator
@@ -119,13 +120,14 @@ class Engine:
         options: GenerationOptions,
         *,
         seed: int,
+        stop: StoppingCriteria | None = None,
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
     ) -> list[RawOutput]:
         """Generate for one batch of token ids; if the memory of a GPU runs out, once more with half of the GPUs' slots.
 
         `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
-        with the number of tokens generated so far.
+        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens.
         """
         width = max(map(len, rows))
         # The padding may be any id: the mask hides it.
@@ -142,7 +144,9 @@ class Engine:
 
         def once() -> list[RawOutput]:
             ids, attention_mask = input_ids.to(self.device), mask.long().to(self.device)
-            return generate_batch(self.model, self.context, ids, attention_mask, options, on_token, seed=seed)
+            return generate_batch(
+                self.model, self.context, ids, attention_mask, options, on_token, seed=seed, stop=stop
+            )
 
         self.context.on_layer = count_layer
         try:

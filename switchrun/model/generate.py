@@ -45,23 +45,41 @@ class RawOutput:
 
 
 class _Watch(StoppingCriteria):
-    """Stops nothing: sees every step, notes its time, and marks finished rows so that they load no experts."""
+    """Sees every step: notes its time, where rows end, and marks finished ones so that they load no experts.
 
-    def __init__(self, context: RoutingContext, eos: torch.Tensor, mark: bool, on_token: Callable[[int], None]) -> None:
+    Stops where `stop` does, if that is given; transformers itself sees to `eos`. Beams have no rows to mark.
+    """
+
+    def __init__(
+        self,
+        context: RoutingContext,
+        eos: torch.Tensor,
+        mark: bool,
+        on_token: Callable[[int], None],
+        stop: StoppingCriteria | None,
+    ) -> None:
         self.times: list[float] = []
+        #: The length with which a row was stopped.
+        self.ends: dict[int, int] = {}
         self._context = context
         self._eos = eos
         self._mark = mark
         self._on_token = on_token
+        self._stop = stop
 
-    def __call__(self, input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **__: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
+        stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        if self._stop is not None:
+            stopped = stopped | self._stop(input_ids, scores)
         if self._mark:
+            for row in stopped.nonzero().flatten().tolist():
+                self.ends.setdefault(row, input_ids.shape[1])
             # The start token is left out: it may be the padding or even the end token.
-            ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1)
-            self._context.live = (~ended[:, None]).tolist()
+            ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1).tolist()
+            self._context.live = [[not end and row not in self.ends] for row, end in enumerate(ended)]
         self._on_token(len(self.times))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        return stopped
 
 
 @torch.no_grad()
@@ -75,6 +93,7 @@ def generate_batch(
     *,
     min_new_tokens: int = 0,
     seed: int = 0,
+    stop: StoppingCriteria | None = None,
 ) -> list[RawOutput]:
     """Generate for one batch.
 
@@ -83,11 +102,15 @@ def generate_batch(
 
     `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
     `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
-    `min_new_tokens` the end of sequence cannot come before as many; for measurements of equal length.
+    `min_new_tokens` the end of sequence cannot come before as many; for measurements of equal length. `stop` ends
+    sequences too.
     """
-    rows = input_ids.shape[0]
+    rows, width = input_ids.shape
     groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
-    settings = _settings(options) | {"min_new_tokens": min_new_tokens or None}
+    widths = [width] * rows
+    if _looks_at_input(model.generation_config):  # it must not see padding there
+        groups, widths = [slice(row, row + 1) for row in range(rows)], attention_mask.sum(dim=1).tolist()
+    settings = _settings(options) | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
     eos = _eos_ids(model.generation_config)
     outputs: list[RawOutput] = []
     context.live = attention_mask.bool().tolist()
@@ -100,17 +123,21 @@ def generate_batch(
                 torch.manual_seed(seed)
             for group in groups:
                 context.live = None
-                watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token)
+                watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token, stop=stop)
+                place = group, slice(0, widths[group.start])
                 sequences = model.generate(
-                    input_ids[group],
-                    attention_mask=attention_mask[group],
-                    encoder_outputs=EncoderOutput(last_hidden_state=encoded[group]),
+                    input_ids[place],
+                    attention_mask=attention_mask[place],
+                    encoder_outputs=EncoderOutput(last_hidden_state=encoded[place]),
                     stopping_criteria=StoppingCriteriaList([watch]),
                     # Without a configuration a cache grows as needed; transformers' has as many layers as the encoder.
                     **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
                     **settings,
                 )
-                outputs += [_row(ids, eos.tolist(), watch.times) for ids in sequences.tolist()]
+                if options.num_beams > 1 and stop is not None and stop(sequences, None).all():
+                    watch.ends[0] = sequences.shape[1]
+                for row, ids in enumerate(sequences.tolist()):
+                    outputs.append(_row(ids, eos.tolist(), watch.times, watch.ends.get(row)))
     finally:
         context.live = context.dropped = None
     return [replace(output, dropped=count) for output, count in zip(outputs, dropped, strict=True)]
@@ -136,13 +163,19 @@ def _settings(options: GenerationOptions) -> dict[str, Any]:
     }
 
 
-def _row(ids: list[int], eos: list[int], times: list[float]) -> RawOutput:
-    end = next((at for at in range(1, len(ids)) if ids[at] in eos), None)
-    kept = ids if end is None else ids[: end + 1]
+def _row(ids: list[int], eos: list[int], times: list[float], stopped: int | None) -> RawOutput:
+    ends = [at + 1 for at in range(1, len(ids)) if ids[at] in eos][:1] + ([] if stopped is None else [stopped])
+    kept = ids[: min(ends, default=len(ids))]
     last = max(0, min(len(kept) - 1, len(times)) - 1)
-    return RawOutput(tuple(kept), end is not None, times[0], times[last], dropped=0)
+    return RawOutput(tuple(kept), bool(ends), times[0], times[last], dropped=0)
+
+
+def _looks_at_input(generation_config: Any) -> bool:
+    """Whether the logits depend on which tokens are in the input."""
+    penalty = generation_config.encoder_repetition_penalty
+    return bool(generation_config.encoder_no_repeat_ngram_size) or penalty not in (None, 1.0)
 
 
 def _eos_ids(generation_config: Any) -> torch.Tensor:
     eos = generation_config.eos_token_id
-    return torch.tensor([] if eos is None else eos if isinstance(eos, list) else [eos], dtype=torch.long)
+    return torch.tensor([] if eos is None else eos, dtype=torch.long).flatten()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import BudgetError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
+from switchrun.machine.limits import check_limits
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
@@ -33,7 +34,7 @@ from switchrun.model.records import (
 from switchrun.model.sentinels import fill_in, parse_spans
 from switchrun.model.tokenizer import Encoded, Tokenizer
 from switchrun.planning import Plan
-from switchrun.planning.memory import max_output_tokens
+from switchrun.planning.memory import has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 
@@ -65,12 +66,18 @@ class Session:
     ) -> None:
         """Build what was planned; `Session.open` and `open_session` are the usual ways."""
         from switchrun.model.engine import Engine
+        from switchrun.model.settings import check_settings
 
         started = time.perf_counter() if started is None else started
         self._progress = progress
+        self._checked = {(planned.plan.num_beams > 1, False)}
+        check_settings(planned.checkpoint, beams=planned.plan.num_beams > 1)
         self._tokenizer = Tokenizer.load(planned.checkpoint, planned.options.tokenizer)
+        stop_strings = planned.checkpoint.generation.get("stop_strings")
+        self._stop = None if stop_strings is None else self._tokenizer.stop_criteria(stop_strings)
         self.engine = engine = Engine(planned, partial(self._show, "open", load_bytes=0), warn, preload)
         self.checkpoint, self.plan = engine.checkpoint, engine.plan
+        self._most_tokens = longest_input(self.checkpoint, self.plan)
         self._totals = _Totals()
         self._busy = threading.Lock()
         self._closed = False
@@ -119,9 +126,10 @@ class Session:
         """Make a text ready to be filled.
 
         Raises:
-            InputError: It has no sentinels, or not in order, or it is too long, or the vocabulary has fewer.
+            InputError: It has no sentinels, or not in order, or the vocabulary has fewer, or there is no memory for
+                its length.
         """
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text, self._most_tokens)
 
     def fill(
         self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
@@ -132,6 +140,7 @@ class Session:
 
         Raises:
             InputError: A text cannot be filled.
+            ModelError: The model's own settings do not go with sampling, or with beams.
             BudgetError: More beams or tokens are asked for than memory was reserved for, or a GPU's memory runs out.
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
@@ -145,10 +154,10 @@ class Session:
             self._check_open()
             encoded = [text if isinstance(text, Encoded) else self.encode(str(text)) for text in inputs]
             self._check_reserved(options)
+            self._check_way(options)
             results: list[FillResult] = []
-            for start in range(0, len(encoded), self.plan.batch_size):
-                batch = encoded[start : start + self.plan.batch_size]
-                results += self._fill_batch(batch, options, first_id + start)
+            for batch in self._batches(encoded):
+                results += self._fill_batch(batch, options, first_id + len(results))
             return results
 
     def stats(self) -> SessionStats:
@@ -209,6 +218,30 @@ class Session:
                 "open the session with max_new_tokens",
             )
 
+    def _check_way(self, options: GenerationOptions) -> None:
+        """Try the model's own settings in a way to generate that they have not been tried in."""
+        from switchrun.model.settings import check_settings
+
+        beams, sample = way = options.num_beams > 1, options.sample
+        if way not in self._checked:
+            check_settings(self.checkpoint, beams=beams, sample=sample)
+            self._checked.add(way)
+
+    def _batches(self, texts: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+        """Divide texts into batches; one that is longer than what memory is reserved for takes the place of several."""
+        batch: list[Encoded] = []
+        for text in texts:
+            longest = max(len(each.ids) for each in (*batch, text))
+            full = len(batch) == self.plan.batch_size or not has_room(
+                self.checkpoint, self.plan, len(batch) + 1, longest
+            )
+            if batch and full:
+                yield batch
+                batch = []
+            batch.append(text)
+        if batch:
+            yield batch
+
     def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
@@ -217,6 +250,7 @@ class Session:
             options,
             # Else the same text on two lines would get the same answer twice.
             seed=options.seed + first_id,
+            stop=self._stop,
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
@@ -261,6 +295,7 @@ class Session:
 @contextmanager
 def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
     """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
+    check_limits()
     with DensePreload(planned.checkpoint, planned.plan) as preload:
         import_libraries(planned.plan)
         yield preload

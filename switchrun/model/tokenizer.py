@@ -13,7 +13,6 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import InputError, ModelError, printable
 from switchrun.model.sentinels import NUM_SENTINELS, check_sentinels, sentinel
 from switchrun.model.tokenizer_files import TokenizerSettings, check_files
-from switchrun.planning.memory import max_input_tokens
 
 _HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
 #: No vocabulary has longer words by far; a text that is longer than this cannot fit.
@@ -42,10 +41,9 @@ class Tokenizer:
         eos_id: The end mark, if there is one.
     """
 
-    def __init__(self, tokenizer: Any, most_tokens: int, vocabulary: int) -> None:
-        """Take a library's tokenizer; the model takes `most_tokens` at a time, with ids below `vocabulary`."""
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        """Take a library's tokenizer, for a model whose ids are below `vocabulary`."""
         self._tokenizer = tokenizer
-        self._most_tokens = most_tokens
         self._vocabulary = vocabulary
         found = tokenizer.convert_tokens_to_ids([sentinel(number) for number in range(NUM_SENTINELS)])
         self._sentinels = [None if each == tokenizer.unk_token_id else each for each in found]
@@ -71,7 +69,7 @@ class Tokenizer:
         size = checkpoint.config["vocab_size"]
         load = _loader(folder, settings)
         try:
-            loaded = _apart(lambda: cls(load(), max_input_tokens(checkpoint), size), _MOST_LOADING_SECONDS)
+            loaded = _apart(lambda: cls(load(), size), _MOST_LOADING_SECONDS)
         except _LibraryError as error:
             raise ModelError(f"cannot load a tokenizer from {place}: {error}", _HINT) from error
         first = loaded._sentinels[0]
@@ -89,29 +87,34 @@ class Tokenizer:
         found = self._sentinels[number]
         return None if found is None or found >= self._vocabulary else found
 
-    def encode(self, text: str) -> Encoded:
-        """Make a text ready for the model; see `Session.encode`."""
+    def encode(self, text: str, most_tokens: int) -> Encoded:
+        """Make a text ready for the model; see `Session.encode`. There is room for so many tokens."""
         sentinels = []
         for number in range(check_sentinels(text)):
             found = self.sentinel_id(number)
             if found is None:
                 raise InputError(f"the vocabulary of this model has no {sentinel(number)}", "use fewer sentinels")
             sentinels.append(found)
-        if len(text) > self._most_tokens * _MAX_CHARACTERS_PER_TOKEN:
-            # Not tokenised: that takes memory which is not reserved.
-            raise InputError(
-                f"the text has {len(text)} characters, the model takes {self._most_tokens} tokens", "split it"
-            )
+        # A text that cannot fit is not tokenised: that takes memory which is not reserved.
+        if len(text) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            raise _too_long(f"{len(text)} characters", most_tokens)
         ids = self._ids(text)
-        if len(ids) > self._most_tokens:
-            raise InputError(
-                f"the text has {len(ids)} tokens, the model takes {self._most_tokens}", "shorten or split it"
-            )
+        if len(ids) > most_tokens:
+            raise _too_long(f"{len(ids)} tokens", most_tokens)
         return Encoded(text, tuple(ids), tuple(sentinels))
 
     def plain_ids(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens; errors are those of `encode`."""
         return self._ids(text, special=False)
+
+    def stop_criteria(self, strings: Any) -> Any:
+        """Return transformers' criteria to stop at texts; ModelError if it does not accept them."""
+        from transformers import StopStringCriteria
+
+        try:
+            return _apart(lambda: StopStringCriteria(self._tokenizer, strings), _MOST_LOADING_SECONDS)
+        except _LibraryError as error:
+            raise ModelError(f"transformers does not accept the model's stop_strings: {error}") from error
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return the text of ids, with or without special tokens; of an id that the tokenizer lacks, nothing.
@@ -127,22 +130,34 @@ class Tokenizer:
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         """Return a text's ids: all of them, and no padding, whatever the tokenizer's own settings say."""
         settings = {"add_special_tokens": special, "padding": False, "truncation": False}
+
+        def read() -> tuple[list[int], int | None, str]:
+            ids = self._tokenizer(text, return_attention_mask=False, **settings).input_ids
+            wrong = next((each for each in ids if each >= self._vocabulary), None)
+            return ids, wrong, "" if wrong is None else str(self._tokenizer.convert_ids_to_tokens(wrong))
+
         try:
-            ids: list[int] = _apart(lambda: self._tokenizer(text, return_attention_mask=False, **settings).input_ids)
+            ids, wrong, token = _apart(read)
         except _LibraryError as error:
             if error.of_file:
                 raise ModelError(f"the tokenizer cannot read a text: {error}", _HINT) from error
             raise InputError(f"the tokenizer does not take the text: {error}", "write it in other words") from error
         if special and not ids:
             raise InputError("the tokenizer makes no token of the text", "write it in other words")
-        wrong = next((each for each in ids if each >= self._vocabulary), None)
         if wrong is not None:
-            token = printable(_apart(lambda: self._tokenizer.convert_ids_to_tokens(wrong)), 100)
             raise InputError(
-                f"the text has the token '{token}' with id {wrong}, the model's vocabulary has {self._vocabulary}",
+                f"the text has the token '{printable(token, 100)}' with id {wrong}, "
+                f"the model's vocabulary has {self._vocabulary}",
                 "leave it out, or use the tokenizer that the model was trained with",
             )
         return ids
+
+
+def _too_long(length: str, most_tokens: int) -> InputError:
+    return InputError(
+        f"the text has {length}, there is memory for {most_tokens} tokens",
+        "split it, or reserve more: --batch-size 4 does for twice as many tokens",
+    )
 
 
 def _loader(folder: Path, settings: TokenizerSettings) -> Callable[[], Any]:

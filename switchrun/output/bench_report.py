@@ -112,6 +112,7 @@ def _figure(records: Sequence[Record]) -> Any:
     measured = [record for record in records if record["status"] == "ok"]
     if not measured:
         return None
+    mpl.rcdefaults()  # a matplotlibrc in the current folder could have programs run: LaTeX, with words of its own
     with mpl.rc_context({"font.size": 8, "svg.fonttype": "none"}):
         figure = Figure(figsize=(11, 6 + 2.6 * len(measured)), layout="constrained")
         grid = figure.add_gridspec(2 + len(measured), 2)

@@ -16,7 +16,7 @@ from switchrun.errors import escape
 DEFAULT_WIDTH = 80
 
 
-def render(stream: TextIO, parts: Iterable[RenderableType]) -> str:
+def render(stream: TextIO | None, parts: Iterable[RenderableType]) -> str:
     """Draw tables and lines of text, with an empty line between them, as lines to be written to a stream.
 
     Codes in them that a terminal would obey are written out.
@@ -24,10 +24,10 @@ def render(stream: TextIO, parts: Iterable[RenderableType]) -> str:
     `NO_COLOR` and `COLUMNS` are honoured. `FORCE_COLOR` is not: it would put colours into files.
 
     Args:
-        stream: Where the lines will go; it is only asked whether it is a terminal.
+        stream: Where the lines will go; it is only asked whether it is a terminal. None is one that is closed.
         parts: What to draw.
     """
-    terminal = stream.isatty()
+    terminal = stream is not None and stream.isatty()
     columns = os.environ.get("COLUMNS", "")
     width = int(columns) if columns.isdigit() and int(columns) else None if terminal else DEFAULT_WIDTH
     console = Console(file=stream, force_terminal=terminal, width=width, highlight=False, markup=False, emoji=False)

@@ -112,7 +112,7 @@ def _tables(records: Sequence[Record]) -> str:
         for row in section.rows:
             table.add_row(*row)
         parts.append(table)
-    return render(sys.stdout, parts)
+    return render(sys.__stdout__, parts)
 
 
 def sections(records: Sequence[Record]) -> Iterator[Section]:
@@ -252,7 +252,7 @@ def format_evaluation(record: dict[str, Any], style: EvalFormat) -> str:
     table = make_table(title, *_HEAD)
     for row in _rows(record):
         table.add_row(*row)
-    return render(sys.stdout, [table, "\n".join(_notes(record))])
+    return render(sys.__stdout__, [table, "\n".join(_notes(record))])
 
 
 def _rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:

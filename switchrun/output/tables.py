@@ -48,7 +48,7 @@ def render_plan(plan: Plan) -> str:
     for title, sentences in (("Notes", plan.notes), ("Repairs of the checkpoint", plan.repairs)):
         if sentences:
             parts.append("\n".join([title, *(f"- {sentence}" for sentence in sentences)]))
-    return render(sys.stdout, parts)
+    return render(sys.__stdout__, parts)
 
 
 def _model(plan: Plan) -> _Rows:
@@ -197,7 +197,7 @@ def render_preparation(
         ("all of it", most if jobs == 1 else f"{least} to {most}"),
     ]
     tables = {"What switchrun prepare would do": work, "How long it would take, estimated": times}
-    return render(sys.stdout, [make_list(title, rows) for title, rows in tables.items()])
+    return render(sys.__stdout__, [make_list(title, rows) for title, rows in tables.items()])
 
 
 def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
@@ -207,7 +207,7 @@ def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
     table = make_table(f"Stored experts in {offload}", "model", "dtype", "problem", "experts", "bytes", text_columns=3)
     for info in stores:
         table.add_row(_owner(info), info.folder.name, info.problem, str(info.experts), format_bytes(info.nbytes))
-    return render(sys.stdout, [table])
+    return render(sys.__stdout__, [table])
 
 
 def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyReport]]) -> str:
@@ -216,7 +216,7 @@ def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyRep
     for info, found in verified:
         damaged = str(len(found.damaged))
         table.add_row(_owner(info), info.folder.name, str(found.experts), format_bytes(found.nbytes), damaged)
-    return render(sys.stdout, [table])
+    return render(sys.__stdout__, [table])
 
 
 def _owner(info: StoreInfo) -> str:
@@ -231,4 +231,4 @@ def render_checks(checks: Sequence[Check]) -> str:
         finding = check.finding if check.hint is None else f"{check.finding}\n→ {check.hint}"
         table.add_row(Text(check.status, style=_STATUS_STYLES[check.status]), check.name, finding)
     ok, warnings, failed = (sum(check.status == status for check in checks) for status in _STATUS_STYLES)
-    return render(sys.stdout, [table, f"{ok} ok, {format_count(warnings, 'warning')}, {failed} failed"])
+    return render(sys.__stdout__, [table, f"{ok} ok, {format_count(warnings, 'warning')}, {failed} failed"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import PackedDtype, Precision
-from switchrun.planning.plan import DISK, SparseLayer, Tier
+from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
@@ -46,6 +46,9 @@ _GPU_BLOCKS = ((MIB, 2 * MIB), (10 * MIB - 1, 20 * MIB))
 _GPU_STEP = 2 * MIB
 #: Matrices begin at multiples of this in a GPU's slot: kernels want it.
 GPU_ALIGNMENT = 256
+
+#: Memory is never reserved for longer inputs than this, unless for several in a batch.
+MOST_RESERVED_TOKENS = 2048
 
 _PAGE = 4096
 #: The linear layers outside the experts: attention, and the MLPs of blocks without experts.
@@ -174,7 +177,7 @@ def _is_staged(stored: ExpertSlices, precision: Precision) -> bool:
     """Whether an expert of the checkpoint must be converted or packed on its way into a slot."""
     if precision.packed is not None:
         return any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
-    return stored.wi.dtype != precision.compute.stored
+    return any(matrix.dtype != precision.compute.stored for matrix in stored)
 
 
 def runtime_bytes(precision: Precision) -> int:
@@ -196,8 +199,13 @@ def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
 
 
 def max_input_tokens(checkpoint: SwitchCheckpoint) -> int:
-    """Return the longest input that the model takes: the length that it was trained with, 512 for T5's family."""
-    return int(checkpoint.config.get("n_positions") or 512)
+    """Return the length of input that memory is reserved for: that of the training, 512 for T5's family.
+
+    The model itself takes any length. So what config.json says is a wish, and one beyond `MOST_RESERVED_TOKENS` would
+    leave no memory for weights.
+    """
+    wish = checkpoint.config.get("n_positions")
+    return min(wish, MOST_RESERVED_TOKENS) if type(wish) is int and wish > 0 else 512
 
 
 def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
@@ -245,6 +253,26 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     largest = max(dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items())
     scratch = max(largest, d_model * d_ff * item)
     return int(max(encoder, decoder) + scratch)
+
+
+def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int) -> bool:
+    """Whether a batch of so many texts of so many tokens fits: into what is reserved, and what budgets have left."""
+    if rows <= plan.batch_size and tokens <= max_input_tokens(checkpoint):
+        return True
+    new_tokens = max_output_tokens(checkpoint, plan.estimate.output_tokens)
+    shape = BatchShape(rows, tokens, new_tokens, plan.num_beams)
+    needed = activation_bytes(checkpoint, plan.precision, shape)
+    computing = [use for use in plan.tiers if use.activation_bytes]
+    return all(needed <= use.activation_bytes + max(0, (use.budget_bytes or 0) - use.total_bytes) for use in computing)
+
+
+def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
+    """Return how many tokens a text can have, filled alone."""
+    fits, too_many = max_input_tokens(checkpoint), 1 << 20
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if has_room(checkpoint, plan, 1, middle) else (fits, middle)
+    return fits
 
 
 @dataclass(frozen=True)

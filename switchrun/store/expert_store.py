@@ -248,7 +248,8 @@ class ExpertStore:
         with self._lock:
             was, self._writable = self._writable, False
         if self._must_write:
-            raise StorageError(f"{self.folder} cannot be written: {reason}", "make room, or name another folder")
+            hint = "make room, or name another folder with --offload-folder"
+            raise StorageError(f"{self.folder} cannot be written: {reason}", hint)
         if was:
             self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
 
@@ -290,4 +291,4 @@ def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
     if dtype != "nf4":
         return [plain]
     tiled = nf4_layout(d_model, d_ff, tiled=True)
-    return [tiled, plain] if checkpoint.stored_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]
+    return [tiled, plain] if checkpoint.plain_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]

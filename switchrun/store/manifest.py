@@ -107,6 +107,9 @@ def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], 
     try:
         found = read_manifest(folder)
     except (ValueError, OSError) as error:
+        # A folder that may not be looked into is as good as none; one that may, could be somebody else's.
+        if isinstance(error, PermissionError) and not os.access(folder, os.X_OK):
+            return None
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CorruptCheckpointError(f"{folder}: its {MANIFEST} cannot be used: {reason}", hint) from error
     if found is None:

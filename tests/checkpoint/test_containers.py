@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from switchrun.checkpoint.index import read_safetensors
+from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.checkpoint.torch_file import read_torch
 from switchrun.errors import CorruptCheckpointError, SwitchrunError
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
@@ -119,12 +119,12 @@ def safetensors_bytes(header: object) -> bytes:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[" * 200_000, "not valid JSON"),
+        (b"\xff\xfe", "header is not valid: 'utf-8'"),
+        (b"[" * 200_000, "nested too deeply"),
         ([1], "not a JSON object"),
         ({"w": 3}, "tensor w is malformed"),
         ({"w": {"dtype": "F32", "shape": [2]}}, "tensor w is malformed"),
-        ({"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "tensor w is malformed"),
+        ({"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "a number is negative"),
         ({"w": {"dtype": "F32", "shape": [10**4000] * 3, "data_offsets": [0, 8]}}, "tensor w is malformed"),
         ({"w": {"dtype": "F32", "shape": ["2"], "data_offsets": [0, 8]}}, "tensor w is malformed"),
         ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "tensor w is malformed"),
@@ -159,7 +159,7 @@ def test_git_lfs_pointer(tmp_path: Path, read: Any) -> None:
 
 @pytest.mark.parametrize("read", [read_safetensors, read_torch])
 def test_what_the_system_says(tmp_path: Path, read: Any) -> None:
-    with pytest.raises(CorruptCheckpointError, match="Is a directory"):
+    with pytest.raises(CorruptCheckpointError, match="it is a folder, not a file"):
         read(tmp_path)
     with pytest.raises(CorruptCheckpointError, match="No such file"):
         read(tmp_path / "none")

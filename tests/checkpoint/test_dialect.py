@@ -25,6 +25,8 @@ def check_against(spec: CheckpointSpec, folder: Path) -> None:
     spec.save(model, folder)
     checkpoint = open_checkpoint(str(folder), cache_dir=folder / "cache")
     state = oracle_state(model)
+    if spec.dialect == "copied-head":
+        state["lm_head.weight"] = state["shared.weight"]
     found = {name: read_tensor(where) for name, where in checkpoint.dense.items()}
     for (stack, block, expert), slices in checkpoint.experts.items():
         prefix = f"{stack}.block.{block}.layer.{1 if stack == 'encoder' else 2}.mlp.experts.expert_{expert}"
@@ -39,7 +41,7 @@ def check_against(spec: CheckpointSpec, folder: Path) -> None:
         built = SwitchTransformersForConditionalGeneration(config)
     if spec.dialect != "own-embeddings":
         built.encoder.embed_tokens = built.decoder.embed_tokens = built.shared
-    assert {n: t.shape for n, t in oracle_state(built).items()} == {n: t.shape for n, t in state.items()}
+    assert {n: t.shape for n, t in oracle_state(built).items()} == {n: t.shape for n, t in oracle_state(model).items()}
     assert config.tie_word_embeddings == spec.tied
     assert checkpoint.stored_dtype == {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[spec.dtype]
     assert checkpoint.num_experts == spec.experts
@@ -97,24 +99,31 @@ def test_experts_are_a_mapping(folder: Path) -> None:
 # The head
 
 
-def test_head_that_differs_unties(folder: Path) -> None:
+def test_a_head_that_is_stored_counts_and_config_json_says_whether_it_is_tied(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=True)
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.config["tie_word_embeddings"] is False
-    assert "lm_head.weight" in checkpoint.dense
-    assert checkpoint.repairs == ("tie_word_embeddings true → false: lm_head.weight differs from shared.weight",)
-    edit_config(folder, remove=("tie_word_embeddings",))
-    checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.repairs == ("tie_word_embeddings → false: lm_head.weight differs from shared.weight",)
-
-
-def test_copied_head_stays_when_the_config_says_untied(tmp_path: Path) -> None:
-    folder = save_checkpoint(random_model(tiny_config()), tmp_path / "m", dialect="copied-head")
-    assert "lm_head.weight" not in open_checkpoint(str(folder)).dense
-    edit_config(folder, tie_word_embeddings=False)
-    checkpoint = open_checkpoint(str(folder))
+    assert checkpoint.config["tie_word_embeddings"] is True
     assert "lm_head.weight" in checkpoint.dense
     assert checkpoint.repairs == ()
+    edit_config(folder, remove=("tie_word_embeddings",))
+    assert open_checkpoint(str(folder)).config["tie_word_embeddings"] is True
+
+
+def test_a_copied_head_stays(tmp_path: Path) -> None:
+    """To find out that it is a copy, all of both would have to be read."""
+    folder = save_checkpoint(random_model(tiny_config()), tmp_path / "m", dialect="copied-head")
+    for tied in (True, False):
+        edit_config(folder, tie_word_embeddings=tied)
+        checkpoint = open_checkpoint(str(folder))
+        assert "lm_head.weight" in checkpoint.dense
+        assert checkpoint.repairs == ()
+
+
+def test_a_head_in_the_embedding_s_own_place_is_the_embedding(tmp_path: Path) -> None:
+    """torch.save keeps all names of a tied embedding, in one storage."""
+    folder = save_checkpoint(random_model(tiny_config()), tmp_path / "m", container="torch")
+    assert "lm_head.weight" in torch.load(folder / "pytorch_model.bin")
+    assert not {"lm_head.weight", "encoder.embed_tokens.weight"} & open_checkpoint(str(folder)).dense.keys()
 
 
 def test_no_head_is_a_tied_head(folder: Path) -> None:
@@ -176,13 +185,49 @@ def test_router_bias_is_taken_from_the_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_dtype_is_taken_from_the_tensors(folder: Path, key: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("bfloat16", "BF16"), ("float16", "F16"), ("float64", "F32"), ("float32", "F32"), (None, "F32")],
+)
+def test_the_dtype_is_what_config_json_says(folder: Path, key: str, name: str | None, stored: str) -> None:
     edit_config(folder, ("dtype",))
-    edit_config(folder, **{key: "bfloat16"})
+    edit_config(folder, **{key: name})
     checkpoint = open_checkpoint(str(folder))
-    assert checkpoint.config["dtype"] == "float32"
+    assert (checkpoint.plain_dtype, checkpoint.stored_dtype) == (stored, "F32")
     assert "torch_dtype" not in checkpoint.config
-    assert checkpoint.repairs == ('dtype "bfloat16" → "float32": the experts are stored so',)
+    assert checkpoint.repairs == ()
+
+
+@pytest.mark.parametrize("value", ["int8", "auto", 16, ["float32"], {}])
+def test_a_dtype_that_is_none(folder: Path, value: object) -> None:
+    edit_config(folder, dtype=value)
+    with pytest.raises(ModelError, match=r"config\.json: dtype is "):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("experts", "rest", "plain"),
+    [("BF16", "F32", "F32"), ("F32", "BF16", "F32"), ("BF16", "BF16", "BF16"), ("BF16", "F16", "F32")],
+)
+def test_auto_loses_no_stored_bit(folder: Path, experts: str, rest: str, plain: str) -> None:
+    dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtypes[experts if ".experts." in name else rest])
+
+    edit(folder, change)
+    edit_config(folder, remove=("dtype",))
+    checkpoint = open_checkpoint(str(folder))
+    assert (checkpoint.plain_dtype, checkpoint.stored_dtype) == (plain, experts)
+
+
+def test_other_names_of_sizes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    names = {"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"}
+    values: dict[str, object] = {other: config[name] for other, name in names.items()}
+    edit_config(folder, tuple(names.values()), **values)
+    assert open_checkpoint(str(folder)).config["d_model"] == config["d_model"]
 
 
 def test_a_minimal_config(folder: Path) -> None:

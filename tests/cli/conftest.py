@@ -62,6 +62,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", _Stdin(input, terminal))
             patch.setattr(sys, "stdout", stdout)
+            patch.setattr(sys, "__stdout__", stdout)
             patch.setattr(sys, "stderr", stderr)
             code = run(list(args))
         return Outcome(code, stdout.buffer.getvalue().decode(), stderr.getvalue(), sessions)

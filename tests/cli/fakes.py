@@ -79,7 +79,7 @@ class FakeSession:
         """Refuse what the real session would refuse."""
         count = check_sentinels(text)
         if "TOO LONG" in text:
-            raise InputError("the text has 600 tokens, the model takes 512", "shorten it")
+            raise InputError("the text has 600 tokens, there is memory for 512", "shorten it")
         return Encoded(text, (5, 1), tuple(range(32099, 32099 - count, -1)))
 
     def fill(self, encoded: Sequence[Encoded], options: GenerationOptions, *, first_id: int) -> list[FillResult]:

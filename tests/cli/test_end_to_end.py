@@ -26,8 +26,8 @@ def damaged(tmp_path: Path) -> Path:
 
 
 def test_lines_become_valid_records(run_switchrun: RunSwitchrun) -> None:
-    too_long = "word " * 3000 + "<extra_id_0>"
-    lines = f"The <extra_id_0> sat on the mat.\nno sentinel\nA ___ and a ___.\n{too_long}\n"
+    long = "word " * 3000 + "<extra_id_0>"
+    lines = f"The <extra_id_0> sat on the mat.\nno sentinel\nA ___ and a ___.\n{long}\n"
     args = ["fill", "--format", "jsonl", "--batch-size", "2", "--blank", "___", "--stats", *SHORT]
     done = run_switchrun(args, input=lines)
     assert done.returncode == 3, done.stderr
@@ -39,8 +39,7 @@ def test_lines_become_valid_records(run_switchrun: RunSwitchrun) -> None:
     assert [span["sentinel"] for span in records[2]["spans"]] == ["<extra_id_0>", "<extra_id_1>"]
     assert 1 <= records[0]["tokens"]["output"] <= 4
     assert done.stderr.startswith("switchrun: line 2: the text has no sentinel")
-    assert "switchrun: line 4: the text has 30" in done.stderr
-    assert "the model takes 512" in done.stderr
+    assert records[3]["tokens"]["input"] > 3000, "the model takes any length, if there is memory for it"
     assert "Memory of each tier" in done.stderr
     assert "\x1b" not in done.stderr
 

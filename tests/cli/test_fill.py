@@ -133,7 +133,7 @@ def test_a_single_bad_text_leaves_stdout_empty(invoke: Invoke) -> None:
 def test_a_text_that_only_the_tokenizer_refuses(invoke: Invoke) -> None:
     outcome = invoke("fill", "TOO LONG <extra_id_0>", "-q")
     assert (outcome.code, outcome.stdout) == (4, "")
-    assert outcome.stderr == "switchrun: the text has 600 tokens, the model takes 512 (shorten it)\n"
+    assert outcome.stderr == "switchrun: the text has 600 tokens, there is memory for 512 (shorten it)\n"
 
 
 def test_a_stream_answers_the_good_lines(invoke: Invoke) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_closed_streams(start: Start, closed: int, code: int, message: bytes) ->
     assert stdout == (b"" if code else "wörd [x]\n".encode())
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signals_leave_whole_lines(start: Start, signum: signal.Signals, code: int) -> None:
     process = start("fill", "-q", delay=0.005)
     assert process.stdin is not None
@@ -199,7 +200,7 @@ def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> Non
     assert shown == f"switchrun: note: {REPAIR}\nswitchrun: note: {UNUSED}\n".encode() + ANSWER * 2
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_while_the_command_line_is_imported(
     hermetic: dict[str, str], signum: signal.Signals, code: int
 ) -> None:
@@ -216,3 +217,158 @@ def test_a_signal_while_the_command_line_is_imported(
     )
     done = subprocess.run([sys.executable, "-c", script], env=hermetic, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+SWALLOWS = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    sum(range(1000))
+except BaseException:
+    pass
+"""
+DELETES = """
+import os, signal
+class Odd:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+odd = Odd()
+del odd
+"""
+
+
+def run_script(env: dict[str, str], script: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("swallow", [SWALLOWS, DELETES], ids=["except", "del"])
+def test_a_signal_that_an_imported_library_swallows(hermetic: dict[str, str], tmp_path: Path, swallow: str) -> None:
+    """A torch that swallows it, and fails for another reason later."""
+    (tmp_path / "torch.py").write_text(f"{swallow}\nraise RuntimeError('half of torch is there')\n")
+    env = hermetic | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "switchrun", "fill", "A <extra_id_0> b"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("swallow", [SWALLOWS, DELETES], ids=["except", "del"])
+@pytest.mark.parametrize("then", ["raise ValueError('a library made this of it')", "sys.exit(7)", "pass"])
+def test_a_signal_that_a_library_swallows_at_work(hermetic: dict[str, str], swallow: str, then: str) -> None:
+    indented = (swallow + then).strip().replace("\n", "\n        ")
+    script = (
+        "import sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
+        f"class Session(fakes.FakeSession):\n    def fill(self, *args, **kwargs):\n        {indented}\n"
+        "        return super().fill(*args, **kwargs)\n"
+        "switchrun.cli.fill.open_session = Session\n"
+        "sys.argv = ['switchrun', 'fill', '-q', '<extra_id_0>', '<extra_id_0>']\n"
+        "from switchrun.cli.app import main\nmain()\n"
+    )
+    done = run_script(hermetic, script)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert set(done.stdout.splitlines()) <= {"wörd [x]"}
+
+
+def test_a_signal_after_the_last_answer(hermetic: dict[str, str]) -> None:
+    script = (
+        "import atexit, os, signal, sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
+        "from switchrun.cli import streams\n"
+        "leave = streams.leave\n"
+        "def interrupted(code):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    leave(code)\n"
+        "streams.leave = interrupted\n"
+        "switchrun.cli.fill.open_session = fakes.FakeSession\n"
+        "sys.argv = ['switchrun', 'fill', '-q', '<extra_id_0>']\n"
+        "from switchrun.__main__ import main\nmain()\n"
+    )
+    done = run_script(hermetic, script)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "wörd [x]\n", "")
+
+
+@pytest.mark.parametrize("moment", ["libtorch_cpu.so", "tokenizers.abi3.so", "answer"])
+def test_a_signal_at_a_moment_of_a_real_fill(hermetic: dict[str, str], moment: str) -> None:
+    """While torch is loaded, while transformers is imported, and right after an answer."""
+    command = [sys.executable, "-m", "switchrun", "fill", "-q"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=hermetic, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"A <extra_id_0> b\n")
+        process.stdin.flush()
+        if moment == "answer":
+            process.stdout.readline()
+        while moment != "answer" and moment.encode() not in Path(f"/proc/{process.pid}/maps").read_bytes():
+            assert process.poll() is None
+            time.sleep(0.005)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+        assert (process.returncode, stdout, stderr) == (130, b"", b"")
+        assert time.monotonic() - start < 5  # one, if nothing else runs on the machine
+
+
+def test_what_libraries_print_is_no_answer(hermetic: dict[str, str]) -> None:
+    script = (
+        "import os, subprocess, sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
+        "class Session(fakes.FakeSession):\n    def fill(self, *args, **kwargs):\n"
+        "        print('by Python')\n"
+        "        os.write(1, b'by C\\n')\n"
+        "        subprocess.run(['echo', 'by a child'])\n"
+        "        return super().fill(*args, **kwargs)\n"
+        "switchrun.cli.fill.open_session = Session\n"
+        "sys.argv = ['switchrun', 'fill', '-q', '<extra_id_0>']\n"
+        "from switchrun.cli.app import main\nmain()\n"
+    )
+    done = run_script(hermetic, script)
+    assert (done.returncode, done.stdout) == (0, "wörd [x]\n")
+    assert sorted(done.stderr.splitlines()) == ["by C", "by Python", "by a child"]
+
+
+@pytest.mark.parametrize("args", [["plan"], ["offload", "ls"], ["plan", "--format", "json"]])
+def test_a_table_for_a_closed_stdout(start: Start, args: list[str]) -> None:
+    process = start(*args, preexec_fn=lambda: os.close(1))
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert stderr.startswith(b"switchrun: stdout is closed")
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(hermetic: dict[str, str]) -> None:
+    script = (
+        "import os, sys\nfrom switchrun.cli.streams import prepare_output\nprepare_output()\n"
+        "file = os.open('/dev/zero', os.O_RDONLY)\n"
+        "sys.exit(file)"
+    )
+    close = lambda: [os.close(number) for number in range(3)]  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", script], env=hermetic, preexec_fn=close)
+    assert done.returncode == 3
+
+
+def test_a_current_folder_that_was_deleted(hermetic: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = ["sh", "-c", 'cd gone && rmdir ../gone && exec "$0" -m switchrun plan', sys.executable]
+    done = subprocess.run(command, env=hermetic, cwd=tmp_path, capture_output=True, text=True)
+    message = "switchrun: the current folder was deleted (go to one that is there)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["fill", "A <extra_id_0> b."],
+        ["doctor"],
+        ["eval", "--text", "text", "--dtype", "bf16"],
+        ["bench", "--repeats", "1", "--output-tokens", "2", "-q"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_no_module_of_the_current_folder_is_imported(hermetic: dict[str, str], tmp_path: Path, args: list[str]) -> None:
+    for name in ("psutil", "torch", "rich", "numpy", "json", "typing", "safetensors", "sitecustomize", "switchrun"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'a').write(__name__)\n")
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    (tmp_path / "text").write_text("The river was warm after the rain and the man left.\n")
+    command = [sys.executable, "-P", "-m", "switchrun", *args]
+    done = subprocess.run(command, env=hermetic, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "ran").exists()

@@ -13,7 +13,7 @@ import pytest
 from switchrun.checkpoint import open_checkpoint
 from switchrun.doctor import machine_checks
 from switchrun.doctor.check import Check
-from switchrun.machine import disks
+from switchrun.machine import disks, folders
 from switchrun.units import GIB, MIB
 
 Usage = namedtuple("Usage", "total used free")
@@ -102,6 +102,16 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert machine_checks.check_offload_folder(tmp_path).finding == f"{tmp_path} cannot be written: Permission denied"
 
 
+def test_one_that_nobody_named_is_a_comfort() -> None:
+    check = machine_checks.check_offload_folder(Path("/proc/self/tier"), named=False)
+    assert (check.status, check.exit_code) == ("warn", 0)
+    assert "cannot be written" in check.finding
+    check = machine_checks.check_offload_folder(folders.NOWHERE / "offload", named=False)
+    assert (check.status, check.exit_code) == ("warn", 0)
+    assert check.finding.startswith("there is no home folder")
+    assert "--offload-folder" in (check.hint or "")
+
+
 @pytest.mark.parametrize(
     ("filesystem", "rate", "finding", "hint"),
     [
@@ -160,7 +170,7 @@ def test_the_filesystem_is_that_of_the_nearest_mount(tmp_path: Path, monkeypatch
             "25 24 0:42 / /mnt/my rw - btrfs /dev/sdc1 rw",
         ]
     )
-    monkeypatch.setattr(Path, "read_text", lambda self: table)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: table.encode())
     assert disks.filesystem_of(Path("/mnt/my disk/a")) == "xfs"
     assert disks.filesystem_of(Path("/mnt/my/a")) == "btrfs"
     assert disks.filesystem_of(Path("/mnt/mine")) == "ext4"

@@ -108,3 +108,17 @@ def test_no_connection() -> None:
 def test_online_and_offline() -> None:
     found = check(online=True)
     assert (found["status"], found["exit_code"], found["hint"]) == ("fail", 8, "unset HF_HUB_OFFLINE")
+
+
+def test_without_a_home_there_is_no_cache(tmp_path: Path) -> None:
+    found = check(HF_HOME="~no-such-user/huggingface")
+    assert (found["status"], found["exit_code"]) == ("warn", 0)
+    assert "no home folder" in found["finding"]
+    assert "HF_HOME" in found["hint"]
+
+
+def test_a_token_that_may_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "token").mkdir()  # as good as one in a folder of another user, for a test that root runs
+    found = check(HF_TOKEN_PATH=str(tmp_path / "token"))
+    assert found["status"] == "ok"
+    assert "no token" in found["finding"]

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 GOOD = {
     "accelerate": "1.15.0", "bitsandbytes": "0.50.2", "huggingface-hub": "2.4.0", "nvidia-ml-py": "13.580.82",
-    "packaging": "26.4", "platformdirs": "4.14.8", "protobuf": "7.36.2", "psutil": "7.2.2", "rich": "15.0.0",
+    "packaging": "26.4", "protobuf": "7.36.2", "psutil": "7.2.2", "rich": "15.0.0",
     "safetensors": "0.8.0", "sentencepiece": "0.2.3", "torch": "2.13.0+cpu", "transformers": "5.24.0",
     "typer": "0.29.2", "xxhash": "4.1.0",
 }  # fmt: skip

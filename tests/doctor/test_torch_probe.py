@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,35 @@ import pytest
 
 from switchrun.doctor import torch_child
 from switchrun.doctor.torch_checks import NOT_TRIED, STAGES, TorchProbe, check_bitsandbytes, check_torch
+from switchrun.errors import BudgetError
 from switchrun.machine import processor
+from tests.conftest import ROOT
 from tests.doctor.conftest import torch_answer
 
+Ask = Callable[..., Any]
 
-def ask(script: str, timeout: float = 60) -> Any:
-    with TorchProbe([sys.executable, "-c", script]) as probe:
-        return probe.answer(timeout)
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], TorchProbe]:
+    """A function that starts a script in the place of the child."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def start(script: str) -> TorchProbe:
+        (tmp_path / "in_its_place.py").write_text(script)
+        return TorchProbe("in_its_place")
+
+    return start
+
+
+@pytest.fixture
+def ask(child: Callable[[str], TorchProbe]) -> Ask:
+    """A function that starts a script and returns what is made of its answers."""
+
+    def call(script: str, timeout: float = 60) -> Any:
+        with child(script) as probe:
+            return probe.answer(timeout)
+
+    return call
 
 
 def write(stages: dict[str, Any]) -> str:
@@ -30,7 +53,7 @@ def write(stages: dict[str, Any]) -> str:
     return f"print({lines!r}, flush=True)\n"
 
 
-def test_a_good_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_good_answer(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "has_bf16_instructions", lambda: True)
     assert ask(write(torch_answer())) == torch_answer()
     check = check_torch(torch_answer())
@@ -48,7 +71,7 @@ def test_a_good_answer(monkeypatch: pytest.MonkeyPatch) -> None:
         ("import os; os.kill(os.getpid(), 11)", "ended by SIGSEGV"),
     ],
 )
-def test_a_child_that_gives_no_answer(script: str, words: str) -> None:
+def test_a_child_that_gives_no_answer(ask: Ask, script: str, words: str) -> None:
     answer = ask(script)
     assert set(answer) == set(STAGES)
     assert words in answer["driver"]["error"]
@@ -57,7 +80,7 @@ def test_a_child_that_gives_no_answer(script: str, words: str) -> None:
     assert check.hint
 
 
-def test_a_crash_tells_where() -> None:
+def test_a_crash_tells_where(ask: Ask) -> None:
     half = {name: torch_answer()[name] for name in ("driver", "torch")}
     answer = ask(write(half) + "import os; os.kill(os.getpid(), 6)")
     assert answer["torch"]["version"] == "2.13.0+cpu"
@@ -70,7 +93,7 @@ def test_a_crash_tells_where() -> None:
     assert check_bitsandbytes(answer).status == "warn"
 
 
-def test_a_child_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
+def test_a_child_that_hangs_is_killed_with_all_that_it_started(ask: Ask, tmp_path: Path) -> None:
     script = write({"driver": {"version": None, "gpus": []}}) + (
         "import subprocess, sys, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
@@ -95,18 +118,18 @@ def test_a_child_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -
     pytest.fail("the grandchild still runs")
 
 
-def test_leaving_ends_the_child() -> None:
-    probe = TorchProbe([sys.executable, "-c", "import time; time.sleep(600)"])
+def test_leaving_ends_the_child(child: Callable[[str], TorchProbe]) -> None:
+    probe = child("import time; time.sleep(600)")
     with pytest.raises(KeyboardInterrupt), probe:
         raise KeyboardInterrupt
     assert probe._child.returncode == -9
 
 
-def test_torch_that_cannot_be_imported(tmp_path: Path, hermetic: dict[str, str]) -> None:
+def test_torch_that_cannot_be_imported(ask: Ask, tmp_path: Path, hermetic: dict[str, str]) -> None:
     """The real child, with a torch that raises and prints."""
     (tmp_path / "torch.py").write_text("print('on stdout')\nraise ImportError('libgomp.so.1: not found\\nmore')\n")
-    command = [sys.executable, "-P", torch_child.__file__]
-    env = hermetic | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", torch_child.__name__]
+    env = hermetic | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert lines[1:] == [{"torch": {"error": "ImportError: libgomp.so.1: not found"}}]
@@ -146,3 +169,12 @@ def test_builds() -> None:
     assert torch_child.build_of(SimpleNamespace(cuda=None, hip="6.3", xpu=None)) == "ROCm 6.3"
     assert torch_child.build_of(SimpleNamespace(cuda=None, hip=None, xpu="20250302")) == "XPU 20250302"
     assert torch_child.build_of(SimpleNamespace(cuda=None, hip=None)) == "CPU"
+
+
+def test_a_process_that_torch_does_not_fit_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise BudgetError("ulimit -v allows little", "lift it")
+
+    monkeypatch.setattr("switchrun.doctor.torch_checks.check_limits", refuse)
+    check = check_torch(torch_answer(torch={"error": "MemoryError"}))
+    assert (check.finding, check.hint, check.exit_code) == ("ulimit -v allows little", "lift it", 6)

@@ -73,3 +73,12 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CorruptCheckpointError, match="cannot open"):
         files.acquire(tmp_path / "nothing", direct=True)
     assert not files.all_direct
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, direct: bool) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, what in (("fifo", "a FIFO"), ("zero", "a device")):
+        with pytest.raises(CorruptCheckpointError, match=f"it is {what}, not a file"):
+            OpenFiles().acquire(tmp_path / name, direct)

@@ -19,10 +19,8 @@ TABLE = r"""
 
 @pytest.fixture
 def mounts(monkeypatch: pytest.MonkeyPatch) -> None:
-    read_text = Path.read_text
-    monkeypatch.setattr(
-        Path, "read_text", lambda self, **how: TABLE if self.name == "mountinfo" else read_text(self, **how)
-    )
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: TABLE if self.name == "mountinfo" else read_bytes(self))
 
 
 @pytest.mark.parametrize(

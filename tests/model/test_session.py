@@ -128,7 +128,7 @@ def test_more_beams_than_memory_is_reserved_for(folder: Path) -> None:
 def test_too_long_an_input(folder: Path) -> None:
     with open_with_slots(folder, None) as session:
         text = "a " * 600 + "<extra_id_0>"
-        with pytest.raises(InputError, match=r"the text has (\d+) tokens, the model takes 512") as caught:
+        with pytest.raises(InputError, match=r"the text has (\d+) tokens, there is memory for 512") as caught:
             session.fill([TEXTS[0], text])
         length = len(session._tokenizer._tokenizer(text).input_ids)
         assert f"has {length} tokens" in caught.value.message

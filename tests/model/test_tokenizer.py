@@ -138,10 +138,10 @@ def test_ids_are_those_of_plain_transformers(change: Callable[[Path], Any], fold
     assert type(ours._tokenizer) is type(plain)
     for text in (TEXT, "<extra_id_0>", "  The  [new] red cat, \u4e16 &<extra_id_0>", "<extra_id_0> " + "mat " * 400):
         ids = plain(text).input_ids
-        assert list(ours.encode(text).ids) == ids
+        assert list(ours.encode(text, 512).ids) == ids
         assert ours.decode(ids) == plain.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids, special=True) == plain.decode(ids)
-    assert ours.encode(TEXT).sentinels == tuple(plain.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"]))
+    assert ours.encode(TEXT, 512).sentinels == tuple(plain.convert_tokens_to_ids(["<extra_id_0>", "<extra_id_1>"]))
 
 
 def test_batches_need_no_padding_token(folder: Path) -> None:
@@ -162,12 +162,12 @@ def add_tokens(folder: Path) -> None:
 def test_a_token_that_the_model_has_not_is_an_errors_of_its_text(folder: Path) -> None:
     add_tokens(folder)
     ours = load(folder)
-    assert ours.encode(TEXT).ids[-1] == 1
-    for call in (ours.encode, ours.plain_ids):
+    assert ours.encode(TEXT, 512).ids[-1] == 1
+    for call in (lambda text: ours.encode(text, 512), ours.plain_ids):
         with pytest.raises(InputError, match=r"has the token '\[new\]' with id 128, the model's vocabulary has 128"):
             call("a [new] <extra_id_0>")
     with pytest.raises(InputError) as caught:
-        ours.encode("a \x1b[31m <extra_id_0>")
+        ours.encode("a \x1b[31m <extra_id_0>", 512)
     assert "\x1b" not in str(caught.value)
 
 
@@ -180,15 +180,15 @@ def test_only_high_sentinels_lie_beyond_the_vocabulary(folder: Path) -> None:
     ours = load(folder)
     assert ours.sentinel_id(19) is not None
     with pytest.raises(InputError, match="has no <extra_id_20>"):
-        ours.encode(text)
+        ours.encode(text, 512)
 
 
 def test_an_unknown_character_without_an_unknown_token(folder: Path) -> None:
     edit_vocabulary(lambda t: t["model"].update(unk_id=None))(folder)
     ours = load(folder)
-    assert ours.encode(TEXT).ids
+    assert ours.encode(TEXT, 512).ids
     with pytest.raises(InputError, match=r"the tokenizer does not take the text: .*unknown"):
-        ours.encode("\u4e16 <extra_id_0>")
+        ours.encode("\u4e16 <extra_id_0>", 512)
 
 
 def test_a_text_of_which_no_token_is_made(folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_text_of_which_no_token_is_made(folder: Path) -> None:
     everything = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
     edit_vocabulary(lambda t: t.update(normalizer=everything))(folder)
     with pytest.raises(InputError, match="makes no token of the text"):
-        load(folder).encode("<extra_id_0>")
+        load(folder).encode("<extra_id_0>", 512)
 
 
 def test_an_id_that_only_the_model_has(folder: Path) -> None:
@@ -252,7 +252,7 @@ def test_a_class_that_is_no_tokenizer_of_a_file(
 
 def test_a_value_of_config_json_is_not_the_tokenizers_fault(folder: Path) -> None:
     edit(folder / "config.json", layer_norm_epsilon=[], dropout_rate="x", id2label=3)
-    assert load(folder).encode(TEXT).ids
+    assert load(folder).encode(TEXT, 512).ids
 
 
 @pytest.mark.parametrize("key", ["gguf_file", "vocab", "merges", "fast_tokenizer_files", "init_inputs"])
@@ -261,7 +261,7 @@ def test_settings_name_no_files(key: str, folder: Path) -> None:
     with pytest.raises(ModelError, match=rf"tokenizer_config\.json has {key}"):
         load(folder)
     edit_settings(**{key: []})(folder)
-    assert load(folder).encode(TEXT).ids
+    assert load(folder).encode(TEXT, 512).ids
 
 
 def fifo(path: Path) -> None:
@@ -291,7 +291,7 @@ def test_what_is_no_file_or_has_no_end(name: str, make: Callable[[Path], None], 
     if name == "tokenizer.json":
         return
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert load(folder).encode(TEXT).ids
+    assert load(folder).encode(TEXT, 512).ids
 
 
 def test_a_fifo_in_a_folder_from_elsewhere(folder: Path, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_what_ordinary_files_have_is_taken(folder: Path) -> None:
     split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False}
     edit_vocabulary(lambda t: t.update(pre_tokenizer={"type": "Sequence", "pretokenizers": [split]}))(folder)
     edit_vocabulary(lambda t: t["model"]["vocab"].append(["b" * 1000, -3.0]))(folder)
-    assert load(folder).encode(TEXT).ids
+    assert load(folder).encode(TEXT, 512).ids
 
 
 def test_many_pieces_are_counted_by_the_memory_that_they_take(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +457,7 @@ def test_nothing_is_printed_for_a_file(
 ) -> None:
     """The tokenizers library prints names that it does not know in an added token, from Rust and on stdout."""
     place(folder, lstrip=False)
-    assert load(folder).encode(TEXT).ids
+    assert load(folder).encode(TEXT, 512).ids
     place(folder, **{"\x1b[31m": 1})
     with pytest.raises(ModelError, match=r"has '\\x1b\[31m' in an added token, which none has"):
         load(folder)
@@ -480,7 +480,7 @@ def test_a_panic_while_reading_a_text(folder: Path) -> None:
     edit_vocabulary(lambda t: t["post_processor"].update(special_tokens={}))(folder)
     ours = load(folder)
     with pytest.raises(ModelError, match="cannot read a text: the tokenizers library panicked"):
-        ours.encode(TEXT)
+        ours.encode(TEXT, 512)
 
 
 class _Panic(BaseException):
@@ -523,9 +523,9 @@ def _raise(error: BaseException) -> Callable[[], Any]:
 )
 def test_what_a_library_may_do(do: Callable[[], Any], read: str, written: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "_MOST_SECONDS", 0.2)
-    ours = Tokenizer(_Library(do), 512, 128)
+    ours = Tokenizer(_Library(do), 128)
     with pytest.raises(SwitchrunError) as caught:
-        ours.encode("<extra_id_0>")
+        ours.encode("<extra_id_0>", 512)
     assert read in caught.value.message
     assert type(caught.value) is (InputError if "does not take" in read else ModelError)
     with pytest.raises(ModelError) as caught:
@@ -535,15 +535,15 @@ def test_what_a_library_may_do(do: Callable[[], Any], read: str, written: str, m
 
 def test_memory_that_runs_out_is_not_the_texts_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(MemoryError):
-        Tokenizer(_Library(_raise(MemoryError())), 512, 128).encode("<extra_id_0>")
+        Tokenizer(_Library(_raise(MemoryError())), 128).encode("<extra_id_0>", 512)
 
     def no_thread(_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    ours = Tokenizer(_Library(list), 512, 128)
+    ours = Tokenizer(_Library(list), 128)
     monkeypatch.setattr("threading.Thread.start", no_thread)
     with pytest.raises(MemoryError, match="can't start new thread"):
-        ours.encode("<extra_id_0>")
+        ours.encode("<extra_id_0>", 512)
 
 
 # --- Tokenizers from elsewhere

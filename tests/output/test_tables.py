@@ -66,7 +66,7 @@ class _Terminal(io.StringIO):
 
 
 def test_a_plan_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     text = render_plan(PLAN)
     assert max(len(line) for line in text.splitlines()) <= 80
     assert "\x1b" not in text
@@ -83,7 +83,7 @@ def test_a_plan_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_is_silent_of_what_there_is_none_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     estimate = replace(PLAN.estimate, gpu_expert_loads=0, gpu_load_bytes=0)
     text = render_plan(replace(PLAN, repairs=(), notes=(), estimate=estimate))
     for title in ("Repairs", "Notes", "copied to GPUs"):
@@ -92,7 +92,7 @@ def test_a_plan_is_silent_of_what_there_is_none_of(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("columns", ["40", "120"])
 def test_columns_is_honoured(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     monkeypatch.setenv("COLUMNS", columns)
     widest = max(len(line) for line in render_plan(PLAN).splitlines())
     assert widest <= int(columns)
@@ -101,16 +101,16 @@ def test_columns_is_honoured(monkeypatch: pytest.MonkeyPatch, columns: str) -> N
 
 @pytest.mark.parametrize("columns", ["", "0", "wide"])
 def test_columns_without_a_meaning_are_80(monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     monkeypatch.setenv("COLUMNS", columns)
     assert 70 < max(len(line) for line in render_plan(PLAN).splitlines()) <= 80
 
 
 def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr(sys, "stdout", _Terminal())
+    monkeypatch.setattr(sys, "__stdout__", _Terminal())
     assert "\x1b[1m" in render_plan(PLAN)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b" not in render_plan(PLAN)
 

@@ -64,6 +64,7 @@ def made_up_checkpoint(
         sparse_blocks=sparse,
         fingerprint="",
         stored_dtype=stored,
+        plain_dtype=stored,
         expert_forms=((next(iter(experts.values())), len(experts)),),
     )
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from switchrun.checkpoint.index import read_safetensors
+from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.experts.reader import FileReader, Segment
 from switchrun.store.layout import Layout, int8_layout

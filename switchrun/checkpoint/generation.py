@@ -1,0 +1,89 @@
+"""A checkpoint's own generation settings: every field of transformers' `GenerationConfig`, sorted by what it does here.
+
+transformers takes them from `generation_config.json` alone, or from `config.json` if there is no such file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from switchrun.checkpoint.files import MOST_CONFIG_BYTES, read_json_object
+from switchrun.errors import ModelError, printable
+
+FILE = "generation_config.json"
+
+#: They change logits, or when to stop: transformers' `generate` gets them as they are.
+KEPT = frozenset({
+    "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "early_stopping",
+    "encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "eos_token_id", "epsilon_cutoff", "eta_cutoff",
+    "exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_time",
+    "min_length", "min_new_tokens", "min_p", "no_repeat_ngram_size", "remove_invalid_values", "renormalize_logits",
+    "repetition_penalty", "sequence_bias", "stop_strings", "suppress_tokens", "top_h", "typical_p",
+    "watermarking_config",
+})  # fmt: skip
+
+#: They have no say here.
+DROPPED = frozenset({
+    # Options of ours decide: `GenerationOptions`.
+    "do_sample", "max_length", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p",
+    # Caches and speed, which change no token.
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight", "assistant_lookbehind",
+    "cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile",
+    "low_memory", "max_cache_len", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type", "target_lookbehind", "use_cache", "use_mtp",
+    # The form of the output. Rows are cut where they end, whatever fills them up.
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_logits", "output_scores",
+    "pad_token_id", "return_dict_in_generate",
+    # Nothing without beam groups, and what transformers notes for itself.
+    "diversity_penalty", "_from_model_config", "transformers_version",
+})  # fmt: skip
+
+#: Nobody here can do as they say, unless they are absent, null or one of these values.
+REFUSED: Mapping[str, tuple[object, ...]] = {
+    "constraints": (),
+    "dola_layers": (),
+    "force_words_ids": (),
+    "guidance_scale": (1,),
+    "is_assistant": (False,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "token_healing": (False,),
+}
+
+
+def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint sets of `KEPT`.
+
+    `own` is `config.json` as it is, `config` the repaired one. If no token to start with is set, transformers could not
+    generate at all; then the repaired one has the special tokens that are missing.
+
+    Raises:
+        ModelError: Something of `REFUSED` would have an effect.
+        CorruptCheckpointError: `generation_config.json` is damaged.
+    """
+    path = folder / FILE
+    found: Mapping[str, Any] = own
+    if path.exists():
+        found = read_json_object(path, MOST_CONFIG_BYTES)
+    else:
+        path = folder / "config.json"
+    for name, harmless in REFUSED.items():
+        value = found.get(name)
+        if value is not None and value not in harmless:
+            raise ModelError(
+                f"{path}: {name} is {printable(value, 100)}, which is not supported",
+                "remove it there to generate without it",
+            )
+    settings = {name: found[name] for name in sorted(KEPT) if found.get(name) is not None}
+    if not {"decoder_start_token_id", "bos_token_id"} & settings.keys():
+        settings = {name: config[name] for name in ("decoder_start_token_id", "eos_token_id")} | settings
+    return settings
+
+
+def end_token(config: Mapping[str, Any]) -> int:
+    """Return the token that ends a sequence, the first if there are several; T5's own if config.json names none."""
+    eos, size = config.get("eos_token_id"), config["vocab_size"]
+    ids = eos if isinstance(eos, list) else [eos]
+    return next((each for each in ids if type(each) is int and each in range(size)), 1)
