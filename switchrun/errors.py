@@ -15,25 +15,43 @@ Exit code 3 (some inputs failed, others were answered) and those of signals (129
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 #: No message is longer: it may quote a file.
 _MOST_CHARACTERS = 4_000
+_SPACES = re.compile(r"[\t\n\v\f\r]")
+#: What a terminal obeys instead of showing it, or what is no character.
+OBEYED = re.compile(
+    "["
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control codes, except tab and line break
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
+    "\u2028\u2029"  # line and paragraph separator
+    "\ud800-\udfff"  # surrogates
+    "]"
+)
+
+
+def escape(text: str) -> str:
+    r"""Return a text in which every code that a terminal would obey is written out, as Python does it: `\x1b`.
+
+    These are control codes, codes that change the direction of writing, line separators, and halves of characters. Tabs
+    and line breaks stay, and so do joiners and marks, which emoji and many scripts need.
+    """
+    return OBEYED.sub(lambda code: ascii(code[0])[1:-1], text)
 
 
 def printable(text: object, most: int = _MOST_CHARACTERS) -> str:
-    """Return a text of which a terminal shows every character and obeys none: one line, of a long one both ends.
+    """Return a text of which a terminal obeys nothing, in one line; of a long one both ends.
 
     Whatever comes from a file passes through here on its way to people: names of tensors, values of settings, words of
-    libraries. Line breaks and tabs become spaces; control codes and others that cannot be seen, their escapes.
+    libraries. Line breaks and tabs become spaces.
     """
     shown = str(text)
     if len(shown) > most:
         shown = shown[: most // 2] + "…" + shown[len(shown) - (most - most // 2 - 1) :]
-    if shown.isprintable():
-        return shown
-    return "".join(each if each.isprintable() else " " if each in "\t\n\v\f\r" else ascii(each)[1:-1] for each in shown)
+    return escape(_SPACES.sub(" ", shown))
 
 
 class SwitchrunError(Exception):

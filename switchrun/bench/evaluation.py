@@ -12,9 +12,9 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
-from switchrun.bench.spans import LEAST_TOKENS, Passages, make_passages
+from switchrun.bench.spans import LEAST_SENTINELS, LEAST_TOKENS, Passages, make_passages
 from switchrun.checkpoint.generation import end_token
-from switchrun.errors import BudgetError, InputError
+from switchrun.errors import BudgetError, InputError, ModelError
 from switchrun.machine import processor, ram
 from switchrun.model.sentinels import NUM_SENTINELS
 from switchrun.model.session import ImportLibraries, import_model
@@ -119,7 +119,7 @@ def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model)
     planned = _plan(task, task["cpu_memory"])
     checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
     text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)
-    batches = loss_pass.make_batches(text.usable, task["batch_size"], pad=0)
+    batches = loss_pass.make_batches(text.usable, task["batch_size"])
     sizes = (int(checkpoint.config["d_model"]), planned.plan.precision.compute.itemsize)
     fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes
     allowed = int(((use.budget_bytes or 0) - fixed) * _HIDDEN_SHARE)
@@ -199,15 +199,15 @@ def _plan(task: Task, cpu_memory: int | None) -> PlannedModel:
 
 
 def _passages(task: Task, tokenizer: Tokenizer, checkpoint: SwitchCheckpoint) -> Passages:
-    eos = tokenizer.eos_id
-    text = make_passages(
-        task["lines"],
-        tokenizer.plain_ids,
-        [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None],
-        end_token(checkpoint.config) if eos is None else eos,
-        memory.max_input_tokens(checkpoint),
-        task["seed"],
-    )
+    sentinels = [each for each in map(tokenizer.sentinel_id, range(NUM_SENTINELS)) if each is not None]
+    if len(sentinels) < LEAST_SENTINELS:
+        raise ModelError(f"eval needs {LEAST_SENTINELS} sentinels, the tokenizer has {len(sentinels)}")
+    eos = end_token(checkpoint.config) if tokenizer.eos_id is None else tokenizer.eos_id
+    limit = memory.max_input_tokens(checkpoint)
+    try:
+        text = make_passages(task["lines"], tokenizer.plain_ids, sentinels, eos, limit, task["seed"])
+    except InputError as error:
+        raise InputError(f"{task['text']}, {error.message}", error.hint) from error
     if not text.usable:
         raise InputError(f"no line of {task['text']} is long enough for a span", f"{LEAST_TOKENS} tokens are the least")
     return text

@@ -66,15 +66,15 @@ class PassResult:
     experts: int
 
 
-def make_batches(passages: Sequence[Passage], batch_size: int, pad: int) -> list[Batch]:
-    """Batch passages by length, so that little is padded."""
+def make_batches(passages: Sequence[Passage], batch_size: int) -> list[Batch]:
+    """Batch passages by length, so that little is padded; the padding is id 0, which nothing looks at."""
     order = sorted(range(len(passages)), key=lambda row: (len(passages[row].inputs), row))
     batches = []
     for start in range(0, len(order), batch_size):
         rows = tuple(order[start : start + batch_size])
         parts = [torch.tensor(passages[row].inputs) for row in rows]
         targets = [torch.tensor(passages[row].target) for row in rows]
-        inputs = pad_sequence(parts, batch_first=True, padding_value=pad)
+        inputs = pad_sequence(parts, batch_first=True)
         labels = pad_sequence(targets, batch_first=True, padding_value=_IGNORED)
         lengths = torch.tensor(list(map(len, parts)))
         read = torch.arange(inputs.shape[1]) < lengths[:, None]
@@ -121,8 +121,7 @@ def score_passages(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int
     for batches in passes:
         encoded = [model.encoder.embed_tokens(batch.input_ids) for batch in batches]
         _run_stack(model.encoder, "encoder", batches, encoded, None, most_rows, used)
-        # transformers' own shift: the start token, then the target without its last token.
-        decoded = [model.decoder.embed_tokens(model._shift_right(batch.labels)) for batch in batches]
+        decoded = [model.decoder.embed_tokens(_shifted(model, batch.labels)) for batch in batches]
         _run_stack(model.decoder, "decoder", batches, decoded, encoded, most_rows, used)
         del encoded
         for batch in batches:
@@ -130,6 +129,11 @@ def score_passages(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int
     itemsize = model.shared.weight.element_size()
     most = max(hidden_bytes(batches, model.config.d_model, itemsize) for batches in passes)
     return PassResult([scores[row] for row in sorted(scores)], len(passes), most, len(used))
+
+
+def _shifted(model: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Return the start token, then the targets without their last token, and any id for padding."""
+    return F.pad(labels[:, :-1].clamp(min=0), (1, 0), value=model.config.decoder_start_token_id)
 
 
 def _hidden_bytes(encoder: int, decoder: int, state_bytes: int) -> int:

@@ -10,10 +10,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from switchrun.errors import InputError
+
 NOISE = 0.15
 MEAN_SPAN = 3
 #: Of fewer tokens, 15 % are less than half a token.
 LEAST_TOKENS = 4
+#: One stands for a span, and another one ends the target.
+LEAST_SENTINELS = 2
 #: No vocabulary has longer words by far: what lies behind is cut before it is tokenised.
 _MAX_CHARACTERS_PER_TOKEN = 64
 
@@ -85,11 +89,17 @@ def make_passages(
         eos: The end mark's id.
         limit: Most tokens of an input.
         seed: Decides which spans.
+
+    Raises:
+        InputError: A line cannot be tokenised; the message begins with its number.
     """
     usable, skipped, cut = [], 0, 0
     for number, text in enumerate(texts):
         most = limit * _MAX_CHARACTERS_PER_TOKEN
-        ids = tokenise(text[:most])
+        try:
+            ids = tokenise(text[:most])
+        except InputError as error:
+            raise InputError(f"line {number + 1}: {error.message}", error.hint) from error
         if len(ids) < LEAST_TOKENS:
             skipped += 1
             continue

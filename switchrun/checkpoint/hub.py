@@ -28,8 +28,10 @@ _CONTAINERS = (
 _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt"})
 
 
-def find_snapshot(repo: str, revision: str | None) -> Path:
+def find_snapshot(repo: str, revision: str | None, weights: bool = True) -> Path:
     """Return a model's folder in the Hub's local cache, named by its commit; download what is missing of it.
+
+    Without `weights` that is configuration and tokenizer.
 
     Raises:
         ModelError: The Hub has no such model or revision, refuses it, or the disk is too small for it.
@@ -49,7 +51,7 @@ def find_snapshot(repo: str, revision: str | None) -> Path:
             return cached
         raise _explain(repo, revision, error) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    files = choose_files(sizes)
+    files = choose_files(sizes) if weights else sorted(_SMALL_FILES & sizes.keys())
     _check_space(repo, info.sha, {name: sizes[name] for name in files})
     try:
         # The branch and not the commit: snapshot_download then notes it, which is how it is found offline.
@@ -146,7 +148,7 @@ def _explain(repo: str, revision: str | None, error: Exception) -> SwitchrunErro
         return ModelError(f"{repo} cannot be stored in the Hub's local cache: {reason}")
     return NetworkError(
         f"{repo} is not complete in the local cache, and the Hub could not be reached: {reason}",
-        "check the connection, or give --model a folder",
+        "check the connection, or give a folder",
     )
 
 

@@ -35,10 +35,11 @@ class NotDownloadedError(ModelError):
     """A model of the Hub that was not to be downloaded, and is not in the local cache."""
 
 
-def locate(model: str | None, *, download: bool = True) -> Location:
+def locate(model: str | None, *, download: bool = True, weights: bool = True) -> Location:
     """Find the folder of a checkpoint, downloading it if need be; arguments and errors are those of `open_checkpoint`.
 
     A folder that exists wins over a model of that id on the Hub, which is not asked at all unless `download` is true.
+    Without `weights` only what else there is of it is downloaded.
     """
     if model is None:
         if not (demo_folder() / "config.json").is_file():
@@ -59,7 +60,7 @@ def locate(model: str | None, *, download: bool = True) -> Location:
         raise ModelError(f"there is no folder {model!r}, and it is not a Hub id", _WAYS)
     from switchrun.checkpoint.hub import cached_snapshot, find_snapshot
 
-    snapshot = find_snapshot(*found) if download else cached_snapshot(*found)
+    snapshot = find_snapshot(*found, weights) if download else cached_snapshot(*found)
     if snapshot is None:
         raise NotDownloadedError(f"{model} is not in the Hub's local cache", f"download it: hf download {name}")
     return Location(id=name, revision=snapshot.name, path=snapshot, content=snapshot.name)

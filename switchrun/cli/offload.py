@@ -11,7 +11,7 @@ import typer
 from switchrun.cli import options
 from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
-from switchrun.errors import CorruptCheckpointError, StorageError, UsageError, command
+from switchrun.errors import CorruptCheckpointError, StorageError, UsageError, command, printable
 from switchrun.machine import folders
 from switchrun.output.progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
@@ -123,12 +123,13 @@ def clear(
     place = folders.offload_folder(offload_folder)
     stores = _chosen(place, model, dtype)
     if not stores:
-        write_answer(f"nothing to delete in {place}\n")
+        write_answer(f"nothing to delete in {printable(place)}\n")
         return
     experts = format_count(sum(info.experts for info in stores), "expert")
     size = format_bytes(sum(info.nbytes for info in stores))
     for info in stores:
-        report_lines(f"{info.folder}: {format_count(info.experts, 'expert')}, {format_bytes(info.nbytes)}\n")
+        counted = f"{format_count(info.experts, 'expert')}, {format_bytes(info.nbytes)}"
+        report_lines(f"{printable(info.folder)}: {counted}\n")
     if not yes and not _confirmed(f"Delete {experts}, {size}? [y/N] "):
         write_answer("nothing was deleted\n")
         return

@@ -119,7 +119,6 @@ class Engine:
         rows: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
-        pad_id: int,
         seed: int,
         stop: StoppingCriteria | None = None,
         on_layer: Callable[[int, int], None],
@@ -131,7 +130,8 @@ class Engine:
         with the number of tokens generated so far; `stop` ends sequences, beside the end tokens.
         """
         width = max(map(len, rows))
-        input_ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows])
+        # The padding may be any id: the mask hides it.
+        input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
         layers = len(self.checkpoint.sparse_blocks["encoder"])
         passed = 0

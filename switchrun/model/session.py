@@ -248,7 +248,6 @@ class Session:
         outputs = self.engine.generate(
             [text.ids for text in batch],
             options,
-            pad_id=self._tokenizer.pad_id,
             # Else the same text on two lines would get the same answer twice.
             seed=options.seed + first_id,
             stop=self._stop,

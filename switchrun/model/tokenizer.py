@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from switchrun.checkpoint.locate import locate
 from switchrun.checkpoint.types import SwitchCheckpoint
-from switchrun.errors import InputError, ModelError
-from switchrun.model.sentinels import check_sentinels, sentinel
+from switchrun.errors import InputError, ModelError, printable
+from switchrun.model.sentinels import NUM_SENTINELS, check_sentinels, sentinel
+from switchrun.model.tokenizer_files import TokenizerSettings, check_files
 
-_FILES = ("tokenizer.json", "spiece.model")
 _HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
 #: No vocabulary has longer words by far; a text that is longer than this cannot fit.
 _MAX_CHARACTERS_PER_TOKEN = 64
+#: T5's reads a text in 0.001 s, and loads in 1; eight times as large are mT5's.
+_MOST_SECONDS = 10.0
+_MOST_LOADING_SECONDS = 30.0
+_T5 = "T5Tokenizer"
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +35,20 @@ class Encoded:
 
 
 class Tokenizer:
-    """Turns texts into ids and ids into texts."""
+    """Turns texts into ids that the model has, and ids into texts.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Attributes:
+        eos_id: The end mark, if there is one.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int) -> None:
+        """Take a library's tokenizer, for a model whose ids are below `vocabulary`."""
         self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        found = tokenizer.convert_tokens_to_ids([sentinel(number) for number in range(NUM_SENTINELS)])
+        self._sentinels = [None if each == tokenizer.unk_token_id else each for each in found]
+        eos: int | None = tokenizer.eos_token_id
+        self.eos_id = eos if eos is not None and eos < vocabulary else None
 
     @classmethod
     def load(cls, checkpoint: SwitchCheckpoint, source: str | None) -> Tokenizer:
@@ -38,20 +56,23 @@ class Tokenizer:
 
         Raises:
             ModelError: There is no tokenizer, it cannot be loaded, or it does not fit the model.
+            NetworkError: It is on the Hub, which could not be reached.
         """
-        if source is None and not any((checkpoint.path / name).is_file() for name in _FILES):
-            raise ModelError(f"{checkpoint.path} has no tokenizer ({' or '.join(_FILES)})", _HINT)
-        from transformers import AutoTokenizer
-
         place = source or str(checkpoint.path)
-        name, _, revision = place.partition("@") if not Path(place).exists() else (place, "", "")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **({"revision": revision} if revision else {}))
-        except Exception as error:  # huggingface_hub, tokenizers and sentencepiece each raise their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelError(f"cannot load a tokenizer from {place}: {reason}", _HINT) from error
-        loaded = cls(tokenizer)
-        first, size = loaded.sentinel_id(0), checkpoint.config["vocab_size"]
+            folder = checkpoint.path if source is None else locate(source, weights=False).path
+            settings = check_files(folder)
+        except ModelError as error:
+            raise ModelError(error.message, _HINT) from error
+        except OSError as error:
+            raise ModelError(f"{place} cannot be read: {error.strerror}", _HINT) from error
+        size = checkpoint.config["vocab_size"]
+        load = _loader(folder, settings)
+        try:
+            loaded = _apart(lambda: cls(load(), size), _MOST_LOADING_SECONDS)
+        except _LibraryError as error:
+            raise ModelError(f"cannot load a tokenizer from {place}: {error}", _HINT) from error
+        first = loaded._sentinels[0]
         if first is None:
             raise ModelError(f"the tokenizer from {place} has no sentinel {sentinel(0)}", _HINT)
         if first >= size:
@@ -61,21 +82,10 @@ class Tokenizer:
             )
         return loaded
 
-    @property
-    def eos_id(self) -> int | None:
-        """The end mark, if it has one."""
-        found: int | None = self._tokenizer.eos_token_id
-        return found
-
-    @property
-    def pad_id(self) -> int:
-        """What rows of a batch are filled up with; nothing looks at it."""
-        return int(self._tokenizer.pad_token_id or 0)
-
     def sentinel_id(self, number: int) -> int | None:
         """Return the id of a sentinel; None if the vocabulary has not so many."""
-        found = self._tokenizer.convert_tokens_to_ids(sentinel(number))
-        return None if found is None or found == self._tokenizer.unk_token_id else int(found)
+        found = self._sentinels[number]
+        return None if found is None or found >= self._vocabulary else found
 
     def encode(self, text: str, most_tokens: int) -> Encoded:
         """Make a text ready for the model; see `Session.encode`. There is room for so many tokens."""
@@ -88,27 +98,59 @@ class Tokenizer:
         # A text that cannot fit is not tokenised: that takes memory which is not reserved.
         if len(text) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
             raise _too_long(f"{len(text)} characters", most_tokens)
-        ids = self._tokenizer(text).input_ids
+        ids = self._ids(text)
         if len(ids) > most_tokens:
             raise _too_long(f"{len(ids)} tokens", most_tokens)
         return Encoded(text, tuple(ids), tuple(sentinels))
 
     def plain_ids(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens."""
-        return list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        """Return the ids of a text without special tokens; errors are those of `encode`."""
+        return self._ids(text, special=False)
 
     def stop_criteria(self, strings: Any) -> Any:
         """Return transformers' criteria to stop at texts; ModelError if it does not accept them."""
         from transformers import StopStringCriteria
 
         try:
-            return StopStringCriteria(self._tokenizer, strings)
-        except Exception as error:  # what strings may be wrong about, it finds out in many ways
+            return _apart(lambda: StopStringCriteria(self._tokenizer, strings), _MOST_LOADING_SECONDS)
+        except _LibraryError as error:
             raise ModelError(f"transformers does not accept the model's stop_strings: {error}") from error
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Return the text of ids, with or without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not special))
+        """Return the text of ids, with or without special tokens; of an id that the tokenizer lacks, nothing.
+
+        Raises:
+            ModelError: The tokenizer fails.
+        """
+        try:
+            return str(_apart(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special)))
+        except _LibraryError as error:
+            raise ModelError(f"the tokenizer cannot write the model's answer: {error}", _HINT) from error
+
+    def _ids(self, text: str, *, special: bool = True) -> list[int]:
+        """Return a text's ids: all of them, and no padding, whatever the tokenizer's own settings say."""
+        settings = {"add_special_tokens": special, "padding": False, "truncation": False}
+
+        def read() -> tuple[list[int], int | None, str]:
+            ids = self._tokenizer(text, return_attention_mask=False, **settings).input_ids
+            wrong = next((each for each in ids if each >= self._vocabulary), None)
+            return ids, wrong, "" if wrong is None else str(self._tokenizer.convert_ids_to_tokens(wrong))
+
+        try:
+            ids, wrong, token = _apart(read)
+        except _LibraryError as error:
+            if error.of_file:
+                raise ModelError(f"the tokenizer cannot read a text: {error}", _HINT) from error
+            raise InputError(f"the tokenizer does not take the text: {error}", "write it in other words") from error
+        if special and not ids:
+            raise InputError("the tokenizer makes no token of the text", "write it in other words")
+        if wrong is not None:
+            raise InputError(
+                f"the text has the token '{printable(token, 100)}' with id {wrong}, "
+                f"the model's vocabulary has {self._vocabulary}",
+                "leave it out, or use the tokenizer that the model was trained with",
+            )
+        return ids
 
 
 def _too_long(length: str, most_tokens: int) -> InputError:
@@ -116,3 +158,73 @@ def _too_long(length: str, most_tokens: int) -> InputError:
         f"the text has {length}, there is memory for {most_tokens} tokens",
         "split it, or reserve more: --batch-size 4 does for twice as many tokens",
     )
+
+
+def _loader(folder: Path, settings: TokenizerSettings) -> Callable[[], Any]:
+    """Return what loads a tokenizer of the class that plain transformers takes, if that needs no code of the folder's.
+
+    transformers would load a class by any name that it has: `AutoModel` or `RagTokenizer`, too, which run such code.
+    """
+    from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast, SwitchTransformersConfig
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+    like_t5 = TOKENIZER_MAPPING_NAMES.get(settings.model_type or "") == _T5
+    if settings.has_code and not like_t5:
+        raise ModelError(f"the tokenizer in {folder} is code of its own (auto_map), which switchrun never runs", _HINT)
+    name = settings.class_name or _T5
+    found = tokenizer_class_from_name(name)
+    known = found is None or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerFast))
+    if not known and name != "PreTrainedTokenizer":  # for which it takes the fast one
+        raise ModelError(f"{folder} asks for the tokenizer class {name}, which is not supported", _HINT)
+    # No other file says what class it is, and none of its values is looked at.
+    config: Any = SwitchTransformersConfig() if like_t5 else PreTrainedConfig()
+    config.tokenizer_class = settings.class_name
+    return lambda: AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+
+
+class _LibraryError(Exception):
+    """What a library says that failed; `of_file` if no text is to blame, for it panicked or did not end."""
+
+    def __init__(self, reason: str, *, of_file: bool) -> None:
+        super().__init__(reason)
+        self.of_file = of_file
+
+
+def _apart(call: Callable[[], _Result], most_seconds: float | None = None) -> _Result:
+    """Call a library in a thread of its own: of files that nobody vouches for, it may panic, or not end.
+
+    One that does not end is left alone, and ends with the process.
+
+    Raises:
+        _LibraryError: The library failed.
+        MemoryError: There is too little memory.
+    """
+    found: list[_Result] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:  # a panic of Rust is none of Exception
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise MemoryError(str(error)) from error
+    most_seconds = most_seconds or _MOST_SECONDS
+    thread.join(most_seconds)
+    if found:
+        return found[0]
+    if not failed:
+        raise _LibraryError(f"it takes more than {most_seconds:g} s", of_file=True)
+    cause = failed[0]
+    if isinstance(cause, MemoryError):
+        raise cause
+    # tokenizers, sentencepiece and transformers each raise their own; the first line says it.
+    reason = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+    panicked = not isinstance(cause, Exception)
+    raise _LibraryError(
+        f"the tokenizers library panicked: {reason}" if panicked else reason, of_file=panicked
+    ) from cause

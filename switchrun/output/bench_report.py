@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from switchrun.errors import SwitchrunError, UsageError
+from switchrun.errors import SwitchrunError, UsageError, printable
 from switchrun.output.measurement_tables import Section, sections
 from switchrun.units import GIB, MIB
 
@@ -101,7 +101,7 @@ def _row(tag: str, cells: Sequence[str], text_columns: int) -> str:
     parts = []
     for position, cell in enumerate(cells):
         kind = ' class="number"' if position >= text_columns else ""
-        parts.append(f"<{tag}{kind}>{escape(cell)}</{tag}>")
+        parts.append(f"<{tag}{kind}>{escape(printable(cell))}</{tag}>")
     return f"<tr>{''.join(parts)}</tr>"
 
 
@@ -128,7 +128,8 @@ def _figure(records: Sequence[Record]) -> Any:
 
 def _title(record: Record) -> str:
     name = record["knobs"]["model"] or "demo"
-    return f"{Path(name).name}{' (synthetic weights)' if record['synthetic'] else ''}, switchrun bench"
+    shown = printable(Path(name).name).replace("$", r"\$")  # which would begin a formula
+    return f"{shown}{' (synthetic weights)' if record['synthetic'] else ''}, switchrun bench"
 
 
 def _label(number: int, record: Record) -> str:

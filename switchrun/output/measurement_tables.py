@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from switchrun.errors import escape, printable
 from switchrun.output.sinks import format_record
 from switchrun.units import format_bytes, format_count, format_rate, format_seconds
 
@@ -196,14 +197,14 @@ def _write(style: Format, summary: Record | None, part: str) -> str:
 
 def _markdown(section: Section) -> str:
     numbers = len(section.head) - section.text_columns
-    lines = [f"**{section.title}**\n", markdown_line(section.head)]
+    lines = [f"**{printable(section.title)}**\n", markdown_line(section.head)]
     lines.append(markdown_line(["---"] * section.text_columns + ["---:"] * numbers))
     return "\n".join([*lines, *map(markdown_line, section.rows)]) + "\n"
 
 
 def markdown_line(cells: Sequence[str]) -> str:
     """Return one line of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join(printable(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _csv(records: Sequence[Record]) -> str:
@@ -219,7 +220,9 @@ def _csv(records: Sequence[Record]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(
+        {name: escape(value) if isinstance(value, str) else value for name, value in row.items()} for row in rows
+    )
     return text.getvalue()
 
 
@@ -239,11 +242,11 @@ def format_evaluation(record: dict[str, Any], style: EvalFormat) -> str:
     """Write an evaluation as whole lines in one of the formats."""
     if style is EvalFormat.JSON:
         return format_record(record, indent=True)
-    title = f"Span-corruption loss, {record['model']['id']}"
+    title = printable(f"Span-corruption loss, {record['model']['id']}")
     if style is EvalFormat.MD:
         lines = [f"### {title}", "", markdown_line(_HEAD), markdown_line(["---"] + ["---:"] * (len(_HEAD) - 1))]
         lines += [markdown_line(row) for row in _rows(record)]
-        return "\n".join([*lines, "", *(f"- {note}" for note in _notes(record)), ""])
+        return "\n".join([*lines, "", *(f"- {printable(note)}" for note in _notes(record)), ""])
     from switchrun.output.consoles import make_table, render
 
     table = make_table(title, *_HEAD)

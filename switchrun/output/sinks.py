@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
-from switchrun.errors import InputError
+from switchrun.errors import OBEYED, InputError, escape
 from switchrun.model.records import SCHEMA_VERSION, FillResult
 
 if TYPE_CHECKING:
@@ -58,8 +58,13 @@ def format_failure(position: int, text: str, error: InputError, style: FillForma
 
 
 def format_record(record: dict[str, Any], *, indent: bool) -> str:
-    """Write a record as JSON in UTF-8, indented or on one line, with a newline at the end."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2 if indent else None) + "\n"
+    """Write a record as JSON in UTF-8, indented or on one line, with a newline at the end.
+
+    What `escape` would write out is escaped as JSON does it.
+    """
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=2 if indent else None)
+    # Outside of strings there is none, and inside json.dumps has written the first 32 codes out already.
+    return OBEYED.sub(lambda code: f"\\u{ord(code[0]):04x}", text) + "\n"
 
 
 def stores_record(offload: Path, stores: Iterable[StoreInfo]) -> dict[str, Any]:
@@ -104,4 +109,4 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def _one_line(text: str) -> str:
-    return _LINE_BREAK.sub(" ", text) + "\n"
+    return escape(_LINE_BREAK.sub(" ", text)) + "\n"

@@ -203,7 +203,7 @@ def render_preparation(
 def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
     """Return the stores of an offload folder as lines for stdout."""
     if not stores:
-        return f"{offload} holds no stored experts\n"
+        return f"{printable(offload)} holds no stored experts\n"
     table = make_table(f"Stored experts in {offload}", "model", "dtype", "problem", "experts", "bytes", text_columns=3)
     for info in stores:
         table.add_row(_owner(info), info.folder.name, info.problem, str(info.experts), format_bytes(info.nbytes))
@@ -221,7 +221,7 @@ def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyRep
 
 def _owner(info: StoreInfo) -> str:
     """Return what the user called the model; where that cannot be read, the folder that is named after it."""
-    return printable(info.manifest.model, 200) if info.manifest else info.folder.parent.name
+    return printable(info.manifest.model if info.manifest else info.folder.parent.name, 200)
 
 
 def render_checks(checks: Sequence[Check]) -> str:

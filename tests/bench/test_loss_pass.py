@@ -44,7 +44,7 @@ def saved(folder: Path, **settings: Any) -> Any:
 
 
 def run(session: Session, passages: list[Passage], passes: int = 1, most_rows: int = 64) -> PassResult:
-    batches = make_batches(passages, 3, pad=0)
+    batches = make_batches(passages, 3)
     share = -(-len(batches) // passes)
     passes_of = [batches[at : at + share] for at in range(0, len(batches), share)]
     return score_passages(session.engine.model, passes_of, most_rows)
@@ -120,7 +120,7 @@ def test_a_session_fills_as_before_after_a_pass(tmp_path: Path) -> None:
 
 
 def test_passes_are_cut_where_the_memory_ends() -> None:
-    batches = make_batches(made_up_passages(30), 3, pad=0)
+    batches = make_batches(made_up_passages(30), 3)
     whole = hidden_bytes(batches, 16, 4)
     assert split_passes(batches, 16, 4, whole) == [batches]
     assert split_passes(batches, 16, 4, 0) == [[batch] for batch in batches]
@@ -149,7 +149,7 @@ def test_the_hidden_states_take_what_is_said(tmp_path: Path, monkeypatch: pytest
 
 
 def test_batches_are_padded_on_the_right() -> None:
-    batch: Batch = make_batches([Passage((5, 6, 7, 1), (127, 8, 126, 1)), Passage((5, 1), (127, 1))], 2, pad=0)[0]
+    batch: Batch = make_batches([Passage((5, 6, 7, 1), (127, 8, 126, 1)), Passage((5, 1), (127, 1))], 2)[0]
     assert batch.rows == (1, 0)
     assert batch.input_ids.tolist() == [[5, 1, 0, 0], [5, 6, 7, 1]]
     assert batch.labels.tolist() == [[127, 1, -100, -100], [127, 8, 126, 1]]

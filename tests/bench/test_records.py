@@ -76,6 +76,23 @@ def test_every_format_of_real_records(cell: Cell, calls: list[str], tmp_path: Pa
     assert "<svg" not in render_page(records[1:])
 
 
+def test_names_are_shown_and_not_obeyed(cell: Cell, calls: list[str], tmp_path: Path) -> None:
+    (record,) = bench(cell, tmp_path).run([cell])
+    record["knobs"]["model"] = "\x1b[31m[red]|\u202e\n$\\x$"
+    for style in BenchFormat:
+        text = format_records([record, record], style)
+        assert not set(text) & set("\x1b\u202e")
+        assert "[31m" in text
+        assert style is BenchFormat.CSV or "[red]" in text
+    lines = [line for line in format_records([record], BenchFormat.MD).splitlines() if "[red]" in line]
+    assert lines == [r"| model | \x1b[31m[red]\|\u202e $\x$ |"]
+
+    pytest.importorskip("matplotlib")
+    from switchrun.output.bench_report import render_page
+
+    assert not set(render_page([record])) & set("\x1b\u202e")
+
+
 def test_a_warm_cell_runs_once_and_drops_its_warmup(cell: Cell, calls: list[str], tmp_path: Path) -> None:
     (record,) = bench(cell, tmp_path).run([replace(cell, cache="warm", warmup=1)])
     assert calls == ["measure"]

@@ -31,6 +31,8 @@ from switchrun.model.tokenizer import Encoded
 from switchrun.planning.options import OpenOptions
 
 REPAIR = "num_decoder_layers is 12, but there are 15 decoder blocks"
+#: The answer to every sentinel.
+WORD = "wörd\n[x]"
 UNUSED = "gpu:0 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed"
 
 
@@ -103,10 +105,10 @@ class FakeSession:
         return FillResult(
             id=0,
             input=text,
-            text=text.replace("<extra_id_0>", "wörd\n[x]"),
-            raw="<pad> <extra_id_0> wörd\n[x]</s>",
+            text=text.replace("<extra_id_0>", WORD),
+            raw=f"<pad> <extra_id_0> {WORD}</s>",
             output_ids=(0, 32099, 5, 1),
-            spans=(Span("<extra_id_0>", "wörd\n[x]"),),
+            spans=(Span("<extra_id_0>", WORD),),
             finish_reason="stop",
             tokens=TokenCounts(6, 4, 0),
             timing=Timing(0.5, 0.1, None, 0.2),

@@ -204,6 +204,61 @@ def test_what_is_refused(
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("style", ["table", "md", "json"])
+def test_names_are_shown_and_not_obeyed(
+    invoke: Invoke, tasks: Tasks, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, style: str
+) -> None:
+    real = evaluation.evaluate_dtype
+    name = "\x1b[31m[red]\u202e"
+    monkeypatch.setattr(evaluation, "evaluate_dtype", lambda task: real(task) | {"model": _named(name)})
+    done = run(invoke, tiny, *f"--dtype fp32 -q --format {style}".split())
+    assert (done.code, done.stderr) == (0, "")
+    assert "[red]" in done.stdout
+    assert not set(done.stdout) & set("\x1b\u202e")
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"id": name, "revision": None, "stored_dtype": "F32"}
+
+
+def edit_tokenizer(tiny: str, **settings: Any) -> None:
+    path = Path(tiny) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_a_token_that_the_model_has_not_refuses_the_text(
+    invoke: Invoke, tasks: Tasks, tiny: str, tmp_path: Path
+) -> None:
+    """A loss over the other lines would not be that of the text."""
+    vocabulary = json.loads((Path(tiny) / "tokenizer.json").read_text())
+    vocabulary["added_tokens"].append(vocabulary["added_tokens"][0] | {"id": 500, "content": "[new]"})
+    (Path(tiny) / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert run(invoke, tiny, *"--dtype fp32 -q".split()).code == 0
+    (tmp_path / "text.txt").write_text(f"{LINES}the man walks into a [new] bar\n")
+    done = run(invoke, tiny, *"--dtype fp32,bf16 -q".split())
+    assert (done.code, done.stdout, len(tasks)) == (4, "", 2)
+    assert done.stderr.startswith(
+        "switchrun: text.txt, line 6: the text has the token '[new]' with id 128, the model's"
+    )
+
+
+def test_a_tokenizer_that_is_not_t5s_own(invoke: Invoke, tasks: Tasks, tiny: str) -> None:
+    """Neither a padding token nor an end mark, and settings that say as little: the same passages, the same loss."""
+    first = record_of(run(invoke, tiny, *"--dtype fp32 --format json".split()))
+    edit_tokenizer(tiny, pad_token=None, eos_token=None, model_input_names=["input_ids"])
+    config = Path(tiny) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token_id": 9}))
+    second = record_of(run(invoke, tiny, *"--dtype fp32 --format json".split()))
+    assert first["rows"][0]["loss"] == second["rows"][0]["loss"]
+
+
+def test_a_tokenizer_with_too_few_sentinels(invoke: Invoke, tasks: Tasks, tiny: str) -> None:
+    save_tiny_tokenizer(Path(tiny), extra_ids=1)
+    done = run(invoke, tiny, *"--dtype fp32 -q".split())
+    assert (done.code, done.stdout) == (5, "")
+    assert done.stderr == "switchrun: eval needs 2 sentinels, the tokenizer has 1\n"
+
+
 def test_a_dtype_that_fails_keeps_its_row(
     invoke: Invoke, tasks: Tasks, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

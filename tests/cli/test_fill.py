@@ -50,6 +50,29 @@ def test_jsonl_is_a_valid_record_a_line(invoke: Invoke) -> None:
     assert outcome.code == 3
 
 
+CODES = "\x1b[31m\x07\x9b2J\u202eb\u2028 👩\u200d🚀\ttab"
+
+
+@pytest.mark.parametrize("style", ["text", "raw"])
+def test_codes_in_a_text_are_written_out(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, style: str) -> None:
+    """From whatever they come: the user's text, or words that a vocabulary has."""
+    shown = r"\x1b[31m\x07\x9b2J\u202eb\u2028 " + "👩\u200d🚀\ttab"
+    monkeypatch.setattr("tests.cli.fakes.WORD", CODES + "\n[x]")
+    outcome = invoke("fill", GOOD, "--format", style)
+    assert outcome.stdout == (f"A {shown} [x] b\n" if style == "text" else f"<pad> <extra_id_0> {shown} [x]</s>\n")
+    assert invoke("fill", f"{CODES} <extra_id_0>").stdout.startswith(f"{shown} ")
+
+
+@pytest.mark.parametrize("style", ["json", "jsonl"])
+def test_json_holds_codes_escaped(invoke: Invoke, style: str) -> None:
+    outcome = invoke("fill", f"{CODES} <extra_id_0>", f"{CODES}\x7f\udcff", "--format", style)
+    assert not set(outcome.stdout) & set("\x1b\x07\x9b\x7f\u202e\u2028")
+    assert "👩\u200d🚀" in outcome.stdout
+    records = list(map(json.loads, outcome.stdout.splitlines())) if style == "jsonl" else json.loads(outcome.stdout)
+    assert records[0]["input"] == f"{CODES} <extra_id_0>"
+    assert records[0]["text"].startswith(CODES)
+
+
 def test_json_is_one_document(invoke: Invoke) -> None:
     stdout = invoke("fill", GOOD, "--format", "json").stdout
     validate(json.loads(stdout), "fill")

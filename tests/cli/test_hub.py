@@ -49,3 +49,25 @@ def test_a_snapshot_that_lacks_its_weights(snapshot: Path, run_switchrun: RunSwi
     assert (done.returncode, done.stdout) == (5, "")
     assert "there are no weights" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("source", ["org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"])
+def test_a_tokenizer_from_the_cache(source: str, snapshot: Path, tmp_path: Path, run_switchrun: RunSwitchrun) -> None:
+    model = save_checkpoint(random_model(tiny_config()), tmp_path / "without")
+    args = ["fill", "the <extra_id_0> sat", "--model", str(model), "--max-new-tokens", "2", "--format", "json"]
+    done = run_switchrun([*args, "--tokenizer", source])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["output_ids"]
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "message"),
+    [
+        ("org/other", 8, "org/other is not in the local cache, and HF_HUB_OFFLINE is set"),
+        ("/nope", 5, "there is no folder '/nope', and it is not a Hub id"),
+    ],
+)
+def test_a_tokenizer_that_is_not_there(source: str, code: int, message: str, run_switchrun: RunSwitchrun) -> None:
+    done = run_switchrun(["fill", "the <extra_id_0> sat", "--tokenizer", source])
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
+    assert message in done.stderr

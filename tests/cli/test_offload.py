@@ -73,12 +73,12 @@ def test_ls(invoke: Invoke, offload: Path) -> None:
 
 def test_names_in_a_manifest_reach_the_terminal_without_escapes(invoke: Invoke, offload: Path) -> None:
     path = store_folder(offload, "demo", "int8") / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "\x1b]0;x\x07[red]de\nmo"}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "\x1b]0;x\x07[red]\u202ede\nmo"}))
     # Its experts name another model.
-    for command, code in ((["ls"], 0), (["verify"], 7), (["clear", "--yes"], 0)):
+    for command, code in ((["ls"], 0), (["ls", "--format", "json"], 0), (["verify"], 7), (["clear", "--yes"], 0)):
         done = invoke("offload", *command)
         assert done.code == code
-        assert not {"\x1b", "\x07"} & set(done.stdout + done.stderr)
+        assert not {"\x1b", "\x07", "\u202e"} & set(done.stdout + done.stderr)
     assert experts(offload) == 0
 
 

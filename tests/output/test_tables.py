@@ -10,6 +10,7 @@ import pytest
 
 from switchrun.dtypes import Dtype, Precision
 from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
+from switchrun.output.consoles import make_list, make_table, render
 from switchrun.output.tables import render_plan, render_stats
 from switchrun.planning.plan import CPU, DISK, Estimate, Placement, Plan, TierUse, gpu_tier
 from switchrun.units import GIB, MIB
@@ -136,3 +137,30 @@ def test_statistics_of_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         experts=ExpertCounts(0, 0, 0, 0, 0.0),
     )
     assert "first token" not in render_stats(nothing)
+
+
+CODES = "\x1b[31m\x9b2J\x07\u202e\u2028"
+SHOWN = r"\x1b[31m\x9b2J\x07\u202e\u2028"
+MARKUP = "[red]x[/red] :smile:"
+
+
+def test_names_are_shown_and_not_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    table = make_table(f"{CODES}{MARKUP}", f"{CODES}head", text_columns=1)
+    table.add_row(f"{CODES}{MARKUP}\nsecond line")
+    rows = make_list("list", [(f"{CODES}a", f"{CODES}{MARKUP}")])
+    for stream in (io.StringIO(), _Terminal()):
+        text = render(stream, [table, rows, f"{CODES}{MARKUP}"])
+        assert not set(text) & set("\x9b\x07\u202e\u2028")
+        assert "\x1b[31m" not in text
+        assert (text.count(SHOWN), text.count(MARKUP)) == (6, 4)
+        assert "second line" in text
+
+
+def test_a_plan_shows_what_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setenv("COLUMNS", "400")
+    names = {"model_id": CODES, "path": CODES, "stored_dtype": CODES, "repairs": (CODES,), "notes": (CODES,)}
+    text = render_plan(replace(PLAN, **names))  # type: ignore[arg-type]
+    assert text.count(SHOWN) == 5
+    assert "\x1b" not in text
