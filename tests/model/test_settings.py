@@ -331,7 +331,9 @@ def check_mutation(folder: Path, place: str, key: str, value: Any, beams: int) -
     try:
         found = ours(folder, **options)
     except SwitchrunError as error:
-        clear = error.exit_code in (5, 7) and len(str(error)) < 5000
+        # Memory is reserved for `n_positions` tokens, and the budget has none to spare.
+        codes = (4, 5, 7) if key == "n_positions" else (5, 7)
+        clear = error.exit_code in codes and len(str(error)) < 5000
         return "refused" if clear else f"{case}: {error}"
     if key in REPAIRED:
         return "repaired"
