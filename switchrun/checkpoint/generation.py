@@ -53,6 +53,10 @@ REFUSED: Mapping[str, tuple[object, ...]] = {
 }
 
 
+#: Whole numbers beyond these have transformers 5.24 take all memory that there is: for so many lists, and for a power.
+_LARGEST = {"encoder_no_repeat_ngram_size": 10_000, "length_penalty": 10_000}
+
+
 def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint sets of `KEPT`.
 
@@ -60,7 +64,7 @@ def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[st
     generate at all; then the repaired one has the special tokens that are missing.
 
     Raises:
-        ModelError: Something of `REFUSED` would have an effect.
+        ModelError: Something of `REFUSED` would have an effect, or a number is absurd.
         CorruptCheckpointError: `generation_config.json` is damaged.
     """
     path = folder / FILE
@@ -76,6 +80,10 @@ def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[st
                 f"{path}: {name} is {printable(value, 100)}, which is not supported",
                 "remove it there to generate without it",
             )
+    for name, largest in _LARGEST.items():
+        value = found.get(name)
+        if isinstance(value, int) and value > largest:
+            raise ModelError(f"{path}: {name} is {printable(value, 100)}, more than {largest}, the most that works")
     settings = {name: found[name] for name in sorted(KEPT) if found.get(name) is not None}
     if not {"decoder_start_token_id", "bos_token_id"} & settings.keys():
         settings = {name: config[name] for name in ("decoder_start_token_id", "eos_token_id")} | settings

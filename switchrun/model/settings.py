@@ -24,10 +24,10 @@ from switchrun.errors import ModelError, printable
 CONFIG_KEYS = frozenset({
     "bos_token_id", "d_ff", "d_kv", "d_model", "decoder_sparse_step", "decoder_start_token_id", "dense_act_fn",
     "dropout_rate", "encoder_sparse_step", "eos_token_id", "expert_capacity", "is_encoder_decoder",
-    "layer_norm_epsilon", "num_decoder_layers", "num_experts", "num_heads", "num_layers", "num_sparse_decoder_layers",
-    "num_sparse_encoder_layers", "pad_token_id", "relative_attention_max_distance", "relative_attention_num_buckets",
-    "router_bias", "router_dtype", "router_ignore_padding_tokens", "router_jitter_noise", "tie_word_embeddings",
-    "vocab_size",
+    "layer_norm_epsilon", "num_decoder_layers", "num_experts", "num_heads", "num_layers",
+    "num_sparse_decoder_layers", "num_sparse_encoder_layers", "pad_token_id", "relative_attention_max_distance",
+    "relative_attention_num_buckets", "router_bias", "router_dtype", "router_ignore_padding_tokens",
+    "router_jitter_noise", "tie_word_embeddings", "vocab_size",
 })  # fmt: skip
 _SMALLEST = {
     "d_ff": 1, "d_kv": 1, "d_model": 1, "decoder_sparse_step": 1, "encoder_sparse_step": 1, "num_decoder_layers": 1,
@@ -45,6 +45,9 @@ def model_config(checkpoint: SwitchCheckpoint, **changes: int) -> Any:
         config = SwitchTransformersConfig.from_dict(settings | changes)
         if config.dense_act_fn not in ACT2FN or any(True for _ in ACT2FN[config.dense_act_fn].parameters()):
             raise ValueError(f"there is no activation function '{config.dense_act_fn}' (dense_act_fn)")
+        if config.relative_attention_max_distance <= config.relative_attention_num_buckets // 2:
+            # Of the decoder's buckets half are for a distance each. transformers fails once a text is longer than that.
+            raise ValueError("relative_attention_max_distance must be more than half of relative_attention_num_buckets")
     except Exception as error:  # transformers raises many kinds for a value that it does not like
         raise _refusal(checkpoint, "config.json", error) from error
     return config

@@ -39,6 +39,7 @@ def open_with_slots(folder: Path, slots: int | None, **options: Any) -> Session:
     """Open a session with just so many expert slots, all dense weights in memory; None is a slot for each expert."""
     checkpoint = open_checkpoint(str(folder))
     settings = {name: options[name] for name in ("dtype", "batch_size", "num_beams") if name in options}
+    settings["output_tokens"] = options.get("max_new_tokens", 64)  # as `OpenOptions` has it
     whole = make_plan(checkpoint, Budgets(_EVERYTHING), device_map=read_device_map({"": "cpu"}), **settings).tier("cpu")
     count = whole.expert_slots if slots is None else min(slots, whole.expert_slots)
     budget = whole.total_bytes - (whole.expert_slots - count) * whole.slot_bytes
