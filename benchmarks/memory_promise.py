@@ -37,7 +37,7 @@ WAYS = ("cli", "api")
 DTYPES = ("auto", "fp32", "bf16", "int8", "nf4")
 STORED = {"BF16": 2, "F16": 2, "F32": 4}
 #: What a case may take of a processor: tokens times weights, summed over the layers.
-_MOST_PRODUCTS = 4e11
+_MOST_PRODUCTS = 3e11
 #: Bytes of dense weights on disk: enough to be most of a budget.
 _MOST_DENSE_BYTES = 600 * MIB
 
@@ -130,7 +130,7 @@ def draw_cases(seed: int) -> Iterator[Case]:
             room=draw.choice((0, 0, 0.05, draw.random() ** 2, 1)),
             rows=draw.choice((1, 1, 2, 4, 8, 16, 32)),
             tokens=draw.choice((8, 24, 100, 200, 350, 512, 512)),
-            new_tokens=draw.choice((1, 2, 4, 8, 30)),
+            new_tokens=draw.choice((1, 2, 4, 8, 30, 200)),
             beams=draw.choice((1, 1, 1, 2, 4)),
             threads=draw.choice((1, 2, 4)),
         )
