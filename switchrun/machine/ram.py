@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 from pathlib import Path
@@ -80,3 +81,10 @@ def rss_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
     except psutil.Error:  # without /proc; this is the peak
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def give_back_freed() -> None:
+    """Have malloc give back to the system what is free, also between what is in use; does nothing outside of glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
@@ -14,6 +14,7 @@ from switchrun.checkpoint.names import scales_of
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import Precision
 from switchrun.experts import accelerator
+from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import stored_view
 from switchrun.experts.reader import FileReader
 from switchrun.kernels.int8 import quantise_int8
@@ -21,10 +22,6 @@ from switchrun.model.preload import DensePreload, Landing
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.plan import DISK, Tier, main_tier
-
-#: Tensors on their way at a time: enough to keep a disk busy, few enough to stay within what the plan reserves.
-_READERS = 2
-
 
 #: A tensor as a checkpoint has it, and the scales of its rows if it is in int8.
 _Stored = tuple[torch.Tensor, torch.Tensor | None]
@@ -58,14 +55,14 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             if name not in self._scales:
                 self[self._weights[name]]
             return self._scales[name]
-        tensors = self._kept(name, self._stored(name))
+        tensors = self.kept(name)
         result = tensors.pop(name)
         if tensors:
             self._scales = tensors
         return result
 
     def _stored(self, name: str) -> _Stored:
-        """Return a tensor as it is stored; on any thread."""
+        """Return a tensor as it is stored."""
         name = self.aliases.get(name, name)
         stored = self.slices[name]
         tensor = self._read(stored, self._preload.take(name))
@@ -75,39 +72,41 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         """Return one tensor; up to two pages around it are kept with it."""
         landing = landing or Landing(self._reader, stored)
         landing.wait()
-        return stored_view(landing.buffer, landing.position, stored).contiguous()
+        return stored_view(landing.buffer, landing.position, stored)
 
     def _kept(self, name: str, stored: _Stored) -> dict[str, torch.Tensor]:
-        """Convert a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales.
-
-        torch has threads for this; called from several threads at once, they get in each other's way.
-        """
+        """Convert a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales."""
         tensor, scales = stored
         if scales_of(name) in self._weights:
             if scales is None:
-                codes, scales = torch.empty(tensor.shape, dtype=torch.int8), torch.empty(tensor.shape[:1])
+                codes, scales = _own(tensor.shape, torch.int8), torch.empty(tensor.shape[:1])
                 quantise_int8(tensor, codes, scales)
                 tensor = codes
             return {name: tensor, scales_of(name): scales}
         if scales is not None:
-            return {name: tensor * (scales / 127.0).unsqueeze(1)}
-        tensor = tensor.to(self._dtype)
-        # Rounded first, as transformers does, which loads a router in the model's dtype and widens it when it is used.
-        return {name: tensor.float() if is_router(name) else tensor}
+            return {name: torch.mul(tensor, (scales / 127.0).unsqueeze(1), out=_own(tensor.shape, torch.float32))}
+        if is_router(name):
+            # Rounded first, as transformers does, which loads it in the model's dtype and widens it when it is used.
+            return {name: _own(tensor.shape, torch.float32).copy_(tensor.to(self._dtype))}
+        if tensor.dtype == self._dtype and tensor.is_contiguous():
+            return {name: tensor}
+        return {name: _own(tensor.shape, self._dtype).copy_(tensor)}
 
-    def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield each tensor's name, and what is kept for it by its names."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            for start in range(0, len(names), _READERS):
-                some = names[start : start + _READERS]
-                for name, stored in zip(some, pool.map(self._stored, some), strict=True):
-                    yield name, self._kept(name, stored)
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Return what is kept for a tensor that is stored, by its names."""
+        return self._kept(name, self._stored(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.slices, *self._weights, *self.aliases])
 
     def __len__(self) -> int:
         return len(self.slices) + len(self._weights) + len(self.aliases)
+
+
+def _own(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in memory that goes back to the system with it: what is freed to malloc may stay for ever."""
+    buffer = Buffers(1, math.prod(shape) * dtype.itemsize, huge=False)[0]
+    return buffer.tensor(0, dtype, tuple(shape))
 
 
 def input_device(device_map: Mapping[str, Tier]) -> torch.device:
@@ -124,8 +123,8 @@ def place_dense_weights(
     """
     tiers = {name: tier_of(name, device_map) for name in weights}
     resident = [name for name in weights.slices if tiers[name] != DISK]
-    for name, tensors in weights.tensors(resident):
-        for part, tensor in tensors.items():
+    for name in resident:
+        for part, tensor in weights.kept(name).items():
             set_module_tensor_to_device(model, part, _device(tiers[name]), value=tensor, dtype=tensor.dtype)
         on_placed(name)
     for alias, name in weights.aliases.items():

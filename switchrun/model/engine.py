@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -34,6 +35,8 @@ _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
 #: Of what this process could have on a GPU, and of a budget that was too large, this share is tried next.
 _OF_AVAILABLE = 0.9
 _OF_BUDGET = 0.75
+#: Read when the first product in bfloat16 is computed: for how many shapes oneDNN, and torch's way to it, keep code.
+_KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 class Engine:
@@ -63,6 +66,8 @@ class Engine:
         self._warn = warn or _log.warning
         self.context = RoutingContext()
         note_read = _dense_progress(planned, on_dense_bytes)
+        for name in _KEPT_KERNELS:
+            os.environ.setdefault(name, str(memory.KEPT_KERNELS))
         with ExitStack() as stack, gpu_memory_as_budget(planned.plan):
             # 1. Begin to read dense weights, unless the caller has, and wake the GPUs meanwhile.
             preload = preload or DensePreload(checkpoint, planned.plan)
@@ -149,6 +154,7 @@ class Engine:
             )
 
         self.context.on_layer = count_layer
+        ram.give_back_freed()  # other batches have left holes that this one may not fit
         try:
             return once()
         except RuntimeError as error:

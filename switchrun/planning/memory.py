@@ -13,13 +13,22 @@ from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
-#: Interpreter, torch, transformers and tokenizer, resident once a first fill has run. Measured with torch 2.13
-#: (CPU), transformers 5.23, Python 3.11: see docs/offloading.md. `Session.open` measures it again and takes the larger.
-RUNTIME_BYTES = 560 * MIB
+#: Interpreter, torch, transformers and tokenizer, resident once a first fill has run, but for what oneDNN keeps. Measured
+#: with torch 2.13 (CPU), transformers 5.24, Python 3.11, a tokenizer as large as T5's: 399 MiB by the Python API, 325 by
+#: the command line. `Session.open` measures it again and takes the larger.
+RUNTIME_BYTES = 440 * MIB
 #: What Python with the command line or another small program takes, before torch is imported.
 PYTHON_BYTES = 64 * MIB
-#: The part of `RUNTIME_BYTES` that only the first fill takes: kernels, thread stacks, allocator arenas.
-FIRST_RUN_BYTES = 160 * MIB
+#: The part of `RUNTIME_BYTES` that only the first fill takes: kernels and thread stacks; 16 to 29 MiB measured.
+FIRST_RUN_BYTES = 40 * MIB
+#: In bfloat16 oneDNN makes code for each shape of a product, and keeps that of so many shapes, as does torch's way to it.
+#: With AMX that is up to 0.75 MiB each: with their own 1,024 shapes, generating 300 tokens took 380 MiB that stayed.
+KEPT_KERNELS = 128
+KEPT_KERNELS_BYTES = 100 * MIB
+#: Of what a batch frees, malloc keeps some: pieces between others, and up to 64 MiB at the end. Up to a tenth of what
+#: the batch takes was measured, 85 MiB at the most.
+MALLOC_SHARE = 0.25
+MALLOC_BYTES = 96 * MIB
 #: What one tensor's row in the parsed index takes in memory.
 INDEX_BYTES_PER_TENSOR = 900
 #: Experts being converted to another dtype at a time; each needs a buffer of its stored size.
@@ -49,7 +58,8 @@ GPU_ALIGNMENT = 256
 
 #: Memory is never reserved for longer inputs than this, unless for several in a batch.
 MOST_RESERVED_TOKENS = 2048
-
+#: What a token takes in the lists that say which expert is to compute it.
+_POSITION_BYTES = 400
 _PAGE = 4096
 #: The linear layers outside the experts: attention, and the MLPs of blocks without experts.
 _LINEAR = re.compile(r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|\.mlp\.w[io]\.weight")
@@ -182,7 +192,16 @@ def _is_staged(stored: ExpertSlices, precision: Precision) -> bool:
 
 def runtime_bytes(precision: Precision) -> int:
     """Return what Python and the libraries take, the first fill included."""
-    return RUNTIME_BYTES + (BITSANDBYTES_BYTES if precision.packed is PackedDtype.NF4 else 0)
+    return RUNTIME_BYTES + (BITSANDBYTES_BYTES if precision.packed is PackedDtype.NF4 else 0) + _kernel_bytes(precision)
+
+
+def opened_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
+    """Return the part of that, and of the index, that is there before any weight is."""
+    return runtime_bytes(precision) - FIRST_RUN_BYTES - _kernel_bytes(precision) + index_bytes(checkpoint)
+
+
+def _kernel_bytes(precision: Precision) -> int:
+    return KEPT_KERNELS_BYTES if precision.compute.itemsize < 4 else 0
 
 
 def index_bytes(checkpoint: SwitchCheckpoint) -> int:
@@ -193,9 +212,10 @@ def index_bytes(checkpoint: SwitchCheckpoint) -> int:
 
 def overhead_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Return what a process needs besides weights and activations: libraries, the index, buffers for reading."""
-    largest = max(tensor.nbytes for tensor in checkpoint.dense.values())
+    dense = checkpoint.dense.items()
+    converted = (tensor.nbytes for name, tensor in dense if not is_kept_as_stored(name, tensor, precision))
     buffers = staging_bytes(checkpoint, precision) + packing_bytes(checkpoint, precision)
-    return runtime_bytes(precision) + index_bytes(checkpoint) + largest + buffers
+    return runtime_bytes(precision) + index_bytes(checkpoint) + max(converted, default=0) + buffers
 
 
 def max_input_tokens(checkpoint: SwitchCheckpoint) -> int:
@@ -227,32 +247,52 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     """Return the most memory that one batch's hidden states, attention, caches and scratch take.
 
     The largest of the encoder's and the decoder's moment: nothing of a layer but its output and the position bias
-    outlives it, except the decoder's key-value caches.
+    outlives it, except the decoder's key-value caches. `benchmarks/memory_promise.py` compares it with the truth.
     """
     c = checkpoint.config
-    d_model, d_ff, heads, inner = c["d_model"], c["d_ff"], c["num_heads"], c["num_heads"] * c["d_kv"]
     item, rows, tokens = precision.compute.itemsize, shape.rows, shape.tokens
+    d_model, d_ff, heads, inner = c["d_model"], c["d_ff"], c["num_heads"], c["num_heads"] * c["d_kv"]
+    # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
+    narrow = item < 4 or precision.packed is not None
     positions = rows * tokens
-    hidden = positions * d_model
-    attention = heads * tokens * tokens
-    # What is multiplied with packed weights is float32 meanwhile, whatever the dtype.
-    wide = 4 if precision.packed else item
-    # Scores, scores with bias and mask, and their softmax are alive together; the bias is kept by all layers.
-    attend = 4 * positions * inner * wide + 3 * rows * attention * item + 4 * tokens * tokens * 8
+    hidden, squared = positions * d_model, tokens * tokens
+
+    def product(length: int, width: int) -> int:
+        """What multiplying takes, for each token, besides what goes in and comes out."""
+        return 4 * (length + width if narrow else length)
+
+    def mlp(count: int) -> int:
+        inside = max(product(d_model, d_ff), product(d_ff, d_model), _activation_temporaries(checkpoint) * d_ff * item)
+        return count * (2 * d_model * item + d_ff * item + inside)
+
+    # The embeddings, what goes into a block and comes out of its attention, and the norm of that; bias and mask.
+    encoder = 4 * hidden * item + squared * (heads * item + rows * (item + 1))
+    # Queries, keys and values, and copies of two; scores before and after each step, which bfloat16 sums in float32.
+    scores = rows * heads * squared * item
+    attend = 5 * positions * inner * item
+    attend += max((3 if item < 4 else 2) * scores, scores + positions * product(d_model, inner), 5 * 8 * squared)
     # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
-    route = hidden * 4 + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
-    expert = positions * (2 * d_ff + 2 * d_model) * wide
-    encoder = 4 * hidden * item + 2 * hidden * 4 + attention * item + max(attend, route + expert)
+    route = (hidden * 4 if narrow else 0) + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
+    # The choices and logits stay. No expert has more tokens of a text than its capacity.
+    chosen = rows * min(tokens, c["expert_capacity"])
+    experts = positions * (c["num_experts"] * (8 + 4) + _POSITION_BYTES) + hidden * item + mlp(chosen)
+    has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
+    encoder += max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
 
     sequences = max(rows, shape.beams)
-    layers = c["num_decoder_layers"]
-    caches = 2 * sequences * (tokens + shape.new_tokens) * inner * item * layers + positions * d_model * item * 2
-    logits = 8 * sequences * c["vocab_size"] * 4
-    decoder = caches + logits + 4 * sequences * heads * (tokens + shape.new_tokens) * item
-    # Matrix kernels may repack a whole weight.
-    largest = max(dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items())
-    scratch = max(largest, d_model * d_ff * item)
-    return int(max(encoder, decoder) + scratch)
+    kept = sequences * (tokens + shape.new_tokens) * inner * item
+    # One layer's keys and values are copied when they grow or their order changes.
+    decoder = 2 * kept * (c["num_decoder_layers"] + 1) + sequences * tokens * (d_model * item + product(d_model, inner))
+    decoder += hidden * item + 3 * sequences * heads * (tokens + shape.new_tokens) * item
+    # What sampling sorts has numbers of eight bytes.
+    decoder += 8 * sequences * c["vocab_size"] * 4 + mlp(sequences)
+    most = max(encoder, decoder)
+    return int(most + min(most * MALLOC_SHARE, MALLOC_BYTES))
+
+
+def _activation_temporaries(checkpoint: SwitchCheckpoint) -> int:
+    """Return how many times what goes into an activation function is in memory when it comes out."""
+    return 2 if checkpoint.config.get("dense_act_fn", "relu") == "relu" else 4
 
 
 def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int) -> bool:

@@ -356,8 +356,7 @@ def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own
         BudgetError: Not a single slot would be left.
     """
     use = plan.tier("cpu")
-    expected = memory.runtime_bytes(plan.precision) - memory.FIRST_RUN_BYTES + memory.index_bytes(checkpoint)
-    surplus = rss_bytes - expected
+    surplus = rss_bytes - memory.opened_bytes(checkpoint, plan.precision)
     spare = (use.budget_bytes or 0) - use.total_bytes
     if surplus <= spare:
         return plan
