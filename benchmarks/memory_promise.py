@@ -1,4 +1,4 @@
-r"""Whether a fill stays within `--cpu-memory`: random models, dtypes, budgets and batches, each in a process of its own.
+r"""Whether a fill stays within `--cpu-memory`: random models, dtypes, budgets and batches, in processes of their own.
 
     python benchmarks/memory_promise.py --cases 60 --seed 0
 
@@ -31,7 +31,7 @@ from switchrun.bench.synthetic import Geometry
 from switchrun.checkpoint.names import STACKS, dense_tensors, mlp_prefix
 from switchrun.planning import Plan
 from switchrun.planning.opening import plan
-from switchrun.units import GIB, MIB
+from switchrun.units import MIB
 
 WAYS = ("cli", "api")
 DTYPES = ("auto", "fp32", "bf16", "int8", "nf4")
@@ -77,8 +77,15 @@ class Case:
 
     def plan(self, model: Path, cpu_memory: int) -> Plan:
         """Return the plan for a budget."""
-        sizes = {"batch_size": self.rows, "num_beams": self.beams, "output_tokens": self.new_tokens}
-        return plan(model, dtype=self.dtype, cpu_memory=cpu_memory, gpu_memory=0, **sizes)
+        return plan(
+            model,
+            dtype=self.dtype,
+            cpu_memory=cpu_memory,
+            gpu_memory=0,
+            batch_size=self.rows,
+            num_beams=self.beams,
+            output_tokens=self.new_tokens,
+        )
 
     def budget(self, model: Path) -> int:
         """Return the budget."""
@@ -163,7 +170,7 @@ def make_model(folder: Path, geometry: Geometry, stored: str) -> Path:
     with open(folder / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         start = file.tell()
-        for name, shape in _dense(geometry):
+        for name, _ in _dense(geometry):
             scale = 1.0 if "norm" in name or "shared" in name else geometry.d_model**-0.5
             values = torch.ones(1 << 20) if "norm" in name else normal * scale
             pool = values.to(getattr(torch, names[stored])).view(torch.uint8).numpy().tobytes()
@@ -240,7 +247,7 @@ def peak_of(
         text=True,
         timeout=600,
         check=False,
-        preexec_fn=enter,  # noqa: PLW1509 - nothing runs beside it
+        preexec_fn=enter,
     )
     if done.returncode:
         raise RuntimeError(f"exit code {done.returncode}: {done.stderr[-2000:]}")
@@ -281,9 +288,9 @@ def main() -> None:
                 print(
                     f"{number:3} {way} {share:.3f} peak {peak / MIB:6.0f} budget {budget / MIB:6.0f} MiB "
                     f"(overhead {use.overhead_bytes // MIB} activations {use.activation_bytes // MIB} dense "
-                    f"{use.dense_bytes // MIB} experts {use.expert_bytes // MIB}) d{g.d_model} ff{g.d_ff} L{g.num_layers} "
-                    f"E{g.num_experts} V{g.vocab_size} {case.stored}->{case.dtype} {case.rows}x{case.tokens}"
-                    f"+{case.new_tokens} b{case.beams} t{case.threads} room {case.room:.2f}",
+                    f"{use.dense_bytes // MIB} experts {use.expert_bytes // MIB}) d{g.d_model} ff{g.d_ff} "
+                    f"L{g.num_layers} E{g.num_experts} V{g.vocab_size} {case.stored}->{case.dtype} "
+                    f"{case.rows}x{case.tokens}+{case.new_tokens} b{case.beams} t{case.threads} room {case.room:.2f}",
                     flush=True,
                 )
                 if options.out:

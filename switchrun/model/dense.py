@@ -82,6 +82,8 @@ class DenseWeights(Mapping[str, torch.Tensor]):
                 codes, scales = _own(tensor.shape, torch.int8), torch.empty(tensor.shape[:1])
                 quantise_int8(tensor, codes, scales)
                 tensor = codes
+            elif not tensor.is_contiguous():
+                tensor = _own(tensor.shape, torch.int8).copy_(tensor)
             return {name: tensor, scales_of(name): scales}
         if scales is not None:
             return {name: torch.mul(tensor, (scales / 127.0).unsqueeze(1), out=_own(tensor.shape, torch.float32))}

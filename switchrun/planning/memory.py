@@ -13,22 +13,22 @@ from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
-#: Interpreter, torch, transformers and tokenizer, resident once a first fill has run, but for what oneDNN keeps. Measured
-#: with torch 2.13 (CPU), transformers 5.24, Python 3.11, a tokenizer as large as T5's: 399 MiB by the Python API, 325 by
-#: the command line. `Session.open` measures it again and takes the larger.
+#: Interpreter, torch, transformers and tokenizer, resident once a first fill has run, without oneDNN's code. Measured
+#: with torch 2.13 (CPU), transformers 5.24, Python 3.11, a tokenizer as large as T5's: 399 MiB by the Python API, 325
+#: by the command line. `Session.open` measures it again and takes the larger.
 RUNTIME_BYTES = 440 * MIB
 #: What Python with the command line or another small program takes, before torch is imported.
 PYTHON_BYTES = 64 * MIB
 #: The part of `RUNTIME_BYTES` that only the first fill takes: kernels and thread stacks; 16 to 29 MiB measured.
 FIRST_RUN_BYTES = 40 * MIB
-#: In bfloat16 oneDNN makes code for each shape of a product, and keeps that of so many shapes, as does torch's way to it.
-#: With AMX that is up to 0.75 MiB each: with their own 1,024 shapes, generating 300 tokens took 380 MiB that stayed.
+#: In bfloat16 oneDNN makes code for each shape of a product, and keeps that of so many shapes, as does torch's way to
+#: it. With AMX that is up to 0.75 MiB each: with their own 1,024 shapes, 300 tokens took 380 MiB that stayed.
 KEPT_KERNELS = 128
 KEPT_KERNELS_BYTES = 100 * MIB
-#: Of what a batch frees, malloc keeps some: pieces between others, and up to 64 MiB at the end. Up to a tenth of what
-#: the batch takes was measured, 85 MiB at the most.
+#: Of what a batch frees, malloc keeps some: pieces between others, and up to 64 MiB at the end. Measured were up to
+#: 19 % of what the batch takes, 130 MiB, by the Python API, where malloc keeps pieces of up to 32 MiB.
 MALLOC_SHARE = 0.25
-MALLOC_BYTES = 96 * MIB
+MALLOC_BYTES = 128 * MIB
 #: What one tensor's row in the parsed index takes in memory.
 INDEX_BYTES_PER_TENSOR = 900
 #: Experts being converted to another dtype at a time; each needs a buffer of its stored size.
@@ -251,7 +251,8 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     """
     c = checkpoint.config
     item, rows, tokens = precision.compute.itemsize, shape.rows, shape.tokens
-    d_model, d_ff, heads, inner = c["d_model"], c["d_ff"], c["num_heads"], c["num_heads"] * c["d_kv"]
+    d_model, d_ff, heads = int(c["d_model"]), int(c["d_ff"]), int(c["num_heads"])
+    inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
     narrow = item < 4 or precision.packed is not None
     positions = rows * tokens

@@ -108,6 +108,11 @@ def test_constants_of_the_memory_arithmetic():
     promise = section(page, "The promise of `--cpu-memory`")
     assert f"`RUNTIME_BYTES`, {memory.RUNTIME_BYTES // 2**20} MiB" in promise
     assert f"{memory.FIRST_RUN_BYTES // 2**20} MiB (`FIRST_RUN_BYTES`)" in promise
+    assert f"`KEPT_KERNELS_BYTES`, {memory.KEPT_KERNELS_BYTES // 2**20} MiB" in promise
+    assert f"to {memory.KEPT_KERNELS} (`KEPT_KERNELS`)" in " ".join(promise.split())
+    assert memory.MALLOC_SHARE == 0.25
+    assert "a quarter more (`MALLOC_SHARE`)" in promise
+    assert f"{memory.MALLOC_BYTES // 2**20} MiB at the most (`MALLOC_BYTES`)" in promise
     assert f"`INDEX_BYTES_PER_TENSOR`, {memory.INDEX_BYTES_PER_TENSOR} for" in promise
     assert f"`STAGING_BUFFERS`, {memory.STAGING_BUFFERS} buffers" in promise
     assert f"{memory.RESERVED_SLOTS} slots (`RESERVED_SLOTS`)" in promise

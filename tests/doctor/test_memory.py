@@ -34,7 +34,7 @@ def test_enough() -> None:
     [
         (8 * GIB, GIB, "ok", 0),
         (2 * GIB, 512 * MIB, "warn", 0),
-        (600 * MIB, 0, "fail", 6),
+        (500 * MIB, 0, "fail", 6),
     ],
 )
 def test_a_container(monkeypatch: pytest.MonkeyPatch, limit: int, used: int, status: str, code: int) -> None:
