@@ -156,7 +156,7 @@ class Tokenizer:
 def _too_long(length: str, most_tokens: int) -> InputError:
     return InputError(
         f"the text has {length}, there is memory for {most_tokens} tokens",
-        "split it, or reserve more: --batch-size 4 does for twice as many tokens",
+        "split it, or reserve more with a larger --batch-size",
     )
 
 

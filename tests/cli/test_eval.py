@@ -143,8 +143,8 @@ def test_the_batch_decides_nothing_but_speed(invoke: Invoke, tasks: Tasks, tiny:
 
 
 def test_little_memory_makes_several_passes(invoke: Invoke, tasks: Tasks, tiny: str, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(LINES * 40)
-    options = "--dtype fp32 --batch-size 1 --limit 150 --max-new-tokens 0 --format json".split()
+    (tmp_path / "text.txt").write_text(LINES * 120)
+    options = "--dtype fp32 --batch-size 1 --limit 500 --max-new-tokens 0 --format json".split()
     one = record_of(run(invoke, tiny, *options))["rows"][0]
     least = run(invoke, tiny, *options, "--cpu-memory", "1MiB")
     assert least.code == 6

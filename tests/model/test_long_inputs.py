@@ -43,12 +43,12 @@ def test_where_there_is_none(folder: Path) -> None:
             session.encode(LONG)
         with pytest.raises(InputError, match="characters, there is memory for 512 tokens"):
             session.encode("a" * 100_000 + "<extra_id_0>")
-    assert "--batch-size 4" in caught.value.hint
+    assert "a larger --batch-size" in caught.value.hint
 
 
 def test_a_long_one_takes_the_place_of_several(folder: Path) -> None:
-    texts = [SHORT, LONG, SHORT, SHORT, LONG, LONG]
-    with open_with_slots(folder, None, batch_size=4) as session:
+    texts = [SHORT, LONG, SHORT, SHORT, LONG, LONG, SHORT, LONG, LONG, LONG]
+    with open_with_slots(folder, None, batch_size=8) as session:
         encoded = [session.encode(text) for text in texts]
         batches = [[len(text.ids) < 512 for text in batch] for batch in session._batches(encoded)]
         results = session.fill(encoded, OPTIONS)
