@@ -14,11 +14,30 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from hypothesis import settings
 from jsonschema import Draft202012Validator
 
 ROOT = Path(__file__).resolve().parent.parent
 
 RunSwitchrun = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--campaign", action="store_true", help="run what takes an hour, too, and fuzz 10,000 times")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--campaign"):
+        settings.register_profile("campaign", max_examples=10_000, print_blob=True)
+        settings.load_profile("campaign")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave campaigns out, CI too, unless they are asked for."""
+    if not config.getoption("--campaign"):
+        left_out = [item for item in items if item.get_closest_marker("campaign")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +55,7 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
     monkeypatch.chdir(tmp_path)
     home = tmp_path / "home"
     home.mkdir()
-    settings = {
+    variables = {
         "HOME": str(home),
         "XDG_CACHE_HOME": str(home / "cache"),
         "HF_HOME": str(home / "huggingface"),
@@ -47,8 +66,8 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
         "PYTHONPATH": str(ROOT),
     }
     if request.node.get_closest_marker("gpu") is None:
-        settings["CUDA_VISIBLE_DEVICES"] = ""
-    for name, value in settings.items():
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return dict(os.environ)
 

@@ -1,7 +1,7 @@
 """Whatever the files hold: the library's tokens, or one clear line; never a crash, a hang, or a file outside.
 
 More examples, and what came of them:
-`pytest tests/fuzz --hypothesis-profile campaign --hypothesis-show-statistics`.
+`pytest tests/fuzz --campaign --hypothesis-show-statistics`.
 """
 
 from __future__ import annotations

@@ -369,7 +369,7 @@ def test_some_mutations(original: Path, tmp_path: Path) -> None:
     assert counts["refused"]
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("part", range(8))
 def test_every_mutation(original: Path, tmp_path: Path, part: int) -> None:
     run_mutations(original, tmp_path, every=8, start=part)
