@@ -124,6 +124,7 @@ def test_names_are_shown_without_control_codes(tmp_path: Path) -> None:
         assert len(caught.value.message) < 2_000
 
 
+@pytest.mark.slow
 def test_the_largest_model_is_not_too_large() -> None:
     """The index of switch-c-2048 in int8 has 370,000 names; no header has half as many."""
     name = "encoder.block.11.layer.1.mlp.experts.expert_{}.wi.weight".format

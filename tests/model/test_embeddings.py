@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,12 +68,19 @@ def check(folder: Path, device_map: dict[str, str] | None = None) -> None:
             assert [list(result.output_ids) for result in results] == wanted
 
 
+def thinned(cases: list[Any]) -> list[Any]:
+    """All of them, of which two thirds are slow together."""
+    return [pytest.param(*case, marks=pytest.mark.slow if at % 3 else ()) for at, case in enumerate(cases)]
+
+
 @pytest.mark.parametrize(
     ("stored", "shared", "tied"),
-    [
-        *itertools.product(STORED, [True, False], [True]),
-        *itertools.product(["---", "--!", "!!!"], [True, False], [None]),
-    ],
+    thinned(
+        [
+            *itertools.product(STORED, [True, False], [True]),
+            *itertools.product(["---", "--!", "!!!"], [True, False], [None]),
+        ]
+    ),
 )
 def test_tied(original: Path, tmp_path: Path, stored: str, shared: bool, tied: bool | None) -> None:
     folder = store(original, tmp_path / "m", shared, stored, tied)
@@ -83,8 +91,9 @@ def test_tied(original: Path, tmp_path: Path, stored: str, shared: bool, tied: b
     check(folder)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("stored", [each for each in STORED if "-" not in each])
+@pytest.mark.parametrize(
+    ("stored", "shared"), thinned([*itertools.product([each for each in STORED if "-" not in each], [True, False])])
+)
 def test_untied(original: Path, tmp_path: Path, stored: str, shared: bool) -> None:
     """Transformers draws what is not stored at random, so all is."""
     check(store(original, tmp_path / "m", shared, stored, tied=False))
