@@ -1,7 +1,7 @@
 """A checkpoint's settings as transformers takes them, tried on a model of a few numbers before a weight is read.
 
 What transformers does not accept, it often refuses only at work. So the trial generates some tokens, with the same code
-and the same settings; it takes 0.01 s.
+and the same settings; it takes some hundredths of a second.
 """
 
 from __future__ import annotations
