@@ -52,8 +52,9 @@ def test_code_that_onednn_makes_stays_within_the_budget(way: str, tmp_path: Path
     check(LONG, tmp_path, hermetic, way)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(60))
+@pytest.mark.parametrize(
+    "number", [pytest.param(each, marks=pytest.mark.campaign if each % 10 else pytest.mark.slow) for each in range(60)]
+)
 def test_random_fills_stay_within_their_budgets(number: int, tmp_path: Path, hermetic: dict[str, str]) -> None:
     (case,) = islice(draw_cases(20), number, number + 1)
     check(case, tmp_path, hermetic, WAYS[number % 2])
