@@ -64,9 +64,9 @@ class SwitchrunError(Exception):
     kind = "internal"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(printable(message))
         self.message = printable(message)
         self.hint = printable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message} ({self.hint})" if self.hint else self.message

@@ -23,9 +23,6 @@ from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.plan import DISK, Tier, main_tier
 
-#: A tensor as a checkpoint has it, and the scales of its rows if it is in int8.
-_Stored = tuple[torch.Tensor, torch.Tensor | None]
-
 
 class DenseWeights(Mapping[str, torch.Tensor]):
     """The dense weights by name, each read from the checkpoint when it is asked for, as it is kept in memory.
@@ -61,22 +58,12 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             self._scales = tensors
         return result
 
-    def _stored(self, name: str) -> _Stored:
-        """Return a tensor as it is stored."""
-        name = self.aliases.get(name, name)
-        stored = self.slices[name]
-        tensor = self._read(stored, self._preload.take(name))
-        return tensor, None if stored.scales is None else self._read(stored.scales)
-
-    def _read(self, stored: TensorSlice, landing: Landing | None = None) -> torch.Tensor:
-        """Return one tensor; up to two pages around it are kept with it."""
-        landing = landing or Landing(self._reader, stored)
-        landing.wait()
-        return stored_view(landing.buffer, landing.position, stored)
-
-    def _kept(self, name: str, stored: _Stored) -> dict[str, torch.Tensor]:
-        """Convert a tensor to the form in which it is kept: that by its name, or in int8 its codes, and its scales."""
-        tensor, scales = stored
+    def kept(self, name: str) -> dict[str, torch.Tensor]:
+        """Read a tensor in the form in which it is kept: that by its name, or in int8 its codes, and its scales."""
+        source = self.aliases.get(name, name)
+        stored = self.slices[source]
+        tensor = self._read(stored, self._preload.take(source))
+        scales = None if stored.scales is None else self._read(stored.scales)
         if scales_of(name) in self._weights:
             if scales is None:
                 codes, scales = _own(tensor.shape, torch.int8), torch.empty(tensor.shape[:1])
@@ -94,15 +81,17 @@ class DenseWeights(Mapping[str, torch.Tensor]):
             return {name: tensor}
         return {name: _own(tensor.shape, self._dtype).copy_(tensor)}
 
-    def kept(self, name: str) -> dict[str, torch.Tensor]:
-        """Return what is kept for a tensor that is stored, by its names."""
-        return self._kept(name, self._stored(name))
-
     def __iter__(self) -> Iterator[str]:
         return iter([*self.slices, *self._weights, *self.aliases])
 
     def __len__(self) -> int:
         return len(self.slices) + len(self._weights) + len(self.aliases)
+
+    def _read(self, stored: TensorSlice, landing: Landing | None = None) -> torch.Tensor:
+        """Return one tensor; up to two pages around it are kept with it."""
+        landing = landing or Landing(self._reader, stored)
+        landing.wait()
+        return stored_view(landing.buffer, landing.position, stored)
 
 
 def _own(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
