@@ -242,6 +242,20 @@ def run_script(env: dict[str, str], script: str) -> subprocess.CompletedProcess[
     return subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
+def fill_with(env: dict[str, str], first: str, *texts: str) -> subprocess.CompletedProcess[str]:
+    """Run `fill` with a session that does something first, which is Python at work."""
+    indented = first.strip().replace("\n", "\n        ")
+    script = (
+        "import sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
+        f"class Session(fakes.FakeSession):\n    def fill(self, *args, **kwargs):\n        {indented}\n"
+        "        return super().fill(*args, **kwargs)\n"
+        "switchrun.cli.fill.open_session = Session\n"
+        f"sys.argv = ['switchrun', 'fill', '-q', *{texts!r}]\n"
+        "from switchrun.cli.app import main\nmain()\n"
+    )
+    return run_script(env, script)
+
+
 @pytest.mark.parametrize("swallow", [SWALLOWS, DELETES], ids=["except", "del"])
 def test_a_signal_that_an_imported_library_swallows(hermetic: dict[str, str], tmp_path: Path, swallow: str) -> None:
     """A torch that swallows it, and fails for another reason later."""
@@ -255,16 +269,7 @@ def test_a_signal_that_an_imported_library_swallows(hermetic: dict[str, str], tm
 @pytest.mark.parametrize("swallow", [SWALLOWS, DELETES], ids=["except", "del"])
 @pytest.mark.parametrize("then", ["raise ValueError('a library made this of it')", "sys.exit(7)", "pass"])
 def test_a_signal_that_a_library_swallows_at_work(hermetic: dict[str, str], swallow: str, then: str) -> None:
-    indented = (swallow + then).strip().replace("\n", "\n        ")
-    script = (
-        "import sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
-        f"class Session(fakes.FakeSession):\n    def fill(self, *args, **kwargs):\n        {indented}\n"
-        "        return super().fill(*args, **kwargs)\n"
-        "switchrun.cli.fill.open_session = Session\n"
-        "sys.argv = ['switchrun', 'fill', '-q', '<extra_id_0>', '<extra_id_0>']\n"
-        "from switchrun.cli.app import main\nmain()\n"
-    )
-    done = run_script(hermetic, script)
+    done = fill_with(hermetic, swallow + then, "<extra_id_0>", "<extra_id_0>")
     assert (done.returncode, done.stderr) == (130, "")
     assert set(done.stdout.splitlines()) <= {"wörd [x]"}
 
@@ -309,18 +314,10 @@ def test_a_signal_at_a_moment_of_a_real_fill(hermetic: dict[str, str], moment: s
 
 
 def test_what_libraries_print_is_no_answer(hermetic: dict[str, str]) -> None:
-    script = (
-        "import os, subprocess, sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
-        "class Session(fakes.FakeSession):\n    def fill(self, *args, **kwargs):\n"
-        "        print('by Python')\n"
-        "        os.write(1, b'by C\\n')\n"
-        "        subprocess.run(['echo', 'by a child'])\n"
-        "        return super().fill(*args, **kwargs)\n"
-        "switchrun.cli.fill.open_session = Session\n"
-        "sys.argv = ['switchrun', 'fill', '-q', '<extra_id_0>']\n"
-        "from switchrun.cli.app import main\nmain()\n"
+    prints = (
+        "import os, subprocess\nprint('by Python')\nos.write(1, b'by C\\n')\nsubprocess.run(['echo', 'by a child'])"
     )
-    done = run_script(hermetic, script)
+    done = fill_with(hermetic, prints, "<extra_id_0>")
     assert (done.returncode, done.stdout) == (0, "wörd [x]\n")
     assert sorted(done.stderr.splitlines()) == ["by C", "by Python", "by a child"]
 
