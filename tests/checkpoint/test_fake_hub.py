@@ -11,8 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
-from huggingface_hub.utils import get_session
+from huggingface_hub import (
+    HfApi,
+    errors,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 
 from tests.support.fake_hub import FakeHub, Fault, environment
 
@@ -163,7 +170,7 @@ def test_a_process_of_its_own(folder: Path, tmp_path: Path, hermetic: dict[str, 
     assert server.stdout is not None
     origins = server.stdout.readline()
     ask = (
-        "from huggingface_hub import get_hf_file_metadata, hf_hub_url; from huggingface_hub.utils import get_session\n"
+        "from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url\n"
         f"metadata = get_hf_file_metadata(hf_hub_url({REPO!r}, 'holes.bin'))\n"
         "answer = get_session().get(metadata.location, headers={'Range': f'bytes={9 << 30}-{(9 << 30) + 3}'})\n"
         "print(metadata.size, answer.text)"

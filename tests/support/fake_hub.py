@@ -421,9 +421,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _resolve(self, commit: str, blob: _Blob | None) -> None:
         headers = {"X-Repo-Commit": commit}
         left = self.hub.count_resolve()
-        if left is not None:
+        if left is not None and self.hub.quota is not None:
+            most, window = self.hub.quota
             headers["RateLimit"] = f'"resolvers";r={max(left[0], 0)};t={left[1]}'
-            headers["RateLimit-Policy"] = f'"fixed window";"resolvers";q={self.hub.quota[0]};w={self.hub.quota[1]:.0f}'
+            headers["RateLimit-Policy"] = f'"fixed window";"resolvers";q={most};w={window:.0f}'
             if left[0] < 0:
                 self._answer(429, {**headers, "Retry-After": str(left[1])}, b"Too Many Requests")
                 return
