@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import ssl
 import threading
 import time
@@ -112,6 +114,11 @@ def test_a_small_file_comes_from_the_hub_itself(hub: FakeHub, ranges: HubRanges)
     hub.fail(Fault(whole=True), origin="hub", method="GET")
     assert ranges.read(config, 0, len(SMALL)) == SMALL
     assert not hub.requests("cdn")
+
+
+def test_nothing_is_compressed_on_the_way(hub: FakeHub, ranges: HubRanges, weights: RemoteFile) -> None:
+    hub.compresses = True
+    assert ranges.read(weights, 1000, 50) == WEIGHTS[1000:1050]
 
 
 def test_many_threads_share_one_url(hub: FakeHub, ranges: HubRanges, weights: RemoteFile) -> None:
@@ -297,6 +304,20 @@ def test_all_threads_wait_together(hub: FakeHub, folder: Path) -> None:
     heads = hub.requests("hub", "HEAD")
     assert [each.status for each in heads].count(302) == 4
     assert len(heads) <= 6
+
+
+def test_a_limit_that_is_reached_holds_for_all_files(hub: FakeHub, ranges: HubRanges) -> None:
+    config, weights = ranges.list_files(REPO).files
+    hub.fail(Fault(status=429, headers={"Retry-After": "1"}), origin="hub")
+    with ThreadPoolExecutor(1) as pool:
+        limited = pool.submit(ranges.read, weights, 0, 10)
+        while not ranges.traffic.retries:
+            time.sleep(0.001)
+        begun = time.monotonic()
+        assert ranges.read(config, 0, 10) == SMALL[:10]
+        assert time.monotonic() - begun > 0.5
+        assert limited.result() == WEIGHTS[:10]
+    assert len(hub.requests("hub", "HEAD")) == 3
 
 
 @pytest.mark.parametrize(
@@ -530,6 +551,26 @@ def test_closing_ends_reads_that_make_progress(hub: FakeHub, ranges: HubRanges, 
     while any(each.name == "switchrun-hub" for each in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not [each for each in threading.enumerate() if each.name == "switchrun-hub"]
+
+
+@pytest.mark.parametrize("fault", [Fault(after=100, then="stall"), Fault(silent=True, then="stall")])
+def test_ctrl_c_ends_a_read_of_the_main_thread(hub: FakeHub, fault: Fault) -> None:
+    with HubRanges(Patience(stall_seconds=60)) as ranges:
+        weights = file_of(ranges, "weights.bin")
+        hub.fail(fault)
+
+        def interrupt() -> None:
+            while not asked(hub):
+                time.sleep(0.001)
+            time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt, daemon=True).start()
+        begun = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            ranges.read(weights, 0, 1000)
+        assert time.monotonic() - begun < 1
+        assert ranges.read(weights, 0, 1000) == WEIGHTS[:1000]
 
 
 def test_others_go_on_when_one_is_closed(hub: FakeHub, ranges: HubRanges, weights: RemoteFile) -> None:

@@ -126,6 +126,7 @@ class FakeHub:
         bandwidth: Bytes per second of one connection; None for no limit.
         quota: Requests to the Hub's own origin (not the API, not the CDN) in a window of so many seconds.
         url_seconds: How long a signed URL is good for.
+        compresses: Ignore ranges of clients that also take compressed answers, as some of the CDN's machines do.
     """
 
     token = "hf_fake"
@@ -137,11 +138,13 @@ class FakeHub:
         bandwidth: float | None = None,
         quota: tuple[int, float] | None = None,
         url_seconds: float = 3600.0,
+        compresses: bool = False,
     ) -> None:
         self.latency_seconds = latency_seconds
         self.bandwidth = bandwidth
         self.quota = quota
         self.url_seconds = url_seconds
+        self.compresses = compresses
         self.log: list[Request] = []
         self.closing = threading.Event()
         self._lock = threading.Lock()
@@ -464,7 +467,8 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = 0, blob.size - 1
         status = 200
         headers = {**headers, "ETag": f'"{blob.hash}"', "Accept-Ranges": "bytes"}
-        if self.entry.range is not None and not self._fault.whole:
+        whole = self._fault.whole or (self.hub.compresses and "gzip" in self.headers.get("Accept-Encoding", ""))
+        if self.entry.range is not None and not whole:
             first, end = self.entry.range
             if first > last:
                 self._answer(416, {"Content-Range": f"bytes */{blob.size}"})
