@@ -49,7 +49,7 @@ def find_snapshot(repo: str, revision: str | None, weights: bool = True) -> Path
         cached = cached_snapshot(repo, revision)
         if cached is not None:
             return cached
-        raise _explain(repo, revision, error) from error
+        raise explain(repo, revision, error) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     files = choose_files(sizes) if weights else sorted(_SMALL_FILES & sizes.keys())
     _check_space(repo, info.sha, {name: sizes[name] for name in files})
@@ -57,7 +57,7 @@ def find_snapshot(repo: str, revision: str | None, weights: bool = True) -> Path
         # The branch and not the commit: snapshot_download then notes it, which is how it is found offline.
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
     except Exception as error:
-        raise _explain(repo, revision, error) from error
+        raise explain(repo, revision, error) from error
 
 
 def cache_folder() -> Path | None:
@@ -80,7 +80,7 @@ def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
     try:
         HfApi().model_info(repo, revision=revision, timeout=timeout)
     except Exception as error:
-        explained = _explain(repo, revision, error)
+        explained = explain(repo, revision, error)
         if isinstance(explained, ModelError):
             raise explained from error
         raise NetworkError(
@@ -129,7 +129,8 @@ def cached_snapshot(repo: str, revision: str | None) -> Path | None:
     return Path(path)
 
 
-def _explain(repo: str, revision: str | None, error: Exception) -> SwitchrunError:
+def explain(repo: str, revision: str | None, error: Exception) -> SwitchrunError:
+    """The error to raise for what huggingface_hub raised."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

@@ -23,7 +23,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from switchrun.checkpoint.hub import _explain
+from switchrun.checkpoint.hub import explain
+from switchrun.checkpoint.types import RemoteFile, RemoteRepo
 from switchrun.errors import CorruptCheckpointError, ModelError, NetworkError, SwitchrunError, printable
 
 T = TypeVar("T")
@@ -34,36 +35,6 @@ _RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*(\d+)")
 _EXCERPT_BYTES = 4096
 _EXCERPT_CHARACTERS = 300
 _CHECK = "check the connection, HTTPS_PROXY and HF_TOKEN"
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFile:
-    """A file of a model on the Hub, as it was when its repository was listed.
-
-    Attributes:
-        repo: The Hub id.
-        commit: The full hash of a commit, whatever revision was asked for.
-        name: The path inside the repository.
-        hash: SHA-256 of the content of a large file, git's blob id of a small one.
-    """
-
-    repo: str
-    commit: str
-    name: str
-    size: int
-    hash: str
-
-    def __str__(self) -> str:
-        return f"{self.repo}/{self.name}"
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRepo:
-    """What a repository holds at one commit."""
-
-    id: str
-    commit: str
-    files: tuple[RemoteFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,7 +528,7 @@ def _explained(what: str, repo: str, revision: str | None, error: Exception) -> 
 
     known = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.OfflineModeIsEnabled)
     if isinstance(error, known):  # A gated repository is one that was not found, too.
-        return _explain(repo, revision, error)
+        return explain(repo, revision, error)
     if isinstance(error, errors.HFValidationError):
         return ModelError(f"{what}: the Hub has no such names: {_words(error)}")
     if isinstance(error, errors.EntryNotFoundError):

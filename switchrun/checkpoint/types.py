@@ -14,25 +14,60 @@ Stack = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file of a model on the Hub, as it was when its repository was listed.
+
+    Attributes:
+        repo: The Hub id.
+        commit: The full hash of a commit, whatever revision was asked for.
+        name: The path inside the repository.
+        hash: SHA-256 of the content of a large file, git's blob id of a small one.
+    """
+
+    repo: str
+    commit: str
+    name: str
+    size: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.repo}/{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRepo:
+    """What a repository holds at one commit."""
+
+    id: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TensorSlice:
     """Where one tensor lies: a dense byte range of one file.
 
     Attributes:
-        file: An absolute path.
+        file: An absolute path, or a file of the Hub.
         dtype: The stored dtype, as safetensors names it (`BF16`).
         shape: For a linear layer's weight `[out, in]`.
         transposed: A matrix whose bytes are in column-major order: the range holds `[in, out]`. Torch files keep
             strides, and conversions from JAX leave such matrices behind.
         scales: Where the scales of a matrix in int8 lie (`SCB`, float32 `[out]`); None for any other tensor.
+        header_bytes: So many bytes before the range must be the local header of a zip's entry, by which `offset` is
+            right; whoever reads the range looks at them. 0 where there is none to look at.
+        crc: CRC-32 of the range as a zip's directory states it; None if nothing does.
     """
 
-    file: Path
+    file: Path | RemoteFile
     offset: int
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
     transposed: bool = False
     scales: TensorSlice | None = None
+    header_bytes: int = 0
+    crc: int | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -72,7 +107,7 @@ class SwitchCheckpoint:
     Attributes:
         id: What the user called it: the Hub id, the folder, or `demo`.
         revision: The Hub's commit, if it came from there.
-        path: The folder that holds it.
+        path: The folder that holds it; of a model that is read from the Hub, its configuration and tokenizer.
         config: `config.json`, repaired: plain transformers builds the right model of it.
         repairs: What was wrong in the checkpoint's configuration or names, one sentence each.
         dense: Every tensor that is not an expert's, by its canonical name in transformers. `lm_head.weight` is
@@ -84,6 +119,7 @@ class SwitchCheckpoint:
         expert_forms: An expert of each form in which experts are stored (dtypes may differ), and how many have that
             form; never empty.
         generation: The checkpoint's own generation settings; see `switchrun.checkpoint.generation`.
+        hub: What the repository holds, if weights are read from the Hub by byte range; None if they are in local files.
     """
 
     id: str
@@ -99,6 +135,7 @@ class SwitchCheckpoint:
     plain_dtype: str
     expert_forms: tuple[tuple[ExpertSlices, int], ...]
     generation: Mapping[str, Any] = field(default_factory=dict)
+    hub: RemoteRepo | None = None
 
     @property
     def num_experts(self) -> int:

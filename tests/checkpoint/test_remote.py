@@ -19,7 +19,8 @@ from huggingface_hub import close_session, constants
 
 from switchrun.checkpoint import remote
 from switchrun.checkpoint.hub import ask_hub
-from switchrun.checkpoint.remote import HubClosedError, HubRanges, Patience, RemoteFile, Traffic
+from switchrun.checkpoint.remote import HubClosedError, HubRanges, Patience, Traffic
+from switchrun.checkpoint.types import RemoteFile
 from switchrun.errors import CorruptCheckpointError, ModelError, NetworkError
 from tests.support.fake_hub import FakeHub, Fault
 
