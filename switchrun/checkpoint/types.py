@@ -5,12 +5,25 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from switchrun.errors import CorruptCheckpointError
 
 Stack = Literal["encoder", "decoder"]
+
+
+class HubWay(StrEnum):
+    """How a model of the Hub is opened.
+
+    `AUTO` takes a complete local snapshot, else downloads what is under 1 GB in all, else reads ranges. `RANGES` never
+    downloads weights whole, `DOWNLOAD` all of them first.
+    """
+
+    AUTO = "auto"
+    RANGES = "ranges"
+    DOWNLOAD = "download"
 
 
 @dataclass(frozen=True, slots=True)

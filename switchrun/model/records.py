@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 
 FinishReason = Literal["stop", "length"]
-Stage = Literal["open", "encode", "decode"]
+Stage = Literal["fetch", "open", "encode", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class TierCounts:
 class ExpertCounts:
     """What the expert caches did, all tiers together: a hit was in some memory, a load was read from disk.
 
-    `tiers` are the tiers, fast to slow.
+    `tiers` are the tiers, fast to slow. Of the loads, `hub_loads` came from the Hub, with `hub_bytes`.
     """
 
     requests: int
@@ -121,6 +121,8 @@ class ExpertCounts:
     load_bytes: int
     load_seconds: float
     tiers: tuple[TierCounts, ...] = ()
+    hub_loads: int = 0
+    hub_bytes: int = 0
 
     @property
     def hit_rate(self) -> float | None:
@@ -171,10 +173,25 @@ class FillResult:
 
 
 @dataclass(frozen=True, slots=True)
+class HubCounts:
+    """What a session asked of the Hub: headers, dense weights and experts.
+
+    `requests` are for ranges and for files' URLs, `retries` those that were repeated; in `seconds` at least one read
+    was under way.
+    """
+
+    bytes: int
+    requests: int
+    retries: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class SessionStats:
     """What a session took so far; sums over its fills, `ttft_seconds` and `itl_seconds` means.
 
     `tiers` is what each tier holds, as planned; in `wait_seconds` the model stood still for a read or a copy to a GPU.
+    `hub` is None unless weights are read from the Hub.
     """
 
     tiers: tuple[TierUse, ...]
@@ -187,20 +204,23 @@ class SessionStats:
     itl_seconds: float | None
     experts: ExpertCounts
     wait_seconds: float
+    hub: HubCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a session is, handed to its `progress`.
 
-    `done` of `total` counts bytes of dense weights (`open`), sparse layers (`encode`) or tokens, at most (`decode`);
-    `load_bytes` the expert bytes brought from disk since the session was opened.
+    `done` of `total` counts bytes of dense weights from the Hub (`fetch`) or into memory (`open`), sparse layers
+    (`encode`) or tokens, at most (`decode`); `load_bytes` the expert bytes read since the session was opened,
+    `hub_bytes` all that came from the Hub.
     """
 
     stage: Stage
     done: int
     total: int
     load_bytes: int
+    hub_bytes: int = 0
 
 
 ProgressCallback = Callable[[Progress], None]
