@@ -161,7 +161,7 @@ class _Progress:
         self._done: dict[RemoteFile, int] = {}
 
     def bar_of(self, file: RemoteFile) -> type:
-        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]  # it is documented there
+        from huggingface_hub.utils import tqdm
 
         progress = self
 
@@ -169,7 +169,7 @@ class _Progress:
             def __init__(self, *args: Any, **options: Any) -> None:
                 # Files that are deduplicated have two; the other one is of bytes on the network.
                 self._counts = not str(options.get("name")).endswith(".transfer")
-                super().__init__(*args, **{**options, "disable": True})
+                super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
                 self._seen = int(options.get("initial") or 0)
 
             def update(self, n: float | None = 1) -> None:

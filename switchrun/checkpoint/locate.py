@@ -83,7 +83,6 @@ def locate_settings(model: str) -> Path:
     if location is not None:
         return location.path
     from switchrun.checkpoint.hub_ways import find_settings
-
     from switchrun.checkpoint.remote import HubRanges
 
     repo, revision = _require_id(model)
