@@ -161,11 +161,11 @@ class _Progress:
         self._done: dict[RemoteFile, int] = {}
 
     def bar_of(self, file: RemoteFile) -> type:
-        from huggingface_hub.utils import tqdm
+        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
         progress = self
 
-        class Bar(tqdm):  # type: ignore[misc]
+        class Bar(tqdm):
             def __init__(self, *args: Any, **options: Any) -> None:
                 # Files that are deduplicated have two; the other one is of bytes on the network.
                 self._counts = not str(options.get("name")).endswith(".transfer")
