@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import SwitchCheckpoint
@@ -21,6 +21,9 @@ from switchrun.planning.plan import ASSUMED_BANDWIDTH, Bandwidth, Plan
 from switchrun.planning.planner import make_plan
 from switchrun.store import open_checkpoint_store, stored_experts
 
+if TYPE_CHECKING:
+    from switchrun.checkpoint.remote import HubRanges
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedModel:
@@ -33,6 +36,7 @@ class PlannedModel:
     checkpoint: SwitchCheckpoint
     plan: Plan
     own_bytes: int = 0
+    hub: HubRanges | None = None
 
 
 def plan_model(
@@ -78,7 +82,7 @@ def _stored_share(checkpoint: SwitchCheckpoint, options: OpenOptions) -> float:
 
     What is kept there for something else is refused, as a session would refuse it.
     """
-    if options.dtype not in list(PackedDtype) or checkpoint.has_int8_experts:
+    if options.dtype not in list(PackedDtype) or checkpoint.reads_int8_in_place:
         return 0.0
     store = open_checkpoint_store(options.folder, checkpoint, options.dtype, read_only=True)
     return min(1.0, sum(1 for _ in stored_experts(store.folder)) / len(checkpoint.experts))
