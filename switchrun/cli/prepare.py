@@ -93,10 +93,10 @@ def prepare(
 
         packing_seconds = 0.0
         if preparation.todo:
-            measure_disk(checkpoint)
+            measure_disk(checkpoint, store.folder)
             packing_seconds = _preparer(checkpoint, store, jobs).packing_seconds(preparation.todo[0])
         memory = planning.process_bytes(checkpoint, layout, jobs)
-        write_answer(render_preparation(store, preparation, jobs, memory, disk_of(checkpoint), packing_seconds))
+        write_answer(render_preparation(store, preparation, jobs, memory, disk_of(checkpoint, place), packing_seconds))
         return
     planning.check_room(preparation, store.folder)
     keys = [*preparation.todo, *(preparation.stored if verify else ())]

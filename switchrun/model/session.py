@@ -36,7 +36,7 @@ from switchrun.model.sentinels import fill_in, parse_spans
 from switchrun.model.tokenizer import Encoded, Tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import has_room, longest_input, max_output_tokens
-from switchrun.planning.opening import PlannedModel, plan_model
+from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Session:
         offload_limit: str | int | None = None,
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
+        hub: str = "auto",
         batch_size: int = 1,
         num_beams: int = 1,
         max_new_tokens: int = 64,
@@ -118,6 +119,7 @@ class Session:
             offload_limit=offload_limit,
             device_map=device_map,
             tokenizer=tokenizer,
+            hub=hub,
             batch_size=batch_size,
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -330,17 +332,21 @@ def open_session(
     warn: Callable[[str], None] | None = None,
     started: float | None = None,
     import_libraries: ImportLibraries = import_model,
+    on_plan: Callable[[Plan], object] = lambda _plan: None,
 ) -> Session:
     """Open a model; torch and transformers are imported while its dense weights are being read.
 
     `progress` is called while the session works, `warn` with warnings, from any thread; without it they are logged.
-    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way.
+    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way;
+    `on_plan` is called with the plan before a weight is read.
 
     Raises:
         SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
     """
     started = time.perf_counter() if started is None else started
-    planned = fetch_dense_weights(plan_model(options), progress)
+    planned = plan_model(options, hub_output_tokens=min(EXPECTED_NEW_TOKENS, options.max_new_tokens), warn=warn)
+    on_plan(planned.plan)
+    planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
         return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
 
