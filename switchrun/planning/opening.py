@@ -22,7 +22,8 @@ from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
 from switchrun.planning.planner import make_plan
-from switchrun.store import expert_path, model_name, open_checkpoint_store, store_folder, stored_experts
+from switchrun.store import expert_path, model_name, open_checkpoint_store, open_kept_stores, stored_experts
+from switchrun.store.paths import dense_path
 from switchrun.units import format_seconds
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ _log = logging.getLogger(__name__)
 EXPECTED_NEW_TOKENS = 12
 #: Experts that are read at most to measure a disk.
 _SAMPLE = 200
-#: What experts that are kept as they are stored are called by, and what a file takes besides.
-_KEPT_AS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "I8": "int8"}
-_HEADER_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,9 @@ def plan_model(
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)
     model = None if options.model is None else str(options.model)
     with ExitStack() as stack:
-        ranges = _hub_ranges(model, warn or _log.warning, stack)
+        ranges = hub_ranges(model, warn or _log.warning)
+        if ranges is not None:
+            stack.callback(ranges.close)
         checkpoint = open_checkpoint(model, cache_dir=options.folder / "index", way=HubWay(options.hub), ranges=ranges)
         hub = ranges if checkpoint.hub is not None else None
         kept = _kept_experts(checkpoint, options)
@@ -109,7 +109,8 @@ def plan_model(
     return PlannedModel(options, checkpoint, plan, own_bytes, hub)
 
 
-def _hub_ranges(model: str | None, warn: Callable[[str], None], stack: ExitStack) -> HubRanges | None:
+def hub_ranges(model: str | None, warn: Callable[[str], None]) -> HubRanges | None:
+    """Return what reads a model from the Hub, for the caller to close; None for a model that is no Hub id."""
     if hub_id(model) is None:
         return None
     from switchrun.checkpoint.remote import HubRanges
@@ -117,7 +118,15 @@ def _hub_ranges(model: str | None, warn: Callable[[str], None], stack: ExitStack
     def on_wait(seconds: float) -> None:
         warn(f"the Hub asks to wait {format_seconds(seconds)} (its rate limit)")
 
-    return stack.enter_context(HubRanges(on_wait=on_wait))
+    return HubRanges(on_wait=on_wait)
+
+
+def network_of(given: float | None = None) -> Bandwidth:
+    """Return how fast the Hub is: as given, in bytes per second, or as last measured, else an assumption."""
+    if given is not None:
+        return Bandwidth(given, "given")
+    measured = network.known_bandwidth()
+    return ASSUMED_NETWORK if measured is None else Bandwidth(measured, "measured")
 
 
 class _KeptExperts(NamedTuple):
@@ -131,24 +140,21 @@ class _KeptExperts(NamedTuple):
 
 def _kept_experts(checkpoint: SwitchCheckpoint, options: OpenOptions) -> _KeptExperts:
     """Look at what is kept. What is kept there for something else is refused, as a session would refuse it."""
-    if options.dtype in list(PackedDtype) and not checkpoint.reads_int8_in_place:
-        store = open_checkpoint_store(options.folder, checkpoint, options.dtype, read_only=True)
-        folder, file_bytes = store.folder, store.file_bytes
+    packed = "int8" if checkpoint.stored_dtype == "I8" else options.dtype
+    if packed in list(PackedDtype) and not checkpoint.reads_int8_in_place:
+        stores = [open_checkpoint_store(options.folder, checkpoint, packed, read_only=True)]
     elif checkpoint.hub is not None:
-        folder = store_folder(options.folder, model_name(checkpoint), _KEPT_AS[checkpoint.stored_dtype])
-        file_bytes = checkpoint.expert_bytes + _HEADER_BYTES
+        stores = list(open_kept_stores(options.folder, checkpoint, read_only=True).values())
     else:
         return _KeptExperts(None)
-    sizes = [status.st_size for _, status in stored_experts(folder)]
-    return _KeptExperts(folder, len(sizes), sum(sizes), file_bytes)
+    sizes = [status.st_size for store in stores for _, status in stored_experts(store.folder)]
+    return _KeptExperts(stores[0].folder, len(sizes), sum(sizes), max(store.file_bytes for store in stores))
 
 
 def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: _KeptExperts, index_bytes: int) -> HubState:
     folder = options.folder.absolute()
-    measured = network.known_bandwidth()
-    assumed = ASSUMED_NETWORK if measured is None else Bandwidth(measured, "measured")
     try:
-        dense_bytes = (store_folder(folder, model_name(checkpoint), "dense") / "dense.safetensors").stat().st_size
+        dense_bytes = dense_path(folder, model_name(checkpoint)).stat().st_size
     except OSError:
         dense_bytes = 0
     return HubState(
@@ -159,7 +165,7 @@ def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: _KeptEx
         kept_dense_bytes=dense_bytes,
         file_bytes=kept.file_bytes,
         limit_bytes=options.limit_bytes,
-        network=Bandwidth(options.network_rate, "given") if options.network_rate else assumed,
+        network=network_of(options.network_rate),
         index_bytes=index_bytes,
     )
 
@@ -169,8 +175,7 @@ def disk_of(checkpoint: SwitchCheckpoint, offload: Path) -> Bandwidth:
 
     That is the checkpoint's disk, or the offload folder's for a checkpoint on the Hub.
     """
-    file = next(iter(checkpoint.experts.values())).wi.file
-    measured = disks.known_bandwidth(file if isinstance(file, Path) else offload)
+    measured = disks.known_bandwidth(checkpoint.experts_file or offload)
     return Bandwidth(measured, "measured") if measured else ASSUMED_BANDWIDTH
 
 
