@@ -75,7 +75,7 @@ def prepare(
     place = folders.offload_folder(offload_folder)
     checkpoint = open_checkpoint(model, cache_dir=place / "index")
     resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
-    if checkpoint.has_int8_experts:
+    if checkpoint.reads_int8_in_place:
         raise UsageError(f"{checkpoint.id} is stored in int8, so there is nothing to prepare", "fill reads it in place")
     chosen = planning.choose_experts(checkpoint, layers, experts)
     layout = packed_layout(checkpoint, dtype)

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, SwitchCheckpoint
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import FileReader, Segment, Way
@@ -33,16 +33,19 @@ _MARGIN = 1.15
 _FEWEST_SAMPLES = 2
 
 
-def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
+def reading_way(checkpoint: SwitchCheckpoint, kept: Path) -> Way:
     """Return the best way to read the disk that experts lie on; blocks for at most a read longer than `PROBE_SECONDS`.
 
+    That of experts from the Hub is the disk of the folder `kept`, which is never tried: there may be nothing there yet.
     The answer is kept in the user's cache folder for each filesystem. Sparse files are not tried: holes are no disk.
     """
-    file = next(iter(experts.values())).wi.file
+    file = checkpoint.experts_file
+    if file is None:
+        return known_way(kept) or WAYS[0]
     known = known_way(file)
     if known or disks.is_sparse(file):
         return known or WAYS[0]
-    chosen = best_way(_probe(experts))
+    chosen = best_way(_probe(checkpoint.experts))
     disks.remember("reading", file, asdict(chosen))
     return chosen
 
@@ -92,6 +95,7 @@ def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
 
 def _forget(read: Segment) -> None:
     """Put what will be read out of the page cache, where a way through it would find it."""
+    assert isinstance(read.file, Path)
     file = open_regular(read.file)
     try:
         os.posix_fadvise(file, read.offset, read.length, os.POSIX_FADV_DONTNEED)

@@ -17,15 +17,18 @@ from switchrun.dtypes import Precision
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import Format, Int8Format, PackedFormat, PlainFormat
+from switchrun.experts.hub_reader import HubReader
 from switchrun.experts.module import OffloadedExperts, RoutingContext
-from switchrun.experts.reader import FileReader, Way
+from switchrun.experts.reader import FileReader, SplitReader, Way
+from switchrun.experts.source import ExpertSource
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.kernels.int8 import use_int8
 from switchrun.kernels.plain import use_fast_products
 from switchrun.model.settings import generation_config, model_config
 from switchrun.planning import Plan, memory
 from switchrun.planning.opening import PlannedModel
-from switchrun.store import BackgroundWriter, open_checkpoint_store
+from switchrun.planning.options import OpenOptions
+from switchrun.store import BackgroundWriter, open_checkpoint_store, open_kept_stores
 
 
 def open_cache(
@@ -33,28 +36,44 @@ def open_cache(
 ) -> ExpertCache:
     """Open the expert cache that the final plan asks for; the stack closes it."""
     checkpoint, options, packed = planned.checkpoint, planned.options, plan.precision.packed
-    experts, direct = checkpoint.experts, memory.reads_directly(checkpoint)
+    direct = memory.reads_directly(checkpoint)
+    source = open_source(checkpoint, options, keep=packed is None, warn=warn)
     expert_format: Format
     if packed is None:
-        expert_format = PlainFormat(experts, direct, getattr(torch, plan.precision.compute.torch_name))
-    elif checkpoint.has_int8_experts:
-        expert_format = Int8Format(experts, direct, memory.packed_layout(checkpoint, packed))
+        expert_format = PlainFormat(source, getattr(torch, plan.precision.compute.torch_name))
+    elif checkpoint.reads_int8_in_place:
+        expert_format = Int8Format(source, memory.packed_layout(checkpoint, packed))
     else:
         store = open_checkpoint_store(
             options.folder, checkpoint, packed.value, limit_bytes=options.limit_bytes, warn=warn
         )
-        # Closed after the cache, whose threads offer it experts; then it writes what still waits.
-        writer = stack.enter_context(BackgroundWriter(store, memory.writer_buffers(checkpoint, plan.precision)))
-        expert_format = PackedFormat(experts, direct, store, writer)
+        writer = None
+        if planned.hub is None:
+            # Closed after the cache, whose threads offer it experts; then it writes what still waits.
+            writer = stack.enter_context(BackgroundWriter(store, memory.writer_buffers(checkpoint, plan.precision)))
+        expert_format = PackedFormat(source, store, writer)
     use = plan.tier("cpu")
     staging = memory.staging_bytes(checkpoint, plan.precision) // memory.STAGING_BUFFERS
+    files = FileReader(direct, way)
     cache = ExpertCache(
         expert_format,
         slots=Buffers(use.expert_slots, use.slot_bytes),
         staging=Buffers(memory.STAGING_BUFFERS if staging else 0, staging),
-        reader=FileReader(direct, way),
+        reader=files if planned.hub is None else SplitReader(files, HubReader(planned.hub)),
     )
     return stack.enter_context(cache)
+
+
+def open_source(
+    checkpoint: SwitchCheckpoint, options: OpenOptions, *, keep: bool, warn: Callable[[str], None] | None
+) -> ExpertSource:
+    """Open what experts are read from. Those that come from the Hub are kept as they are stored, if that is wanted."""
+    kept = {}
+    if checkpoint.hub is not None and checkpoint.stored_dtype != "I8":
+        kept = open_kept_stores(
+            options.folder, checkpoint, limit_bytes=options.limit_bytes, read_only=not keep, warn=warn
+        )
+    return ExpertSource(checkpoint.experts, memory.reads_directly(checkpoint), kept)
 
 
 def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: ExpertTiers, context: RoutingContext) -> Any:

@@ -131,7 +131,7 @@ class _KeptExperts(NamedTuple):
 
 def _kept_experts(checkpoint: SwitchCheckpoint, options: OpenOptions) -> _KeptExperts:
     """Look at what is kept. What is kept there for something else is refused, as a session would refuse it."""
-    if options.dtype in list(PackedDtype) and not checkpoint.has_int8_experts:
+    if options.dtype in list(PackedDtype) and not checkpoint.reads_int8_in_place:
         store = open_checkpoint_store(options.folder, checkpoint, options.dtype, read_only=True)
         folder, file_bytes = store.folder, store.file_bytes
     elif checkpoint.hub is not None:

@@ -18,6 +18,8 @@ from switchrun.errors import command
 from switchrun.machine.files import open_regular
 from switchrun.machine.folders import DTYPE_NAME, offload_folder, open_below
 
+#: The folder of a model's dense weights, beside those of its experts, and the file in it.
+DENSE_FOLDER, DENSE_FILE = "dense", "dense.safetensors"
 _BLOCK = re.compile(r"(encoder|decoder)\.(0|[1-9][0-9]*)", re.ASCII)
 _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 
