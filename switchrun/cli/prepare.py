@@ -15,9 +15,8 @@ from switchrun.cli import options
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
-from switchrun.dtypes import PackedDtype
+from switchrun.dtypes import PackedDtype, resolve_dtype
 from switchrun.errors import UsageError
-from switchrun.machine import folders
 from switchrun.machine.limits import check_limits
 from switchrun.output.progress import ByteProgress
 from switchrun.units import format_bytes, format_count, format_seconds
@@ -65,24 +64,27 @@ def prepare(
 
     It may be stopped at any time: the same command goes on from there.
     """
-    from switchrun.checkpoint import open_checkpoint
-    from switchrun.dtypes import resolve_dtype
     from switchrun.planning import preparation as planning
     from switchrun.planning.budgets import parse_size, resolve_budgets
     from switchrun.planning.memory import packed_layout
-    from switchrun.planning.opening import disk_of, hub_ranges, measure_disk, network_of
+    from switchrun.planning.opening import disk_of, find_kept, measure_disk, network_of, open_model
+    from switchrun.planning.options import OpenOptions
     from switchrun.store import open_checkpoint_store
 
     started = time.perf_counter()
-    budgets = resolve_budgets(cpu_memory, 0)
+    opening = OpenOptions(
+        model=model,
+        dtype=dtype.value,
+        cpu_memory=cpu_memory,
+        gpu_memory=0,
+        offload_folder=offload_folder,
+        hub=hub.value,
+    )
     limit_bytes = None if limit is None else parse_size("limit", limit)
-    place = folders.offload_folder(offload_folder)
+    budgets = resolve_budgets(opening.cpu_bytes, 0)
     # Threads warn, and the main thread reports it: it alone knows of the progress line.
     warnings: deque[str] = deque()
-    ranges = hub_ranges(model, warnings.append)
-    checkpoint = open_checkpoint(model, cache_dir=place / "index", way=hub, ranges=ranges)
-    if checkpoint.hub is None:
-        ranges = None
+    checkpoint, ranges = open_model(opening, warnings.append)
     resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
     if checkpoint.reads_int8_in_place:
         raise UsageError(f"{checkpoint.id} is stored in int8, so there is nothing to prepare", "fill reads it in place")
@@ -90,7 +92,7 @@ def prepare(
     layout = packed_layout(checkpoint, dtype)
     jobs = planning.resolve_jobs(checkpoint, layout, jobs, budgets.cpu_bytes)
     store = open_checkpoint_store(
-        place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=warnings.append
+        opening.folder, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=warnings.append
     )
     preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)
     _report_all(warnings)
@@ -99,10 +101,10 @@ def prepare(
 
         packing_seconds = 0.0
         if preparation.todo:
-            measure_disk(checkpoint, store.folder)
+            measure_disk(checkpoint, find_kept(checkpoint, opening))
             packing_seconds = _preparer(checkpoint, ranges, store, jobs).packing_seconds(preparation.todo[0])
         memory = planning.process_bytes(checkpoint, layout, jobs)
-        disk, network = disk_of(checkpoint, place), network_of() if ranges else None
+        disk, network = disk_of(checkpoint, opening.folder), network_of(opening) if ranges else None
         write_answer(render_preparation(store, preparation, jobs, memory, disk, packing_seconds, network))
         return
     planning.check_room(preparation, store.folder)

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.locate import hub_id
-from switchrun.checkpoint.types import HubWay, SwitchCheckpoint
-from switchrun.dtypes import PackedDtype
+from switchrun.checkpoint.types import ExpertKey, HubWay, SwitchCheckpoint
+from switchrun.dtypes import resolve_dtype
 from switchrun.errors import check_count
 from switchrun.machine import disks, network, ram
 from switchrun.planning.budgets import parse_rate, resolve_budgets
@@ -22,12 +22,14 @@ from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
 from switchrun.planning.planner import make_plan
-from switchrun.store import expert_path, model_name, open_checkpoint_store, open_kept_stores, stored_experts
-from switchrun.store.paths import dense_path
+from switchrun.store import ExpertStore, expert_path, open_checkpoint_store, open_kept_stores, stored_experts
+from switchrun.store.dense_file import DenseFile
 from switchrun.units import format_seconds
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.remote import HubRanges
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -80,16 +82,13 @@ def plan_model(
     libraries = RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES
     own_bytes = max(0, ram.rss_bytes() - libraries)
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)
-    model = None if options.model is None else str(options.model)
+    checkpoint, hub = open_model(options, warn)
     with ExitStack() as stack:
-        ranges = hub_ranges(model, warn or _log.warning)
-        if ranges is not None:
-            stack.callback(ranges.close)
-        checkpoint = open_checkpoint(model, cache_dir=options.folder / "index", way=HubWay(options.hub), ranges=ranges)
-        hub = ranges if checkpoint.hub is not None else None
-        kept = _kept_experts(checkpoint, options)
+        if hub is not None:
+            stack.callback(hub.close)
+        kept = find_kept(checkpoint, options)
         if disk_bandwidth == "measure":
-            measure_disk(checkpoint, kept.folder)
+            measure_disk(checkpoint, kept)
         plan = make_plan(
             checkpoint,
             budgets,
@@ -100,74 +99,94 @@ def plan_model(
             input_tokens=input_tokens,
             output_tokens=options.max_new_tokens,
             bandwidth=Bandwidth(rate, "given") if rate else disk_of(checkpoint, options.folder),
-            stored_share=min(1.0, kept.experts / len(checkpoint.experts)),
+            stored_share=min(1.0, len(kept.files) / len(checkpoint.experts)),
             hub=None if hub is None else _hub_state(checkpoint, options, kept, hub.traffic.bytes),
             hub_output_tokens=hub_output_tokens,
         )
-        if hub is not None:
-            stack.pop_all()
+        stack.pop_all()
     return PlannedModel(options, checkpoint, plan, own_bytes, hub)
 
 
-def hub_ranges(model: str | None, warn: Callable[[str], None]) -> HubRanges | None:
-    """Return what reads a model from the Hub, for the caller to close; None for a model that is no Hub id."""
+def open_model(
+    options: OpenOptions, warn: Callable[[str], None] | None = None
+) -> tuple[SwitchCheckpoint, HubRanges | None]:
+    """Open a checkpoint's headers, and what reads its weights from the Hub, which the caller closes; None if local.
+
+    `warn` gets warnings, from any thread.
+
+    Raises:
+        SwitchrunError: Those of `open_checkpoint`.
+    """
+    model = None if options.model is None else str(options.model)
+    way, cache_dir = HubWay(options.hub), options.folder / "index"
     if hub_id(model) is None:
-        return None
+        return open_checkpoint(model, cache_dir=cache_dir, way=way), None
     from switchrun.checkpoint.remote import HubRanges
 
     def on_wait(seconds: float) -> None:
-        warn(f"the Hub asks to wait {format_seconds(seconds)} (its rate limit)")
+        (warn or _log.warning)(f"the Hub asks to wait {format_seconds(seconds)} (its rate limit)")
 
-    return HubRanges(on_wait=on_wait)
-
-
-def network_of(given: float | None = None) -> Bandwidth:
-    """Return how fast the Hub is: as given, in bytes per second, or as last measured, else an assumption."""
-    if given is not None:
-        return Bandwidth(given, "given")
-    measured = network.known_bandwidth()
-    return ASSUMED_NETWORK if measured is None else Bandwidth(measured, "measured")
+    with ExitStack() as stack:
+        ranges = stack.enter_context(HubRanges(on_wait=on_wait))
+        checkpoint = open_checkpoint(model, cache_dir=cache_dir, way=way, ranges=ranges)
+        if checkpoint.hub is None:
+            return checkpoint, None
+        stack.pop_all()
+    return checkpoint, ranges
 
 
-class _KeptExperts(NamedTuple):
-    """What the offload folder holds of a model's experts, in the form that they are kept in."""
+@dataclass(frozen=True, slots=True)
+class KeptExperts:
+    """What the offload folder holds of a model's experts: files and their sizes, and what one more would take."""
 
-    folder: Path | None
-    experts: int = 0
-    nbytes: int = 0
+    files: Mapping[ExpertKey, tuple[Path, int]]
     file_bytes: int = 0
 
-
-def _kept_experts(checkpoint: SwitchCheckpoint, options: OpenOptions) -> _KeptExperts:
-    """Look at what is kept. What is kept there for something else is refused, as a session would refuse it."""
-    packed = "int8" if checkpoint.stored_dtype == "I8" else options.dtype
-    if packed in list(PackedDtype) and not checkpoint.reads_int8_in_place:
-        stores = [open_checkpoint_store(options.folder, checkpoint, packed, read_only=True)]
-    elif checkpoint.hub is not None:
-        stores = list(open_kept_stores(options.folder, checkpoint, read_only=True).values())
-    else:
-        return _KeptExperts(None)
-    sizes = [status.st_size for store in stores for _, status in stored_experts(store.folder)]
-    return _KeptExperts(stores[0].folder, len(sizes), sum(sizes), max(store.file_bytes for store in stores))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(size for _, size in self.files.values())
 
 
-def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: _KeptExperts, index_bytes: int) -> HubState:
-    folder = options.folder.absolute()
-    try:
-        dense_bytes = dense_path(folder, model_name(checkpoint)).stat().st_size
-    except OSError:
-        dense_bytes = 0
+def find_kept(checkpoint: SwitchCheckpoint, options: OpenOptions) -> KeptExperts:
+    """Find the experts that are kept packed in the dtype that is asked for, or from the Hub as stored.
+
+    What is kept there for something else is refused, as a session would refuse it.
+    """
+    packed = resolve_dtype(options.dtype, checkpoint.stored_dtype, checkpoint.plain_dtype).packed
+    stores: list[ExpertStore] = []
+    if packed is not None and not checkpoint.reads_int8_in_place:
+        stores.append(open_checkpoint_store(options.folder, checkpoint, packed, read_only=True))
+    if checkpoint.hub is not None and checkpoint.stored_dtype != "I8":
+        stores += open_kept_stores(options.folder, checkpoint, read_only=True).values()
+    files: dict[ExpertKey, tuple[Path, int]] = {}
+    for store in reversed(stores):
+        for key, status in stored_experts(store.folder):
+            files[key] = expert_path(store.folder, key), status.st_size
+    return KeptExperts(files, stores[0].file_bytes if stores else 0)
+
+
+def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: KeptExperts, index_bytes: int) -> HubState:
+    dense = DenseFile(options.folder, checkpoint)
     return HubState(
-        folder=str(folder),
-        free_bytes=disks.free_bytes(folder),
-        kept_experts=kept.experts,
+        folder=str(options.folder.absolute()),
+        free_bytes=disks.free_bytes(options.folder),
+        kept_experts=len(kept.files),
         kept_bytes=kept.nbytes,
-        kept_dense_bytes=dense_bytes,
+        kept_dense_bytes=0 if dense.slices() is None else dense.file_bytes,
         file_bytes=kept.file_bytes,
         limit_bytes=options.limit_bytes,
-        network=network_of(options.network_rate),
+        network=network_of(options),
         index_bytes=index_bytes,
     )
+
+
+def network_of(options: OpenOptions) -> Bandwidth:
+    """Return how fast the Hub is: as given, as last measured, else an assumption."""
+    if options.network_rate is not None:
+        return Bandwidth(options.network_rate, "given")
+    measured = network.known_bandwidth()
+    return ASSUMED_NETWORK if measured is None else Bandwidth(measured, "measured")
 
 
 def disk_of(checkpoint: SwitchCheckpoint, offload: Path) -> Bandwidth:
@@ -175,27 +194,28 @@ def disk_of(checkpoint: SwitchCheckpoint, offload: Path) -> Bandwidth:
 
     That is the checkpoint's disk, or the offload folder's for a checkpoint on the Hub.
     """
-    measured = disks.known_bandwidth(checkpoint.experts_file or offload)
+    file = next(iter(checkpoint.experts.values())).wi.file
+    measured = disks.known_bandwidth(file if isinstance(file, Path) else offload)
     return Bandwidth(measured, "measured") if measured else ASSUMED_BANDWIDTH
 
 
-def measure_disk(checkpoint: SwitchCheckpoint, kept: Path | None = None) -> None:
+def measure_disk(checkpoint: SwitchCheckpoint, kept: KeptExperts) -> None:
     """Read experts here and there for half a second, and remember how fast that was.
 
-    Those of a checkpoint on the Hub are read where they are `kept`; if none is, nothing is measured.
+    Those of a checkpoint on the Hub are read where they are kept; if none is, nothing is measured.
     """
-    ranges: list[tuple[Path, int, int]] = []
     if checkpoint.hub is None:
-        keys = list(checkpoint.experts)
-        chosen = [checkpoint.experts[key] for key in random.sample(keys, min(len(keys), _SAMPLE))]
-        ranges = [(Path(str(each.file)), each.offset, each.nbytes) for slices in chosen for each in slices]
-    elif kept is not None:
-        there = list(stored_experts(kept))
-        chosen_files = random.sample(there, min(len(there), _SAMPLE))
-        ranges = [(expert_path(kept, key), 0, status.st_size) for key, status in chosen_files]
+        parts = [each for slices in _some(checkpoint.experts) for each in slices]
+        ranges = [(each.file, each.offset, each.nbytes) for each in parts if isinstance(each.file, Path)]
+    else:
+        ranges = [(path, 0, size) for path, size in _some(kept.files)]
     rate = disks.measure_read_bandwidth(ranges)
     if rate is not None and not disks.is_sparse(ranges[0][0]):
         disks.remember_bandwidth(ranges[0][0], rate)
+
+
+def _some(experts: Mapping[ExpertKey, T]) -> list[T]:
+    return [experts[key] for key in random.sample(list(experts), min(len(experts), _SAMPLE))]
 
 
 def plan(

@@ -210,9 +210,8 @@ class DenseWriter:
         except FileNotFoundError:
             return {}
         names = list(self._numbers)
-        stated = {
-            names[int(number)]: int(digits, 16) for number, digits in _LINE.findall(lines) if int(number) < len(names)
-        }
+        lines = [(int(number), int(digits, 16)) for number, digits in _LINE.findall(text)]
+        stated = {names[number]: checksum for number, checksum in lines if number < len(names)}
         return {name: stated[name] for name in stated if self._format.checksum(self._partial, name) == stated[name]}
 
     def _note(self, name: str, checksum: int) -> None:
