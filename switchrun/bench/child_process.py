@@ -115,8 +115,9 @@ def open_engine(
     planned: PlannedModel, warn: Callable[[str], None], import_libraries: ImportLibraries
 ) -> Iterator[Engine]:
     """Open a model without a tokenizer, as `switchrun fill` does: libraries are imported while weights are read."""
-    from switchrun.model.session import read_while_importing
+    from switchrun.model.session import fetch_dense_weights, read_while_importing
 
+    planned = fetch_dense_weights(planned)
     with read_while_importing(planned, import_libraries) as preload:
         from switchrun.model.engine import Engine
         from switchrun.model.settings import check_settings

@@ -114,7 +114,8 @@ def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) 
     slices = [tensor for expert in checkpoint.experts.values() for tensor in expert]
     store = store_folder(offload_folder, model_name(checkpoint), dtype)
     packed = {expert_path(store, key) for key, _ in stored_experts(store)}
-    return packed | {tensor.file for tensor in [*slices, *checkpoint.dense.values()]}
+    files = {tensor.file for tensor in [*slices, *checkpoint.dense.values()]}
+    return packed | {file for file in files if isinstance(file, Path)}
 
 
 def describe_environment(checkpoint: Path) -> dict[str, Any]:

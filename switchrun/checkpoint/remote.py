@@ -126,6 +126,15 @@ class HubRanges:
                 with contextlib.suppress(OSError):
                     socket.socket.shutdown(each, socket.SHUT_RDWR)
 
+    def reopened(self) -> HubRanges:
+        """Return one that goes on where this one was closed: with its URLs, its counts and what it knows of waiting."""
+        with self._lock:
+            other = HubRanges(self._patience, self._on_wait)
+            other._lock, other._traffic, other._not_before = self._lock, self._traffic, self._not_before
+            done = {file: url for file, url in self._urls.items() if url.done() and not url.cancelled()}
+            other._urls = {file: url for file, url in done.items() if url.exception() is None}
+        return other
+
     @property
     def traffic(self) -> Traffic:
         """The counts so far."""
@@ -191,8 +200,10 @@ class HubRanges:
         self.read_into(file, offset, memoryview(data))
         return bytes(data)
 
-    def read_into(self, file: RemoteFile, offset: int, into: memoryview) -> None:
-        """Fill `into` with the file's bytes from `offset`. Blocks; after an error `into` holds anything.
+    def read_into(self, file: RemoteFile, offset: int, into: memoryview) -> float:
+        """Fill `into` with the file's bytes from `offset`; return the seconds in which its answers had not yet begun.
+
+        Blocks; after an error `into` holds anything.
 
         What breaks is gone on with at the byte that was reached, and each byte renews the patience.
 
@@ -210,19 +221,20 @@ class HubRanges:
         with self._lock:
             self._traffic.begin()
         try:
-            self._read_all(file, offset, view)
+            return self._read_all(file, offset, view)
         finally:
             with self._lock:
                 self._traffic.end()
 
-    def _read_all(self, file: RemoteFile, offset: int, view: memoryview) -> None:
+    def _read_all(self, file: RemoteFile, offset: int, view: memoryview) -> float:
         done = failures = 0
+        waited = 0.0
         refused: _Url | None = None
         while done < len(view):
             url = self._url(file, refused)
             part = _Part(file, offset + done, view[done:])
             try:
-                self._receive(url, part)
+                waited += self._receive(url, part)
             except _RefusedError as error:
                 # Not every refusal is an expired URL: one fresh URL, then its words.
                 if refused is not None:
@@ -235,11 +247,14 @@ class HubRanges:
                 failures += 1
                 self._pause(str(file), failures, error)
             done += part.filled
+        return waited
 
     # One attempt at a range.
 
-    def _receive(self, url: _Url, part: _Part) -> None:
+    def _receive(self, url: _Url, part: _Part) -> float:
+        start = time.monotonic()
         response = self._open(url, part)
+        waited = time.monotonic() - start
         try:
             with self._interruptible(response):
                 _check_answer(response, part)
@@ -258,6 +273,7 @@ class HubRanges:
         if part.filled < len(part.view):
             self._check_open()
             raise _PassingError("the answer ended early")
+        return waited
 
     def _open(self, url: _Url, part: _Part) -> Any:
         from huggingface_hub import get_session

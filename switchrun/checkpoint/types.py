@@ -75,6 +75,7 @@ class TensorSlice:
         header_bytes: So many bytes before the range must be the local header of a zip's entry, by which `offset` is
             right; whoever reads the range looks at them. 0 where there is none to look at.
         crc: CRC-32 of the range as a zip's directory states it; None if nothing does.
+        xxh3: XXH3 (64 bit) of the range as the offload folder's own file of dense weights states it; else None.
     """
 
     file: Path | RemoteFile
@@ -86,6 +87,7 @@ class TensorSlice:
     scales: TensorSlice | None = None
     header_bytes: int = 0
     crc: int | None = None
+    xxh3: int | None = None
 
     @property
     def stored_bytes(self) -> int:
@@ -166,9 +168,15 @@ class SwitchCheckpoint:
         return max(form.nbytes for form, _ in self.expert_forms)
 
     @property
-    def has_int8_experts(self) -> bool:
-        """Whether experts are stored in int8: those are read in place and never kept in the offload folder."""
-        return any(matrix.dtype == "I8" for form, _ in self.expert_forms for matrix in form)
+    def reads_int8_in_place(self) -> bool:
+        """Whether experts are stored in int8 on this machine: those are never kept in the offload folder."""
+        return self.hub is None and any(matrix.dtype == "I8" for form, _ in self.expert_forms for matrix in form)
+
+    @property
+    def experts_file(self) -> Path | None:
+        """A file with experts, of whose disk something is to be known; None if they are on the Hub."""
+        file = self.expert_forms[0][0].wi.file
+        return file if isinstance(file, Path) else None
 
     @property
     def total_bytes(self) -> int:

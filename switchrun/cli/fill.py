@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.signals import SIGNALS
 from switchrun.cli.startup import import_libraries, quieten_libraries
@@ -54,6 +55,8 @@ def fill(
     offload_limit: options.OffloadLimit = None,
     device_map: options.DeviceMap = "auto",
     tokenizer: options.Tokenizer = None,
+    hub: options.Hub = HubWay.AUTO,
+    network_bandwidth: options.NetworkBandwidth = None,
     batch_size: options.BatchSize = 1,
     max_new_tokens: Annotated[
         int,
@@ -113,6 +116,8 @@ def fill(
         offload_limit=offload_limit,
         device_map=device_map,
         tokenizer=tokenizer,
+        hub=hub.value,
+        network_bandwidth=network_bandwidth,
         batch_size=batch_size,
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 
@@ -85,6 +86,23 @@ DeviceMap = Annotated[
         envvar="SWITCHRUN_DEVICE_MAP",
         metavar="auto|FILE",
         help="Which weights go where: a JSON file from `switchrun plan --format json`, or one in accelerate's format.",
+    ),
+]
+Hub = Annotated[
+    HubWay,
+    typer.Option(
+        envvar="SWITCHRUN_HUB",
+        help="How a model of the Hub is opened. ranges: read what is needed. download: download all of it first. "
+        "auto: download what is under 1 GB, else ranges.",
+    ),
+]
+NetworkBandwidth = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWITCHRUN_NETWORK_BANDWIDTH",
+        metavar="RATE",
+        show_default="as last measured, else 12.5MB/s",
+        help="How fast the Hub is, for the estimate, like 12MB/s.",
     ),
 ]
 Tokenizer = Annotated[

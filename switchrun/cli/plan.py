@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from contextlib import closing
+from typing import Annotated
 
 import typer
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
-from switchrun.cli.streams import write_answer
+from switchrun.cli.streams import warn, write_answer
 from switchrun.dtypes import DtypeChoice
-from switchrun.errors import UsageError
 from switchrun.output.sinks import format_record
-from switchrun.units import parse_bytes
 
 
 def plan(
@@ -33,6 +33,8 @@ def plan(
             help="Read bandwidth of the disk, like 1.8GB/s; measure: read experts for half a second.",
         ),
     ] = None,
+    hub: options.Hub = HubWay.AUTO,
+    network_bandwidth: options.NetworkBandwidth = None,
     style: Annotated[
         options.TableFormat,
         typer.Option("--format", help="table: to read; json: to process, and a file for --device-map."),
@@ -42,7 +44,6 @@ def plan(
     from switchrun.planning.opening import plan_model
     from switchrun.planning.options import OpenOptions
 
-    bandwidth = None if disk_bandwidth is None else _parse_bandwidth(disk_bandwidth)
     chosen = OpenOptions(
         model=model,
         dtype=dtype.value,
@@ -53,23 +54,14 @@ def plan(
         batch_size=batch_size,
         num_beams=num_beams,
         max_new_tokens=output_tokens,
+        hub=hub.value,
+        network_bandwidth=network_bandwidth,
     )
-    made = plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=bandwidth).plan
+    with closing(plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=disk_bandwidth, warn=warn)) as planned:
+        made = planned.plan
     if style is options.TableFormat.JSON:
         write_answer(format_record(made.as_record(), indent=True))
     else:
         from switchrun.output.tables import render_plan
 
         write_answer(render_plan(made))
-
-
-def _parse_bandwidth(text: str) -> float | Literal["measure"]:
-    if text.strip() == "measure":
-        return "measure"
-    try:
-        rate = parse_bytes(text.strip().removesuffix("/s"))
-    except UsageError:
-        rate = 0
-    if rate <= 0:
-        raise UsageError(f"--disk-bandwidth: '{text}' is not a rate", "write it like 1.8GB/s or 500MB/s")
-    return float(rate)

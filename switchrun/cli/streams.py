@@ -144,6 +144,11 @@ def report(message: str) -> None:
     report_lines(f"switchrun: {printable(' '.join(message.split()))}\n")
 
 
+def warn(message: str) -> None:
+    """Report a warning; from any thread."""
+    report(f"warning: {message}")
+
+
 def report_lines(lines: str) -> None:
     """Write lines for a human to stderr. If stderr takes nothing, go on without it."""
     with contextlib.suppress(OSError):

@@ -115,7 +115,8 @@ def check_offload_folder(folder: Path, named: bool = True) -> Check:
 def check_checkpoint(checkpoint: SwitchCheckpoint) -> Check:
     """Is the disk of the model good, and are its files whole? Reads experts here and there, as a fill would."""
     keys = random.sample(list(checkpoint.experts), min(len(checkpoint.experts), 200))
-    ranges = [(part.file, part.offset, part.nbytes) for key in keys for part in checkpoint.experts[key]]
+    parts = [part for key in keys for part in checkpoint.experts[key]]
+    ranges = [(part.file, part.offset, part.nbytes) for part in parts if isinstance(part.file, Path)]
     weights = [file for file in checkpoint.path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt")]
     sparse, problem = sorted(file.name for file in weights if disks.is_sparse(file)), None
     if sparse:

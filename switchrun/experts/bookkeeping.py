@@ -18,8 +18,8 @@ class CacheCounters:
     """What a cache did since it was made.
 
     An expert is requested once for each layer and step that needs it. A hit was in memory, a load is brought from the
-    slower tier; `load_bytes` of reads include alignment. In `load_seconds` at least one read was under way, in
-    `wait_seconds` the model stood still for a read, or for a copy.
+    slower tier; `load_bytes` of reads include alignment. Of both, `hub_loads` and `hub_bytes` came from the Hub. In
+    `load_seconds` at least one read was under way, in `wait_seconds` the model stood still for a read, or for a copy.
     """
 
     requests: int = 0
@@ -28,6 +28,8 @@ class CacheCounters:
     load_bytes: int = 0
     load_seconds: float = 0.0
     wait_seconds: float = 0.0
+    hub_loads: int = 0
+    hub_bytes: int = 0
 
     def since(self, earlier: CacheCounters) -> CacheCounters:
         """Return what was counted after an earlier snapshot."""
@@ -54,6 +56,8 @@ def total(tiers: Mapping[str, CacheCounters]) -> CacheCounters:
         load_bytes=cpu.load_bytes,
         load_seconds=cpu.load_seconds,
         wait_seconds=sum(counters.wait_seconds for counters in tiers.values()),
+        hub_loads=cpu.hub_loads,
+        hub_bytes=cpu.hub_bytes,
     )
 
 

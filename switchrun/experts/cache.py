@@ -15,8 +15,9 @@ from typing import cast
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.experts.bookkeeping import CacheCounters, SlotTable
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.formats import Format, Load
-from switchrun.experts.reader import FileReader, Segment
+from switchrun.experts.formats import Format
+from switchrun.experts.reader import Reader, Segment
+from switchrun.experts.source import Load
 from switchrun.kernels.matrices import ExpertWeights
 
 #: Experts one after another, each valid until the next is asked for.
@@ -41,7 +42,7 @@ class ExpertCache:
     cache owns the reader from now on.
     """
 
-    def __init__(self, expert_format: Format, slots: Buffers, staging: Buffers, reader: FileReader) -> None:
+    def __init__(self, expert_format: Format, slots: Buffers, staging: Buffers, reader: Reader) -> None:
         self.slots = slots
         #: Called with each expert that is about to be read and with its reads, in order; for measurements.
         self.on_load: Callable[[ExpertKey, tuple[Segment, ...]], None] | None = None
@@ -127,13 +128,18 @@ class ExpertCache:
             buffers, index = (self.slots, slot) if staging is None else (self._staging, staging)
             if self.on_load is not None:
                 self.on_load(key, load.plan.segments)
-            self._table.counters.loads += 1
-            self._table.counters.load_bytes += self._reader.submit(
+            nbytes = self._reader.submit(
                 load.plan.segments,
                 buffers[index].data,
                 partial(self._finish, load, slot, staging),
                 new=buffers.first_use(index),
             )
+            counters = self._table.counters
+            counters.loads += 1
+            counters.load_bytes += nbytes
+            if load.from_hub:
+                counters.hub_loads += 1
+                counters.hub_bytes += nbytes
 
     def _finish(self, load: Load, slot: int, staging: int | None, error: BaseException | None) -> None:
         """Make weights of what was read; on a reader thread, so that a conversion does not hold up the model."""
@@ -183,7 +189,7 @@ class ExpertCache:
 
         A signal may have come between any two steps, so the books are made again from what is there.
         """
-        self._reader.wait()
+        self._reader.abandon()
         while not self._arrived.empty():
             arrival = self._arrived.get()
             if arrival.key in self._table.entries:
@@ -206,7 +212,7 @@ class ExpertCache:
         self._table.drop(self._table.entries)
 
     def close(self) -> None:
-        """Wait for reads in flight and close the files; the slots go when the last view of them does."""
+        """End reads in flight and close the files; the slots go when the last view of them does."""
         self._reader.close()
 
     def __enter__(self) -> ExpertCache:

@@ -10,21 +10,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
 
 import torch
 
+from switchrun.checkpoint.remote import HubRanges
 from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.formats import as_stored, packed_views, plan_reads
-from switchrun.experts.reader import FileReader
+from switchrun.experts.formats import packed_views
+from switchrun.experts.hub_reader import HubReader
+from switchrun.experts.reader import FileReader, Reader, SplitReader, Way
+from switchrun.experts.source import DamagedExpertError, ExpertSource, as_stored, plan_reads, stored_read
 from switchrun.experts.ways import reading_way
 from switchrun.kernels.matrices import ExpertWeights, quantise
-from switchrun.planning.memory import buffer_for, reads_directly
+from switchrun.planning.memory import buffer_for
 from switchrun.planning.preparation import PreparedCounts, packed_buffer_bytes
 from switchrun.store import ExpertStore, StoredExpert
 from switchrun.store.paths import opened
@@ -42,15 +44,24 @@ class ExpertPacker:
     """Reads experts from a checkpoint, packs them and writes them into a store that was opened with `must_write`.
 
     `jobs` are worked on side by side, each on a thread and with two buffers of its own. `verify` reads experts that are
-    stored, and writes them again where they are damaged; else they are skipped.
+    stored, and writes them again where they are damaged; else they are skipped. `hub` is what reads from the Hub,
+    if experts come from there; it is closed when the packer has run.
     """
 
-    def __init__(self, checkpoint: SwitchCheckpoint, store: ExpertStore, jobs: int, verify: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: SwitchCheckpoint,
+        store: ExpertStore,
+        jobs: int,
+        verify: bool = False,
+        hub: HubRanges | None = None,
+    ) -> None:
         self._checkpoint = checkpoint
+        self._source = ExpertSource.open(checkpoint, store.folder.parent.parent, keep=False)
         self._store = store
+        self._hub = hub
         self._jobs = jobs
         self._verify = verify
-        self._direct = reads_directly(checkpoint)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
 
@@ -68,10 +79,12 @@ class ExpertPacker:
             stack.enter_context(_few_threads(jobs))
             # A second process begins at the end, so that the two meet in the middle: each skips what the other stored.
             waiting = iter(keys if _is_first(self._store.folder, stack) else keys[::-1])
-            reader = FileReader(self._direct, reading_way(self._checkpoint.experts) if self._direct else None)
-            stack.callback(reader.close)
+            way = reading_way(self._checkpoint.experts, self._store.folder) if self._source.direct else None
+            reader = self._open_reader(stack, way)
             pool = stack.enter_context(ThreadPoolExecutor(max(1, jobs), thread_name_prefix="switchrun-prepare"))
             stack.callback(self._stopped.set)
+            if self._hub is not None:
+                stack.callback(self._hub.close)  # whoever stops does not wait for a network
             on_bytes(0, len(keys) * file_bytes)
             for _ in range(jobs):
                 pool.submit(self._work, waiting, reader, results)
@@ -87,20 +100,30 @@ class ExpertPacker:
         """Measure what packing takes for one expert, with all jobs at work; blocks for half a second."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_few_threads(self._jobs))
-            reader = FileReader(self._direct)
-            stack.callback(reader.close)
+            reader = self._open_reader(stack)
             pool = stack.enter_context(ThreadPoolExecutor(self._jobs))
 
             def rate(_: int) -> float:
-                return _Job(self._checkpoint, self._store, reader, self._direct).packing_rate(key)
+                return self._job(reader).packing_rate(key)
 
             return 1 / sum(pool.map(rate, range(self._jobs)))
 
+    def _open_reader(self, stack: contextlib.ExitStack, way: Way | None = None) -> Reader:
+        files = FileReader(self._source.direct, way)
+        reader = files if self._hub is None else SplitReader(files, HubReader(self._hub))
+        stack.callback(reader.close)
+        return reader
+
+    def _job(self, reader: Reader) -> _Job:
+        return _Job(
+            max(buffer_for(form) for form, _ in self._checkpoint.expert_forms), self._source, self._store, reader
+        )
+
     def _work(
-        self, waiting: Iterator[ExpertKey], reader: FileReader, results: SimpleQueue[_Outcome | BaseException]
+        self, waiting: Iterator[ExpertKey], reader: Reader, results: SimpleQueue[_Outcome | BaseException]
     ) -> None:
         try:
-            job = _Job(self._checkpoint, self._store, reader, self._direct)
+            job = self._job(reader)
             while not self._stopped.is_set():
                 with self._lock:
                     key = next(waiting, None)
@@ -124,15 +147,14 @@ class ExpertPacker:
 class _Job:
     """The buffers of one thread, and what is done with them."""
 
-    def __init__(self, checkpoint: SwitchCheckpoint, store: ExpertStore, reader: FileReader, direct: bool) -> None:
-        sample = next(iter(checkpoint.experts.values()))
+    def __init__(self, plain_bytes: int, source: ExpertSource, store: ExpertStore, reader: Reader) -> None:
+        self._source = source
         self._store = store
         self._reader = reader
-        self._slices = checkpoint.experts
-        self._direct = direct
-        self._plain = Buffers(1, buffer_for(sample))[0]
+        self._plain = Buffers(1, plain_bytes)[0]
         self._packed = Buffers(1, packed_buffer_bytes(store.layout))[0]
-        self._into = packed_views(self._packed, store.layout, store.manifest.dtype, sample.wi.shape)
+        shape = next(iter(source.slices.values())).wi.shape
+        self._into = packed_views(self._packed, store.layout, store.manifest.dtype, shape)
 
     def store(self, key: ExpertKey) -> None:
         """Read an expert from the checkpoint, pack and write it."""
@@ -144,7 +166,9 @@ class _Job:
 
     def packing_rate(self, key: ExpertKey) -> float:
         """Return how often an expert is packed in a second."""
-        matrices = self._read(key)
+        # Whatever the buffer holds: how long it takes does not depend on the numbers.
+        slices = self._source.slices[key]
+        matrices = as_stored(slices, plan_reads(slices, self._source.direct), self._plain)
         quantise(matrices, self._into)  # The first time touches memory that is new.
         start, count, seconds = time.perf_counter(), 0, 0.0
         while seconds < _CALIBRATION_SECONDS:
@@ -154,17 +178,21 @@ class _Job:
         return count / seconds
 
     def _read(self, key: ExpertKey) -> ExpertWeights:
-        slices = self._slices[key]
-        plan = plan_reads(slices, self._direct)
-        self._reader.read(plan.segments, self._plain.data)
-        return as_stored(slices, plan, self._plain)
+        while True:
+            load = self._source.load(key)
+            try:
+                self._reader.read(load.plan.segments, self._plain.data)
+                return self._source.weights(load, self._plain)
+            except (CorruptCheckpointError, DamagedExpertError) as error:
+                if not self._source.give_up(load, error):
+                    raise
+                self._reader.forget(load.plan.segments[0].file)
 
     def is_whole(self, key: ExpertKey, stored: StoredExpert) -> bool:
         """Read a stored expert and look at its checksum."""
         data = self._packed.data[: stored.nbytes]
         try:
-            segment = self._reader.segment(stored.path, stored.offset, stored.nbytes)
-            self._reader.read([replace(segment, stored=True)], self._packed.data)
+            self._reader.read([stored_read(stored, self._source.direct)], self._packed.data)
             whole = self._store.verify(key, data)
         except CorruptCheckpointError:
             whole = False

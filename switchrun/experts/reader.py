@@ -1,4 +1,4 @@
-"""Byte ranges of files, read straight into buffers by a few threads."""
+"""Byte ranges, read straight into buffers by a few threads: what every reader does, and files of this machine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from switchrun.checkpoint.types import RemoteFile
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import touch
 from switchrun.machine.files import open_regular
@@ -43,7 +45,7 @@ class Segment:
     `stored` is one of the offload folder, where no link is followed.
     """
 
-    file: Path
+    file: Path | RemoteFile
     offset: int
     length: int
     position: int
@@ -51,30 +53,13 @@ class Segment:
     stored: bool = False
 
 
-class FileReader:
-    """Reads segments into memory on its own threads; owns those and its file descriptors until `close`.
+class Reader(ABC):
+    """Reads segments into memory."""
 
-    `direct` leaves nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where the
-    filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read. What cannot be read
-    is a `CorruptCheckpointError`.
-    """
-
-    def __init__(self, direct: bool, way: Way | None = None) -> None:
-        self._direct = direct
-        self._way = way or Way()
-        self._files = OpenFiles()
-        self._outstanding = 0
-        self._idle = threading.Condition()
-        self._pool = ThreadPoolExecutor(self._way.threads, thread_name_prefix="switchrun-reader")
-
-    @property
-    def reads_past_page_cache(self) -> bool:
-        """Whether all files opened so far are really read past the page cache."""
-        return self._files.all_direct
-
+    @abstractmethod
     def submit(
         self,
-        segments: Iterable[Segment],
+        segments: Sequence[Segment],
         buffer: memoryview,
         done: Callable[[BaseException | None], None],
         new: bool = False,
@@ -84,7 +69,71 @@ class FileReader:
         The buffer must stay untouched until `done` is called: once, on a reader thread, with None or the first error,
         unless `close` drops it. If it is `new` and may have no pages yet, they are touched before it is read to.
         """
-        pieces = [piece for segment in segments for piece in _cut(segment, self._way.chunk_bytes)]
+
+    @abstractmethod
+    def segment(self, file: Path | RemoteFile, offset: int, nbytes: int) -> Segment:
+        """Return the read that brings a byte range to a buffer's start, or near it if whole pages must be read."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until every `done` of what was submitted has been called."""
+
+    @abstractmethod
+    def close(self, drop: bool = False) -> None:
+        """Wait for reads in flight, end the threads and close the files.
+
+        `drop` leaves unread what has not begun, and its `done` uncalled, so `wait` must not be called any more.
+        """
+
+    @property
+    def reads_past_page_cache(self) -> bool:
+        """Whether all files opened so far are really read past the page cache."""
+        return False
+
+    def begin(self, segments: Sequence[Segment], buffer: memoryview, new: bool = False) -> Future[None]:
+        """Start reading as `submit` does; the future ends with the reads, or with their first error."""
+        end: Future[None] = Future()
+        self.submit(segments, buffer, partial(_settle, end), new)
+        return end
+
+    def read(self, segments: Sequence[Segment], buffer: memoryview) -> None:
+        """Read segments into a buffer; blocks until they are there."""
+        self.begin(segments, buffer).result()
+
+    def abandon(self) -> None:
+        """Wait until nothing is being read any more; what takes long is broken off."""
+        self.wait()
+
+    def forget(self, path: Path | RemoteFile) -> None:  # noqa: B027 - who keeps no files open has none to forget
+        """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
+
+
+class PooledReader(Reader):
+    """Cuts segments into pieces, and reads those on threads of its own, side by side."""
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._outstanding = 0
+        self._idle = threading.Condition()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+    @property
+    @abstractmethod
+    def piece_bytes(self) -> int:
+        """Into pieces of what size segments are cut."""
+
+    @abstractmethod
+    def _read_piece(self, piece: Segment, target: memoryview) -> None:
+        """Read one piece; blocks."""
+
+    def submit(
+        self,
+        segments: Sequence[Segment],
+        buffer: memoryview,
+        done: Callable[[BaseException | None], None],
+        new: bool = False,
+    ) -> int:
+        """See `Reader.submit`."""
+        pieces = [piece for segment in segments for piece in _cut(segment, self.piece_bytes)]
         pending = _Pending(len(pieces), partial(self._end, done))
         submitted = 0
         with self._idle:
@@ -99,26 +148,8 @@ class FileReader:
             raise
         return sum(piece.length for piece in pieces)
 
-    def segment(self, file: Path, offset: int, nbytes: int) -> Segment:
-        """Return the read that brings a byte range to a buffer's start, or near it if whole pages must be read."""
-        if not self._direct:
-            return Segment(file, offset, nbytes, 0, nbytes)
-        start = offset - offset % PAGE
-        needed = offset + nbytes - start
-        return Segment(file, start, -(-needed // PAGE) * PAGE, 0, needed)
-
-    def begin(self, segments: Iterable[Segment], buffer: memoryview, new: bool = False) -> Future[None]:
-        """Start reading as `submit` does; the future ends with the reads, or with their first error."""
-        end: Future[None] = Future()
-        self.submit(segments, buffer, partial(_settle, end), new)
-        return end
-
-    def read(self, segments: Iterable[Segment], buffer: memoryview) -> None:
-        """Read segments into a buffer; blocks until they are there."""
-        self.begin(segments, buffer).result()
-
     def wait(self) -> None:
-        """Block until every `done` of what was submitted has been called."""
+        """See `Reader.wait`."""
         with self._idle:
             self._idle.wait_for(lambda: self._outstanding == 0)
 
@@ -142,7 +173,45 @@ class FileReader:
         else:
             pending.finish(None)
 
+    def close(self, drop: bool = False) -> None:
+        """See `Reader.close`."""
+        self._pool.shutdown(wait=True, cancel_futures=drop)
+
+
+class FileReader(PooledReader):
+    """Reads files of this machine; owns its threads and file descriptors until `close`.
+
+    `direct` leaves nothing in the page cache; then offsets, lengths and positions must be multiples of 4096. Where the
+    filesystem refuses `O_DIRECT`, or the way does without it, pages are given back after each read. What cannot be read
+    is a `CorruptCheckpointError`.
+    """
+
+    def __init__(self, direct: bool, way: Way | None = None) -> None:
+        self._direct = direct
+        self._way = way or Way()
+        self._files = OpenFiles()
+        super().__init__(self._way.threads, "switchrun-reader")
+
+    @property
+    def piece_bytes(self) -> int:
+        """See `PooledReader`."""
+        return self._way.chunk_bytes
+
+    @property
+    def reads_past_page_cache(self) -> bool:
+        """Whether all files opened so far are really read past the page cache."""
+        return self._files.all_direct
+
+    def segment(self, file: Path | RemoteFile, offset: int, nbytes: int) -> Segment:
+        """See `Reader.segment`."""
+        if not self._direct:
+            return Segment(file, offset, nbytes, 0, nbytes)
+        start = offset - offset % PAGE
+        needed = offset + nbytes - start
+        return Segment(file, start, -(-needed // PAGE) * PAGE, 0, needed)
+
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
+        assert isinstance(piece.file, Path)
         file = self._files.acquire(piece.file, self._direct and self._way.direct, piece.stored)
         got = 0
         try:
@@ -168,16 +237,14 @@ class FileReader:
         finally:
             self._files.release(file)
 
-    def forget(self, path: Path) -> None:
-        """Close a file once nobody reads it any more; the next read opens whatever has that name then."""
-        self._files.forget(path)
+    def forget(self, path: Path | RemoteFile) -> None:
+        """See `Reader.forget`."""
+        if isinstance(path, Path):
+            self._files.forget(path)
 
     def close(self, drop: bool = False) -> None:
-        """Wait for reads in flight, end the threads and close the files.
-
-        `drop` leaves unread what has not begun, and its `done` uncalled, so `wait` must not be called any more.
-        """
-        self._pool.shutdown(wait=True, cancel_futures=drop)
+        """See `Reader.close`."""
+        super().close(drop)
         self._files.close()
 
 
@@ -294,3 +361,55 @@ def _open_file(file: Path, direct: bool, stored: bool) -> OpenFile:
         return OpenFile(opener(file), False)
     except OSError as error:
         raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error
+
+
+class SplitReader(Reader):
+    """Reads files of this machine by one reader and those of the Hub by another, so that neither waits for the other.
+
+    Owns both. All segments of a submission lie in the same place.
+    """
+
+    def __init__(self, local: FileReader, hub: Reader) -> None:
+        self._local = local
+        self._hub = hub
+
+    def _of(self, file: Path | RemoteFile) -> Reader:
+        return self._hub if isinstance(file, RemoteFile) else self._local
+
+    @property
+    def reads_past_page_cache(self) -> bool:
+        """Of the files of this machine."""
+        return self._local.reads_past_page_cache
+
+    def submit(
+        self,
+        segments: Sequence[Segment],
+        buffer: memoryview,
+        done: Callable[[BaseException | None], None],
+        new: bool = False,
+    ) -> int:
+        """See `Reader.submit`."""
+        return self._of(segments[0].file).submit(segments, buffer, done, new)
+
+    def segment(self, file: Path | RemoteFile, offset: int, nbytes: int) -> Segment:
+        """See `Reader.segment`."""
+        return self._of(file).segment(file, offset, nbytes)
+
+    def wait(self) -> None:
+        """See `Reader.wait`."""
+        self._hub.wait()
+        self._local.wait()
+
+    def abandon(self) -> None:
+        """See `Reader.abandon`."""
+        self._hub.abandon()
+        self._local.abandon()
+
+    def forget(self, path: Path | RemoteFile) -> None:
+        """See `Reader.forget`."""
+        self._of(path).forget(path)
+
+    def close(self, drop: bool = False) -> None:
+        """See `Reader.close`."""
+        self._hub.close(drop)
+        self._local.close(drop)

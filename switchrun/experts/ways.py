@@ -33,12 +33,15 @@ _MARGIN = 1.15
 _FEWEST_SAMPLES = 2
 
 
-def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
+def reading_way(experts: Mapping[ExpertKey, ExpertSlices], kept: Path | None = None) -> Way:
     """Return the best way to read the disk that experts lie on; blocks for at most a read longer than `PROBE_SECONDS`.
 
+    That of experts from the Hub is the disk of the folder `kept`, which is never tried: there may be nothing there yet.
     The answer is kept in the user's cache folder for each filesystem. Sparse files are not tried: holes are no disk.
     """
     file = next(iter(experts.values())).wi.file
+    if not isinstance(file, Path):
+        return (known_way(kept) if kept else None) or WAYS[0]
     known = known_way(file)
     if known or disks.is_sparse(file):
         return known or WAYS[0]
@@ -48,7 +51,7 @@ def reading_way(experts: Mapping[ExpertKey, ExpertSlices]) -> Way:
 
 
 def known_way(file: Path) -> Way | None:
-    """Return the way that was best on the disk where a file lies, if that was tried."""
+    """Return the way that was best on the disk where a file or folder lies, if that was tried."""
     known = disks.recall("reading", file)
     return next((way for way in WAYS if known == asdict(way)), None)
 
@@ -92,6 +95,7 @@ def _probe(experts: Mapping[ExpertKey, ExpertSlices]) -> dict[Way, list[float]]:
 
 def _forget(read: Segment) -> None:
     """Put what will be read out of the page cache, where a way through it would find it."""
+    assert isinstance(read.file, Path)
     file = open_regular(read.file)
     try:
         os.posix_fadvise(file, read.offset, read.length, os.POSIX_FADV_DONTNEED)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import mmap
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchrun.machine import remembered
 from switchrun.machine.files import system_lines
-from switchrun.machine.folders import cache_folder, read_cache_file, write_cache_file
-
-#: Beyond these, in bytes per second, it is no disk that was measured.
-_SLOWEST, _FASTEST = 1e3, 1e13
-#: Enough for thousands of filesystems.
-_MOST_REMEMBERED_BYTES = 1 << 20
 
 _ESCAPED = re.compile(rb"\\([0-3][0-7]{2})")
 
@@ -102,6 +97,12 @@ def filesystem_id(path: Path) -> str | None:
     return f"{mount.type} {mount.source}"
 
 
+def free_bytes(path: Path) -> int:
+    """Return what the filesystem has free on which a path lies, or would lie if it was made."""
+    place = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    return shutil.disk_usage(place).free
+
+
 def is_sparse(path: Path) -> bool:
     """Whether a file has holes, which are read faster than any disk."""
     status = path.stat()
@@ -115,33 +116,17 @@ def remember_bandwidth(path: Path, bytes_per_second: float) -> None:
 
 def known_bandwidth(path: Path) -> float | None:
     """Return the read bandwidth that was last measured on the filesystem that `path` lies on, in bytes per second."""
-    known = recall("bandwidth", path)
-    return float(known) if type(known) in (int, float) and _SLOWEST < known < _FASTEST else None
+    return remembered.as_rate(recall("bandwidth", path))
 
 
 def remember(what: str, path: Path, value: Any) -> None:
     """Keep something about the filesystem that `path` lies on, as JSON, if anything identifies that."""
     identity = filesystem_id(path)
     if identity is not None:
-        known = _remembered(what) | {identity: value}
-        write_cache_file(cache_folder() / f"{what}.json", json.dumps(known).encode())
+        remembered.remember(what, identity, value)
 
 
 def recall(what: str, path: Path) -> Any:
     """Return what was kept about the filesystem that `path` lies on; None if nothing was."""
     identity = filesystem_id(path)
-    return None if identity is None else _remembered(what).get(identity)
-
-
-def _remembered(what: str) -> dict[str, Any]:
-    try:
-        known = json.loads(read_cache_file(cache_folder() / f"{what}.json", _MOST_REMEMBERED_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    # Nothing deeper was ever kept, and what is read here is written again.
-    return {key: value for key, value in known.items() if _is_flat(value)} if isinstance(known, dict) else {}
-
-
-def _is_flat(value: Any) -> bool:
-    inner = value.values() if isinstance(value, dict) else [value]
-    return not any(isinstance(each, dict | list) for each in inner)
+    return None if identity is None else remembered.recall(what, identity)

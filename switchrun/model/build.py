@@ -17,8 +17,10 @@ from switchrun.dtypes import Precision
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import Format, Int8Format, PackedFormat, PlainFormat
+from switchrun.experts.hub_reader import HubReader
 from switchrun.experts.module import OffloadedExperts, RoutingContext
-from switchrun.experts.reader import FileReader, Way
+from switchrun.experts.reader import FileReader, SplitReader, Way
+from switchrun.experts.source import ExpertSource
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.kernels.int8 import use_int8
 from switchrun.kernels.plain import use_fast_products
@@ -33,26 +35,32 @@ def open_cache(
 ) -> ExpertCache:
     """Open the expert cache that the final plan asks for; the stack closes it."""
     checkpoint, options, packed = planned.checkpoint, planned.options, plan.precision.packed
-    experts, direct = checkpoint.experts, memory.reads_directly(checkpoint)
+    direct = memory.reads_directly(checkpoint)
+    source = ExpertSource.open(
+        checkpoint, options.folder, keep=packed is None, limit_bytes=options.limit_bytes, warn=warn
+    )
     expert_format: Format
     if packed is None:
-        expert_format = PlainFormat(experts, direct, getattr(torch, plan.precision.compute.torch_name))
-    elif checkpoint.has_int8_experts:
-        expert_format = Int8Format(experts, direct, memory.packed_layout(checkpoint, packed))
+        expert_format = PlainFormat(source, getattr(torch, plan.precision.compute.torch_name))
+    elif checkpoint.reads_int8_in_place:
+        expert_format = Int8Format(source, memory.packed_layout(checkpoint, packed))
     else:
         store = open_checkpoint_store(
             options.folder, checkpoint, packed.value, limit_bytes=options.limit_bytes, warn=warn
         )
-        # Closed after the cache, whose threads offer it experts; then it writes what still waits.
-        writer = stack.enter_context(BackgroundWriter(store, memory.writer_buffers(checkpoint, plan.precision)))
-        expert_format = PackedFormat(experts, direct, store, writer)
+        writer = None
+        if planned.hub is None:
+            # Closed after the cache, whose threads offer it experts; then it writes what still waits.
+            writer = stack.enter_context(BackgroundWriter(store, memory.writer_buffers(checkpoint, plan.precision)))
+        expert_format = PackedFormat(source, store, writer)
     use = plan.tier("cpu")
     staging = memory.staging_bytes(checkpoint, plan.precision) // memory.STAGING_BUFFERS
+    files = FileReader(direct, way)
     cache = ExpertCache(
         expert_format,
         slots=Buffers(use.expert_slots, use.slot_bytes),
         staging=Buffers(memory.STAGING_BUFFERS if staging else 0, staging),
-        reader=FileReader(direct, way),
+        reader=files if planned.hub is None else SplitReader(files, HubReader(planned.hub)),
     )
     return stack.enter_context(cache)
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from accelerate.hooks import attach_align_device_hook_on_blocks
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
+from xxhash import xxh3_64_intdigest
 
 from switchrun.checkpoint.names import scales_of
+from switchrun.checkpoint.range_check import check_range
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import Precision
+from switchrun.errors import CorruptCheckpointError
 from switchrun.experts import accelerator
 from switchrun.experts.buffers import Buffers
-from switchrun.experts.formats import stored_view
 from switchrun.experts.reader import FileReader
+from switchrun.experts.source import stored_view
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.model.preload import DensePreload, Landing
 from switchrun.planning.device_map import tier_of
 from switchrun.planning.memory import is_int8, is_router
 from switchrun.planning.plan import DISK, Tier, main_tier
+from switchrun.store.dense_file import remove_dense
 
 
 class DenseWeights(Mapping[str, torch.Tensor]):
@@ -91,7 +96,20 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         """Return one tensor; up to two pages around it are kept with it."""
         landing = landing or Landing(self._reader, stored)
         landing.wait()
+        check_range(stored, landing.buffer.data, landing.position)
+        if stored.xxh3 is not None:
+            self._check_kept(stored, landing)
         return stored_view(landing.buffer, landing.position, stored)
+
+    def _check_kept(self, stored: TensorSlice, landing: Landing) -> None:
+        """Verify a weight that was fetched from the Hub, at each read; a damaged file is deleted."""
+        data = landing.buffer.data[landing.position : landing.position + stored.nbytes]
+        if xxh3_64_intdigest(data) != stored.xxh3:
+            assert isinstance(stored.file, Path)
+            remove_dense(stored.file)
+            raise CorruptCheckpointError(
+                f"{stored.file}: it was damaged, and was deleted", "run it again: dense weights are then fetched again"
+            )
 
 
 def _own(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

@@ -69,6 +69,8 @@ class Engine:
         for name in _KEPT_KERNELS:
             os.environ.setdefault(name, str(memory.KEPT_KERNELS))
         with ExitStack() as stack, gpu_memory_as_budget(planned.plan):
+            if planned.hub is not None:
+                stack.callback(planned.hub.close)
             # 1. Begin to read dense weights, unless the caller has, and wake the GPUs meanwhile.
             preload = preload or DensePreload(checkpoint, planned.plan)
             stack.callback(preload.close)
@@ -88,7 +90,8 @@ class Engine:
             self.plan = plan = fit_to_runtime(planned.plan, checkpoint, rss_bytes, planned.own_bytes)
 
             # 4. The cache, in slots that are filled later.
-            way = reading_way(checkpoint.experts) if memory.reads_directly(checkpoint) else None
+            direct = memory.reads_directly(checkpoint)
+            way = reading_way(checkpoint.experts, planned.options.folder) if direct else None
             self.cache = open_cache(planned, plan, way, warn, stack)
             self.tiers = stack.enter_context(ExpertTiers(self.cache))
 
@@ -197,7 +200,9 @@ class Engine:
         if self.plan.precision.packed is not None:
             return  # these may have been read from another disk
         counters = self.cache.counters()
-        file = next(iter(self.checkpoint.experts.values())).wi.file
+        file = self.checkpoint.experts_file
+        if file is None:
+            return
         enough = counters.load_bytes >= _BANDWIDTH_SAMPLE_BYTES and counters.load_seconds > 0
         if enough and self.cache.reads_past_page_cache and not disks.is_sparse(file):
             disks.remember_bandwidth(file, counters.load_bytes / counters.load_seconds)

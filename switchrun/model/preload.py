@@ -6,6 +6,7 @@ Importing them takes seconds of the processor in which the disk would have nothi
 from __future__ import annotations
 
 import mmap
+from pathlib import Path
 
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.experts.buffers import Buffers
@@ -19,7 +20,7 @@ class Landing:
     """A tensor on its way into whole pages of its own, which may be touched first; reading begins at once."""
 
     def __init__(self, reader: FileReader, tensor: TensorSlice, touch: bool = False) -> None:
-        read = reader.segment(tensor.file, tensor.offset, tensor.nbytes)
+        read = reader.segment(tensor.file, tensor.offset - tensor.header_bytes, tensor.nbytes + tensor.header_bytes)
         self.position = tensor.offset - read.offset
         # Read once: huge pages would cost more than they save.
         self.buffer = Buffers(1, -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE, huge=False)[0]
@@ -52,7 +53,8 @@ class DensePreload:
             elif memory.read_buffer_bytes(tensor.nbytes) <= room:
                 room -= memory.read_buffer_bytes(tensor.nbytes)
                 staged[name] = tensor
-        way = known_way(next(iter(checkpoint.experts.values())).wi.file)
+        # That of the disk where they lie: of a model of the Hub, it is the offload folder's.
+        way = known_way(Path(str(next(iter(checkpoint.dense.values())).file)))
         # What stays on disk is read again and again, so the page cache may help there: then nothing is read past it.
         self._reader = FileReader(memory.reads_dense_directly(checkpoint, plan.device_map), way)
         self.landings = {name: Landing(self._reader, each, touch=True) for name, each in (kept | staged).items()}

@@ -22,6 +22,7 @@ from switchrun.model.records import (
     ExpertCounts,
     FillResult,
     GenerationOptions,
+    HubCounts,
     ModelInfo,
     Progress,
     ProgressCallback,
@@ -35,7 +36,7 @@ from switchrun.model.sentinels import fill_in, parse_spans
 from switchrun.model.tokenizer import Encoded, Tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import has_room, longest_input, max_output_tokens
-from switchrun.planning.opening import PlannedModel, plan_model
+from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Session:
 
         started = time.perf_counter() if started is None else started
         self._progress = progress
+        self._hub = planned.hub
         self._checked = {(planned.plan.num_beams > 1, False)}
         check_settings(planned.checkpoint, beams=planned.plan.num_beams > 1)
         self._tokenizer = Tokenizer.load(planned.checkpoint, planned.options.tokenizer)
@@ -95,6 +97,7 @@ class Session:
         offload_limit: str | int | None = None,
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
+        hub: str = "auto",
         batch_size: int = 1,
         num_beams: int = 1,
         max_new_tokens: int = 64,
@@ -116,6 +119,7 @@ class Session:
             offload_limit=offload_limit,
             device_map=device_map,
             tokenizer=tokenizer,
+            hub=hub,
             batch_size=batch_size,
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
@@ -174,7 +178,14 @@ class Session:
             itl_seconds=totals.later_seconds / totals.later_tokens if totals.later_tokens else None,
             experts=_expert_counts(tiers),
             wait_seconds=total(tiers).wait_seconds,
+            hub=self._hub_counts(),
         )
+
+    def _hub_counts(self) -> HubCounts | None:
+        if self._hub is None:
+            return None
+        traffic = self._hub.traffic
+        return HubCounts(traffic.bytes, traffic.requests + traffic.resolves, traffic.retries, traffic.seconds)
 
     def close(self) -> None:
         """Close files, end threads and give the memory back; closing twice does nothing. Not while it fills."""
@@ -289,7 +300,7 @@ class Session:
     def _show(self, stage: Stage, done: int, most: int, load_bytes: int | None = None) -> None:
         if self._progress is not None:
             loaded = self.engine.cache.counters().load_bytes if load_bytes is None else load_bytes
-            self._progress(Progress(stage, done, most, loaded))
+            self._progress(Progress(stage, done, most, loaded, 0 if self._hub is None else self._hub.traffic.bytes))
 
 
 @contextmanager
@@ -321,19 +332,41 @@ def open_session(
     warn: Callable[[str], None] | None = None,
     started: float | None = None,
     import_libraries: ImportLibraries = import_model,
+    on_plan: Callable[[Plan], object] = lambda _plan: None,
 ) -> Session:
     """Open a model; torch and transformers are imported while its dense weights are being read.
 
     `progress` is called while the session works, `warn` with warnings, from any thread; without it they are logged.
-    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way.
+    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way;
+    `on_plan` is called with the plan before a weight is read.
 
     Raises:
         SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
     """
     started = time.perf_counter() if started is None else started
-    planned = plan_model(options)
+    planned = plan_model(options, hub_output_tokens=min(EXPECTED_NEW_TOKENS, options.max_new_tokens), warn=warn)
+    on_plan(planned.plan)
+    planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
         return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
+
+
+def fetch_dense_weights(planned: PlannedModel, progress: ProgressCallback | None = None) -> PlannedModel:
+    """Return a planned model with its dense weights on this machine; see `switchrun.model.dense_fetch`."""
+    hub = planned.hub
+    if hub is None:
+        return planned
+    from switchrun.model.dense_fetch import with_dense_weights
+
+    def on_bytes(done: int, most: int) -> None:
+        if progress is not None:
+            progress(Progress("fetch", done, most, 0, hub.traffic.bytes))
+
+    try:
+        return with_dense_weights(planned, on_bytes)
+    except BaseException:
+        hub.close()
+        raise
 
 
 class _Totals:
@@ -362,4 +395,6 @@ def _expert_counts(tiers: Mapping[str, CacheCounters]) -> ExpertCounts:
         load_bytes=together.load_bytes,
         load_seconds=together.load_seconds,
         tiers=tuple(TierCounts(tier, c.requests, c.hits, c.loads, c.load_bytes) for tier, c in tiers.items()),
+        hub_loads=together.hub_loads,
+        hub_bytes=together.hub_bytes,
     )

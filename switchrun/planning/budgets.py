@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -66,6 +67,26 @@ def parse_size(option: str, size: object) -> int:
             f"{option}: {size!r} is not a size", "give bytes as a whole number, or a text like '6GiB'", option
         )
     return size
+
+
+def parse_rate(option: str, rate: object) -> float | None:
+    """Return bytes per second, given as such or like `12MB/s`; None if None is given.
+
+    Raises:
+        UsageError: It is neither, or nothing at all; the message begins with the option.
+    """
+    if rate is None:
+        return None
+    found: object = rate
+    if isinstance(rate, str):
+        try:
+            found = parse_bytes(rate.strip().removesuffix("/s"))
+        except UsageError:
+            found = None
+    if type(found) not in (int, float) or not 0 < found < math.inf:  # type: ignore[operator] # it is a number
+        shown = f"'{rate}'" if isinstance(rate, str) else repr(rate)
+        raise UsageError(f"{option}: {shown} is not a rate", "write it like 1.8GB/s or 500MB/s", option)
+    return float(found)  # type: ignore[arg-type] # as above
 
 
 def parse_gpu_memory(gpu_memory: str | int | Mapping[int, int]) -> dict[int, int]:

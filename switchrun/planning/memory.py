@@ -113,7 +113,7 @@ def kept_parts(checkpoint: SwitchCheckpoint, precision: Precision) -> list[int]:
 
 def slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Return the size of a slot: one expert as it is kept, with room for the alignment of direct reads."""
-    in_place = [buffer_for(form) for form, _ in checkpoint.expert_forms if not _is_staged(form, precision)]
+    in_place = [buffer_for(form) for form in _forms(checkpoint, precision, staged=False)]
     packed = precision.packed
     kept = packed_layout(checkpoint, packed).nbytes if packed else sum(kept_parts(checkpoint, precision))
     # A file in `offload/` has its data at a page's start, so that whole pages hold it.
@@ -136,7 +136,7 @@ def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
 
 def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
     """Return what is read for an expert if a share of them lies packed in the offload folder."""
-    if precision.packed is None or checkpoint.has_int8_experts:
+    if precision.packed is None or checkpoint.reads_int8_in_place:
         return checkpoint.expert_bytes
     packed = packed_layout(checkpoint, precision.packed).nbytes
     return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
@@ -159,12 +159,13 @@ def buffer_for(stored: ExpertSlices) -> int:
 
 def read_buffer_bytes(*sizes: int) -> int:
     """Return the size of a buffer that tensors of some sizes can be read into together."""
-    return _round_up(sum(sizes) + 2 * len(sizes) * _PAGE, _PAGE)
+    # A page at both ends, and one before: a tensor of a torch file is read with the header of its entry.
+    return _round_up(sum(sizes) + 3 * len(sizes) * _PAGE, _PAGE)
 
 
 def staging_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     """Return the bytes of all buffers for conversion; 0 if experts are kept as they are stored."""
-    staged = [buffer_for(form) for form, _ in checkpoint.expert_forms if _is_staged(form, precision)]
+    staged = [buffer_for(form) for form in _forms(checkpoint, precision, staged=True)]
     return STAGING_BUFFERS * max(staged, default=0)
 
 
@@ -178,16 +179,21 @@ def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
     if precision.packed is None:
         return 0
     scratch = STAGING_BUFFERS * PACKING_SCRATCH_BYTES + PRODUCT_SCRATCH_BYTES
-    if checkpoint.has_int8_experts:
+    if checkpoint.reads_int8_in_place or checkpoint.hub is not None:
         return scratch
     return writer_buffers(checkpoint, precision) * slot_bytes(checkpoint, precision) + scratch
 
 
-def _is_staged(stored: ExpertSlices, precision: Precision) -> bool:
-    """Whether an expert of the checkpoint must be converted or packed on its way into a slot."""
-    if precision.packed is not None:
-        return any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
-    return any(matrix.dtype != precision.compute.stored for matrix in stored)
+def _forms(checkpoint: SwitchCheckpoint, precision: Precision, staged: bool) -> list[ExpertSlices]:
+    """Return the forms of experts that are converted or packed on their way into a slot, or those that are not."""
+
+    def is_staged(stored: ExpertSlices) -> bool:
+        if precision.packed is None:
+            return any(matrix.dtype != precision.compute.stored for matrix in stored)
+        in_place = checkpoint.reads_int8_in_place
+        return not in_place or any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
+
+    return [form for form, _ in checkpoint.expert_forms if is_staged(form) == staged]
 
 
 def runtime_bytes(precision: Precision) -> int:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError, check_count, command
 from switchrun.machine import folders
-from switchrun.planning.budgets import parse_gpu_memory, parse_size
+from switchrun.planning.budgets import parse_gpu_memory, parse_rate, parse_size
 from switchrun.planning.device_map import read_device_map
 from switchrun.planning.plan import Tier
 
@@ -27,16 +28,21 @@ class OpenOptions:
         gpu_memory: What may be taken on GPUs: `6GiB` or bytes (of the first one), or `0=6GiB,1=20GiB`. 0 is no GPU;
             None is what is free on all GPUs less a reserve, and initialises CUDA in this process if there is a driver.
         offload_folder: Where switchrun writes; see `switchrun.machine.folders.offload_folder` for the default.
-        offload_limit: What packed experts may take there, such as `200GB`, or bytes; None is as much as they need.
+        offload_limit: What experts may take there, such as `200GB`, or bytes; None is as much as they need.
         device_map: A device map, or a file with one, which is read at once and may be a pipe; None or `auto` lets the
             planner decide.
         tokenizer: A folder or a Hub id, for checkpoints without a tokenizer.
+        hub: How a model of the Hub is opened: `ranges` reads what is needed, `download` downloads all of it first, and
+            `auto` downloads what is small; see `HubWay`.
+        network_bandwidth: How fast the Hub is, for the estimate, such as `12MB/s`, or bytes per second; None is what
+            was last measured, else an assumption.
         batch_size: Most inputs to run together; memory is reserved for as many.
         num_beams: Most beams that fills will ask for.
         max_new_tokens: Most tokens that fills will generate for an input.
         cpu_bytes: `cpu_memory` in bytes; None if that is None. This and what follows is made of the above.
         gpu_bytes: `gpu_memory` in bytes by the GPU's number; None if that is None and the map may use GPUs.
         folder: The offload folder; `limit_bytes` is `offload_limit` in bytes.
+        network_rate: `network_bandwidth` in bytes per second.
         tiers: The device map that was read.
 
     Raises:
@@ -51,6 +57,8 @@ class OpenOptions:
     offload_limit: str | int | None = None
     device_map: str | Path | Mapping[str, Any] | None = None
     tokenizer: str | None = None
+    hub: str = HubWay.AUTO
+    network_bandwidth: str | float | None = None
     batch_size: int = 1
     num_beams: int = 1
     max_new_tokens: int = 64
@@ -58,6 +66,7 @@ class OpenOptions:
     gpu_bytes: Mapping[int, int] | None = field(init=False)
     folder: Path = field(init=False)
     limit_bytes: int | None = field(init=False)
+    network_rate: float | None = field(init=False)
     tiers: Mapping[str, Tier] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -68,9 +77,11 @@ class OpenOptions:
                 raise UsageError(f"{name}: the name is empty", "name one, or leave it out", name)
             if not isinstance(value, str | Path | None):
                 raise UsageError(f"{name}: {value!r} is not a name", "give a text, or leave it out", name)
-        if self.dtype not in DtypeChoice.__members__.values():
-            *names, last = DtypeChoice
-            raise UsageError(f"dtype: {self.dtype!r} is not one", f"use {', '.join(names)} or {last}", "dtype")
+        for name, kind in (("dtype", DtypeChoice), ("hub", HubWay)):
+            value = getattr(self, name)
+            if value not in kind.__members__.values():
+                *names, last = kind
+                raise UsageError(f"{name}: {value!r} is not one", f"use {', '.join(names)} or {last}", name)
         for name in ("batch_size", "num_beams", "max_new_tokens"):
             check_count(name, getattr(self, name))
         tiers = self._read_map()
@@ -82,6 +93,7 @@ class OpenOptions:
             "gpu_bytes": None if gpu_memory is None else parse_gpu_memory(gpu_memory),
             "folder": folders.offload_folder(self.offload_folder),
             "limit_bytes": None if self.offload_limit is None else parse_size("offload_limit", self.offload_limit),
+            "network_rate": parse_rate("network_bandwidth", self.network_bandwidth),
             "tiers": tiers,
         }
         for name, value in derived.items():

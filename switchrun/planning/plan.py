@@ -18,7 +18,7 @@ BandwidthSource = Literal["given", "measured", "assumed"]
 
 
 class Tier(str):
-    """Where weights may be: `gpu:0` and so on, `cpu` or `disk`."""
+    """Where weights may be: `gpu:0` and so on, `cpu`, `disk` or `hub`."""
 
     __slots__ = ()
 
@@ -35,6 +35,8 @@ class Tier(str):
 
 CPU = Tier("cpu")
 DISK = Tier("disk")
+#: No dense weight is placed here, and no expert computed on: it is where both come from, the first time.
+HUB = Tier("hub")
 
 
 def gpu_tier(number: int) -> Tier:
@@ -62,13 +64,15 @@ class TierUse:
     """What one tier holds, in bytes.
 
     Attributes:
-        budget_bytes: What the user allows there; None for the disk.
+        budget_bytes: What the user allows there; None for the disk and the Hub.
         dense_bytes: Dense weights as they are kept there: in memory in the compute dtype, in int8 if experts are packed
-            and they are linear layers, in float32 if they are routers'; on disk as stored.
+            and they are linear layers, in float32 if they are routers'; on disk as stored; on the Hub, those that are
+            still to be fetched.
         expert_slots: Fixed buffers for one expert each. Those of a GPU are a level in front of those of the CPU: an
             expert may be in both.
         slot_bytes: Size of one slot; on a GPU, with what torch leaves unused around it.
-        expert_bytes: All slots together; on disk, every expert of the checkpoint as stored.
+        expert_bytes: All slots together; on disk, every expert of the checkpoint as stored, or if it is on the Hub
+            those that are kept; on the Hub, the others.
         activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch.
         overhead_bytes: Reserved for the interpreter, libraries, the index and buffers; on a GPU, for libraries and for
             dense weights on their way.
@@ -96,7 +100,7 @@ class TierUse:
 
 @dataclass(frozen=True, slots=True)
 class Bandwidth:
-    """A disk's read bandwidth, and where the figure is from."""
+    """A disk's or a network's bandwidth, and where the figure is from."""
 
     bytes_per_second: float
     source: BandwidthSource
@@ -104,6 +108,8 @@ class Bandwidth:
 
 #: Taken where nothing was given or measured: a slow SATA SSD reads 0.5 GB/s, a good NVMe drive 7.
 ASSUMED_BANDWIDTH = Bandwidth(1e9, "assumed")
+#: The same of the network: 100 Mbit/s.
+ASSUMED_NETWORK = Bandwidth(12.5e6, "assumed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,8 @@ class Estimate:
     Attributes:
         input_tokens: Tokens of each input; `output_tokens` are generated for each.
         encoder_expert_loads: Experts read in the encoder step; `decoder_expert_loads` in all decoder steps.
-        load_bytes: Bytes of those experts, where they lie now: in the checkpoint or, packed, in the offload folder.
+        load_bytes: Bytes of those experts on disk, in the checkpoint or in the offload folder; without those that come
+            from the Hub, which are brought from there to memory.
         dense_disk_bytes: Bytes of dense weights that are read again, since they stay on disk.
         gpu_expert_loads: Experts copied from CPU memory to GPUs.
         gpu_load_bytes: Bytes of those experts as they are kept, and of dense weights on disk with which a GPU computes.
@@ -134,6 +141,65 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class HubState:
+    """What planning must know of a model that is read from the Hub, beside its headers.
+
+    Attributes:
+        folder: Where what was fetched is kept, of which `free_bytes` are free.
+        kept_experts: How many experts are there, with `kept_bytes`.
+        kept_dense_bytes: What the dense weights take there; 0 if they are still to be fetched.
+        file_bytes: What keeping one more expert takes; `limit_bytes` is what all may take, None as much as they need.
+        network: How fast the Hub is.
+        index_bytes: Headers that were fetched to make the plan.
+    """
+
+    folder: str
+    free_bytes: int
+    kept_experts: int
+    kept_bytes: int
+    kept_dense_bytes: int
+    file_bytes: int
+    limit_bytes: int | None = None
+    network: Bandwidth = ASSUMED_NETWORK
+    index_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HubCost:
+    """What a fill of one batch is expected to bring from the Hub, if tokens are routed evenly to the experts.
+
+    Attributes:
+        output_tokens: Tokens that are expected to be generated for each input.
+        index_bytes: Headers that were fetched to make the plan; 0 where they were known.
+        dense_bytes: Dense weights that are still to be fetched, once for ever.
+        expert_loads: Experts that are fetched, each once; `expert_bytes` is what they take as stored.
+        kept_share: The share of the model's experts that is kept in `folder`; `kept_bytes` is what is kept there, dense
+            weights too.
+        disk_bytes: What keeping what is fetched will take there; `free_bytes` is what is free.
+        seconds: `fetch_bytes` ÷ bandwidth. Computing is mostly hidden behind it.
+    """
+
+    output_tokens: int
+    index_bytes: int
+    dense_bytes: int
+    expert_loads: int
+    expert_bytes: int
+    kept_share: float
+    kept_bytes: int
+    folder: str
+    disk_bytes: int
+    free_bytes: int
+    bandwidth_bytes_per_second: float
+    bandwidth_source: BandwidthSource
+    seconds: float
+
+    @property
+    def fetch_bytes(self) -> int:
+        """Bytes still to come from the network."""
+        return self.dense_bytes + self.expert_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """The whole plan for one model under given budgets.
 
@@ -147,10 +213,11 @@ class Plan:
         device_map: Module → tier, for the dense weights.
         placements: The same with bytes and reasons.
         notes: Which GPUs are not used although there is a budget for them, or why none is by default, a sentence each.
-        tiers: What each tier holds, fast to slow; the last is the disk.
+        tiers: What each tier holds, fast to slow; the last is the disk, or the Hub if weights are read from there.
         minimum_cpu_bytes: The smallest `--cpu-memory` that works for this model, dtype and batch.
         resident_cpu_bytes: The `--cpu-memory` from which on every weight stays in memory.
         estimate: What a fill is expected to cost.
+        hub: What it is expected to bring from the Hub; None if the weights are in local files.
     """
 
     model_id: str
@@ -171,6 +238,7 @@ class Plan:
     minimum_cpu_bytes: int
     resident_cpu_bytes: int
     estimate: Estimate
+    hub: HubCost | None = None
 
     @property
     def dtype(self) -> str:

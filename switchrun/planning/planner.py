@@ -21,8 +21,11 @@ from switchrun.planning.plan import (
     ASSUMED_BANDWIDTH,
     CPU,
     DISK,
+    HUB,
     Bandwidth,
     Estimate,
+    HubCost,
+    HubState,
     Placement,
     Plan,
     SparseLayer,
@@ -48,11 +51,15 @@ def make_plan(
     output_tokens: int = 12,
     bandwidth: Bandwidth = ASSUMED_BANDWIDTH,
     stored_share: float = 0.0,
+    hub: HubState | None = None,
+    hub_output_tokens: int | None = None,
 ) -> Plan:
     """Decide where every weight goes: by the planner's own choice, or by a device map.
 
     Tokens, the disk's bandwidth and the share of the experts that lies packed in the offload folder are for the
-    estimate; memory is reserved for as many new tokens as the longest input has, or for `output_tokens` if more.
+    estimate; memory is reserved for as many new tokens as the longest input has, or for `output_tokens` if more. `hub`
+    is for a checkpoint that is read from the Hub, and `hub_output_tokens` for what that is expected to cost, if they
+    are not `output_tokens`.
 
     Raises:
         BudgetError: The CPU budget is below the minimum, or the given map does not fit. A GPU that is too small for
@@ -106,8 +113,20 @@ def make_plan(
     # What is left becomes slots.
     computing = computing_tiers(needs.sparse_layers, placed)
     passing = max((in_memory[name] for name, tier in placed.items() if tier == DISK), default=0)
-    tiers = _divide(needs, budgets, placements, passing, computing, checkpoint.expert_bytes)
+    gpus, cpu = _divide(needs, budgets, placements, passing, computing)
+    stored = needs.num_experts * checkpoint.expert_bytes
+    disk = TierUse(DISK, None, dense_bytes=sum(each.bytes for each in placements if each.tier == DISK))
     layers = Counter((tier, stack) for (stack, _), tier in computing.items())
+    cost, fetched = None, 0.0
+    if hub is None:
+        slow = [replace(disk, expert_bytes=stored)]
+    else:
+        cost = hub_cost(checkpoint, hub, batch_size, input_tokens, hub_output_tokens or output_tokens)
+        left = 1 - cost.kept_share
+        fetched = left * _used_experts(checkpoint, batch_size, input_tokens, output_tokens)
+        stored_share = 1.0  # what is read from disk is what is kept
+        on_hub = TierUse(HUB, None, dense_bytes=cost.dense_bytes, expert_bytes=round(left * stored))
+        slow = [replace(disk, expert_bytes=hub.kept_bytes), on_hub]
     return Plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,
@@ -123,7 +142,7 @@ def make_plan(
         device_map=full_map,
         placements=tuple(placements),
         notes=notes,
-        tiers=tiers,
+        tiers=(*gpus, cpu, *slow),
         minimum_cpu_bytes=needs.minimum,
         resident_cpu_bytes=needs.resident,
         estimate=estimate_fill(
@@ -131,17 +150,19 @@ def make_plan(
             batch_size=batch_size,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
-            expert_slots=tiers[-2].expert_slots,
+            expert_slots=cpu.expert_slots,
             gpu_levels=[
                 GpuLevel(use.expert_slots, layers[use.tier, "encoder"], layers[use.tier, "decoder"])
-                for use in tiers[:-2]
+                for use in gpus
                 if use.dense_bytes
             ],
             dense_disk_bytes={each.module: each.bytes for each in placements if each.tier == DISK},
             bandwidth=bandwidth,
             expert_bytes=memory.mean_load_bytes(checkpoint, precision, stored_share),
             kept_bytes=sum(memory.kept_parts(checkpoint, precision)),
+            fetched=fetched,
         ),
+        hub=cost,
     )
 
 
@@ -226,12 +247,11 @@ def _divide(
     placements: Iterable[Placement],
     passing: int,
     computing: Mapping[SparseLayer, Tier],
-    stored_bytes: int,
-) -> tuple[TierUse, ...]:
-    """Divide what the tiers have left into slots, and return the GPUs that have a budget or weights, the CPU, the disk.
+) -> tuple[list[TierUse], TierUse]:
+    """Divide what memory has left into slots, and return the GPUs that have a budget or weights, and the CPU.
 
     `passing` is the largest dense tensor that stays on disk and is brought in for each use, `computing` the tier on
-    which the experts of each sparse layer compute, `stored_bytes` an expert as stored.
+    which the experts of each sparse layer compute.
     """
     dense = Counter[Tier]()
     for placement in placements:
@@ -260,8 +280,7 @@ def _divide(
         raise BudgetError(
             f"the device map needs {mib_up(least)} of CPU memory, {format_bytes(budgets.cpu_bytes)} is allowed"
         )
-    disk = TierUse(DISK, None, dense_bytes=dense[DISK], expert_bytes=needs.num_experts * stored_bytes)
-    return *uses, cpu.with_slots(slots), disk
+    return uses, cpu.with_slots(slots)
 
 
 def _with_gpu_slots(use: TierUse, usable: int) -> TierUse:
@@ -297,11 +316,13 @@ def estimate_fill(
     bandwidth: Bandwidth = ASSUMED_BANDWIDTH,
     expert_bytes: float | None = None,
     kept_bytes: int = 0,
+    fetched: float = 0.0,
 ) -> Estimate:
     """Estimate the first fill of a session, with nothing in the cache yet.
 
     CPU memory has `expert_slots`, the GPUs' slots are in front of them. An expert takes `expert_bytes` to read (None is
-    as stored), and `kept_bytes` to copy to a GPU. `dense_disk_bytes` is what stays on disk, by module.
+    as stored), and `kept_bytes` to copy to a GPU. `dense_disk_bytes` is what stays on disk, by module. So many experts
+    are `fetched` from the Hub when they are first needed.
     """
     experts = checkpoint.num_experts
     layers = {stack: len(blocks) for stack, blocks in checkpoint.sparse_blocks.items()}
@@ -323,7 +344,8 @@ def estimate_fill(
         for gpu in gpu_levels
     )
     encoder = layers["encoder"] * once
-    load_bytes = round((encoder + decoder) * (checkpoint.expert_bytes if expert_bytes is None else expert_bytes))
+    from_disk = max(0.0, encoder + decoder - fetched)
+    load_bytes = round(from_disk * (checkpoint.expert_bytes if expert_bytes is None else expert_bytes))
     dense = sum(
         size * (1 if module.startswith("encoder") else output_tokens) for module, size in dense_disk_bytes.items()
     )
@@ -345,6 +367,44 @@ def estimate_fill(
 def expected_distinct(num_experts: int, tokens: int) -> float:
     """Return how many different experts some tokens choose, on average, if every expert is as likely as another."""
     return num_experts * (1.0 - (1.0 - 1.0 / num_experts) ** tokens)
+
+
+def hub_cost(
+    checkpoint: SwitchCheckpoint, hub: HubState, batch_size: int, input_tokens: int, output_tokens: int
+) -> HubCost:
+    """Estimate what a fill of one batch brings from the Hub: each expert that it uses and that is not kept, once."""
+    total = len(checkpoint.experts)
+    kept_share = min(1.0, hub.kept_experts / total)
+    fetched = _used_experts(checkpoint, batch_size, input_tokens, output_tokens) * (1 - kept_share)
+    dense = 0 if hub.kept_dense_bytes else sum(tensor.stored_bytes for tensor in checkpoint.dense.values())
+    expert_bytes = round(fetched * checkpoint.expert_bytes)
+    more = round(fetched * hub.file_bytes)
+    if hub.limit_bytes is not None:
+        more = min(more, max(0, hub.limit_bytes - hub.kept_bytes))
+    return HubCost(
+        output_tokens=output_tokens,
+        index_bytes=hub.index_bytes,
+        dense_bytes=dense,
+        expert_loads=round(fetched),
+        expert_bytes=expert_bytes,
+        kept_share=kept_share,
+        kept_bytes=hub.kept_bytes + hub.kept_dense_bytes,
+        folder=hub.folder,
+        disk_bytes=dense + more,
+        free_bytes=hub.free_bytes,
+        bandwidth_bytes_per_second=hub.network.bytes_per_second,
+        bandwidth_source=hub.network.source,
+        seconds=(dense + expert_bytes) / hub.network.bytes_per_second,
+    )
+
+
+def _used_experts(checkpoint: SwitchCheckpoint, batch_size: int, input_tokens: int, output_tokens: int) -> float:
+    """Return how many different experts a fill of one batch is expected to use, all layers together."""
+    tokens = {"encoder": batch_size * input_tokens, "decoder": batch_size * output_tokens}
+    return sum(
+        len(blocks) * expected_distinct(checkpoint.num_experts, tokens[stack])
+        for stack, blocks in checkpoint.sparse_blocks.items()
+    )
 
 
 def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own_bytes: int = 0) -> Plan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from switchrun.store.expert_store import ExpertStore, open_checkpoint_store
+from switchrun.store.expert_store import ExpertForm, ExpertStore, form_of, open_checkpoint_store, open_kept_stores
 from switchrun.store.files import StoredExpert
 from switchrun.store.layout import Layout
 from switchrun.store.paths import clear_hint, expert_path, model_name, open_stored, store_folder, stored_experts
@@ -11,6 +11,7 @@ from switchrun.store.writer import BackgroundWriter
 
 __all__ = [
     "BackgroundWriter",
+    "ExpertForm",
     "ExpertStore",
     "Layout",
     "StoreInfo",
@@ -19,9 +20,11 @@ __all__ = [
     "clear_hint",
     "clear_store",
     "expert_path",
+    "form_of",
     "list_stores",
     "model_name",
     "open_checkpoint_store",
+    "open_kept_stores",
     "open_stored",
     "store_folder",
     "stored_experts",

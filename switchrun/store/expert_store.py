@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64, xxh3_64_intdigest
 
-from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, SwitchCheckpoint
 from switchrun.errors import StorageError
 from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
@@ -30,6 +31,11 @@ from switchrun.store.paths import (
 from switchrun.units import format_bytes
 
 _log = logging.getLogger(__name__)
+
+#: How an expert is stored; see `form_of`.
+ExpertForm = tuple[tuple[str, tuple[int, ...], bool], ...]
+#: What the stores of experts as stored are called, by safetensors' name of the dtype.
+_FOLDERS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 #: Called with what the user should know, a sentence each; from any thread.
 Warn = Callable[[str], None]
@@ -54,6 +60,7 @@ class ExpertStore:
         limit_bytes: What the experts may take on disk.
         read_only: Write, delete and touch nothing.
         must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
+        from_hub: What is not here comes from the Hub, and warnings say so.
         warn: Gets warnings; they are logged without it.
 
     Raises:
@@ -71,6 +78,7 @@ class ExpertStore:
         limit_bytes: int | None = None,
         read_only: bool = False,
         must_write: bool = False,
+        from_hub: bool = False,
         warn: Warn | None = None,
     ) -> None:
         self.folder = store_folder(offload, manifest.model, manifest.dtype)
@@ -82,6 +90,7 @@ class ExpertStore:
         self._read_only = read_only
         self._must_write = must_write
         self._writable = not read_only
+        self._from_hub = from_hub
         self._warn = warn or _log.warning
         self._lock = threading.Lock()
         self._known: dict[ExpertKey, StoredExpert] = {}
@@ -157,26 +166,28 @@ class ExpertStore:
         except OSError as error:
             if not self._warned_unreadable:
                 self._warned_unreadable = True
-                self._warn(f"cannot read {path}: {error.strerror}; such experts are taken from the checkpoint")
+                source = "fetched from the Hub" if self._from_hub else "taken from the checkpoint"
+                self._warn(f"cannot read {path}: {error.strerror}; such experts are {source}")
             return None
         with self._lock:
             return self._known.setdefault(key, found)
 
-    def write(self, key: ExpertKey, buffer: memoryview | bytes | bytearray) -> bool:
+    def write(self, key: ExpertKey, *data: memoryview | bytes | bytearray) -> bool:
         """Store an expert, or replace it, and return whether that worked; blocks until it is safely on disk.
 
-        Trouble with the disk ends all further writing, with one warning.
+        Its data may be given in pieces. Trouble with the disk ends all further writing, with one warning.
 
         Raises:
-            ValueError: The buffer has another length than the store's layout.
+            ValueError: The data has another length than the store's layout.
             StorageError: There is trouble with the disk, and the store was opened with `must_write`.
         """
-        data = memoryview(buffer).cast("B")
-        if len(data) != self.layout.nbytes:
-            raise ValueError(f"an expert has {self.layout.nbytes} bytes here, not {len(data)}")
+        views = [memoryview(piece).cast("B") for piece in data]
+        length = sum(map(len, views))
+        if length != self.layout.nbytes:
+            raise ValueError(f"an expert has {self.layout.nbytes} bytes here, not {length}")
         if not self._writable:
             return False
-        checksum = xxh3_64_intdigest(data)
+        checksum = _checksum(views)
         header = self._format.header(key, checksum)
         path = expert_path(self.folder, key)
         if self._limit is not None and not self._limit.reserve(key, self.file_bytes):
@@ -185,7 +196,7 @@ class ExpertStore:
         written = False
         try:
             self._make_folder(path.parent.name)
-            write_atomically(self.folder, path, [header, data])
+            write_atomically(self.folder, path, [header, *views])
             written = True
         except FileNotFoundError:
             return False  # The folder was cleared meanwhile. It is made again for the next expert.
@@ -196,7 +207,7 @@ class ExpertStore:
             if self._limit is not None:
                 self._limit.settle(key, self.file_bytes, written)
         with self._lock:
-            self._known[key] = StoredExpert(path, len(header), len(data), checksum)
+            self._known[key] = StoredExpert(path, len(header), length, checksum)
             self._unusable.discard(key)
         return True
 
@@ -241,7 +252,8 @@ class ExpertStore:
         except OSError:
             with self._lock:
                 self._unusable.add(key)
-        self._warn(f"{path} is damaged: {reason}; the expert is taken from the checkpoint again")
+        again = "fetched from the Hub again" if self._from_hub else "taken from the checkpoint again"
+        self._warn(f"{path} is damaged: {reason}; the expert is {again}")
 
     def stop_writing(self, reason: str) -> None:
         """Write no more from now on, and warn unless that was so already."""
@@ -251,7 +263,8 @@ class ExpertStore:
             hint = "make room, or name another folder with --offload-folder"
             raise StorageError(f"{self.folder} cannot be written: {reason}", hint)
         if was:
-            self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there")
+            again = ", so they will be fetched from the Hub again" if self._from_hub else ""
+            self._warn(f"{self.folder} cannot be written: {reason}; no more experts are stored there{again}")
 
     def _forget(self, key: ExpertKey) -> None:
         with self._lock:
@@ -280,8 +293,61 @@ def open_checkpoint_store(
         limit_bytes=limit_bytes,
         read_only=read_only,
         must_write=must_write,
+        from_hub=checkpoint.hub is not None,
         warn=warn,
     )
+
+
+def form_of(slices: ExpertSlices) -> ExpertForm:
+    """Return in what form an expert is stored: dtype, shape and order of each of its tensors."""
+    return tuple((tensor.dtype, tensor.shape, tensor.transposed) for tensor in slices.ranges)
+
+
+def open_kept_stores(
+    offload: str | Path,
+    checkpoint: SwitchCheckpoint,
+    *,
+    limit_bytes: int | None = None,
+    read_only: bool = False,
+    warn: Warn | None = None,
+) -> dict[ExpertForm, ExpertStore]:
+    """Open the stores of experts kept as they are stored, one for each form; errors are those of `ExpertStore`.
+
+    They are called `bf16` and so on by their dtype; where several forms have one, `bf16n2`.
+    """
+    stores: dict[ExpertForm, ExpertStore] = {}
+    names: Counter[str] = Counter()
+    for expert, _ in checkpoint.expert_forms:
+        name = _FOLDERS.get(expert.wi.dtype, expert.wi.dtype.lower())
+        names[name] += 1
+        stores[form_of(expert)] = ExpertStore(
+            offload,
+            Manifest(
+                model_name(checkpoint),
+                checkpoint.fingerprint,
+                name if names[name] == 1 else f"{name}n{names[name]}",
+                _kept_layout(expert),
+            ),
+            limit_bytes=limit_bytes,
+            read_only=read_only,
+            from_hub=True,
+            warn=warn,
+        )
+    return stores
+
+
+def _kept_layout(expert: ExpertSlices) -> Layout:
+    return Layout.of(
+        (f"{name}.weight", tensor.dtype, tensor.shape[::-1] if tensor.transposed else tensor.shape)
+        for name, tensor in zip(expert._fields, expert, strict=True)
+    )
+
+
+def _checksum(views: Sequence[memoryview]) -> int:
+    checksum = xxh3_64()
+    for view in views:
+        checksum.update(view)
+    return checksum.intdigest()
 
 
 def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:

@@ -18,6 +18,8 @@ from switchrun.errors import command
 from switchrun.machine.files import open_regular
 from switchrun.machine.folders import DTYPE_NAME, offload_folder, open_below
 
+#: The folder of a model's dense weights, beside those of its experts, and the file in it.
+DENSE_FOLDER, DENSE_FILE = "dense", "dense.safetensors"
 _BLOCK = re.compile(r"(encoder|decoder)\.(0|[1-9][0-9]*)", re.ASCII)
 _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 
@@ -52,6 +54,11 @@ def clear_hint(offload: str | Path, model: str, dtype: str) -> str:
 def expert_path(folder: Path, key: ExpertKey) -> Path:
     """Return the file of one expert in a store's folder."""
     return folder / f"{key.stack}.{key.block}" / f"{key.expert}.safetensors"
+
+
+def dense_path(offload: str | Path, model: str) -> Path:
+    """Return the file of a model's dense weights, if they came from the Hub."""
+    return store_folder(offload, model, DENSE_FOLDER) / DENSE_FILE
 
 
 def opened(folder: Path, *below: str, make: bool = False) -> AbstractContextManager[int]:

@@ -29,6 +29,8 @@ from switchrun.planning.options import OpenOptions
         ("gpu_memory", "0=x"),
         ("offload_limit", "x"),
         ("offload_limit", 1.5),
+        ("hub", "ftp"),
+        ("hub", None),
         ("dtype", "fp8"),
         ("model", ""),
         ("tokenizer", ""),
@@ -104,7 +106,17 @@ def test_it_cannot_be_changed() -> None:
         OpenOptions().batch_size = 2  # type: ignore[misc]
 
 
-@pytest.mark.parametrize(("name", "value"), [("disk_bandwidth", "fast"), ("disk_bandwidth", -1), ("input_tokens", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("disk_bandwidth", "fast"),
+        ("disk_bandwidth", -1),
+        ("network_bandwidth", "0MB/s"),
+        ("network_bandwidth", float("inf")),
+        ("hub", "ftp"),
+        ("input_tokens", 0),
+    ],
+)
 def test_what_a_plan_cannot_estimate_with(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"^{name}: "):
         switchrun.plan(**{name: value})
