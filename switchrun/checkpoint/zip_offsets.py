@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
     @property
     def header_bytes(self) -> int:
-        """Bytes of the local header that `stated_offset` needs."""
+        """Bytes of the local header without its extra fields, which `stated_offset` needs."""
         return _LOCAL.size + len(self.name)
 
 
@@ -59,16 +59,20 @@ def computed_offset(entry: Entry, alignment: int = ALIGNMENT) -> int | None:
 
 
 def stated_offset(entry: Entry, header: bytes) -> int | None:
-    """Return where an entry's data begins by its local header, of which the first bytes are given; None if it is none.
+    """Return where an entry's data begins by its local header; None if it is another's, or none."""
+    named = _LOCAL.unpack_from(header)[-2] == len(entry.name) and header.endswith(entry.name)
+    return data_offset(entry.place, header) if named else None
+
+
+def data_offset(place: int, header: bytes) -> int | None:
+    """Return where the data after a local header begins, of which the first bytes are given; None if it is none.
 
     It is the fallback of `computed_offset`, and checks it when an entry is read together with its header.
     """
-    if len(header) < entry.header_bytes:
+    if len(header) < _LOCAL.size:
         return None
     magic, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
-    if magic != _LOCAL_MAGIC or header[_LOCAL.size : _LOCAL.size + name_bytes] != entry.name:
-        return None
-    return entry.place + _LOCAL.size + int(name_bytes) + int(extra_bytes)
+    return place + _LOCAL.size + int(name_bytes) + int(extra_bytes) if magic == _LOCAL_MAGIC else None
 
 
 def _is_zip64(entry: Entry) -> bool:
