@@ -59,20 +59,25 @@ def computed_offset(entry: Entry, alignment: int = ALIGNMENT) -> int | None:
 
 
 def stated_offset(entry: Entry, header: bytes) -> int | None:
-    """Return where an entry's data begins by its local header; None if it is another's, or none."""
-    named = _LOCAL.unpack_from(header)[-2] == len(entry.name) and header.endswith(entry.name)
-    return data_offset(entry.place, header) if named else None
+    """Return where an entry's data begins by its local header; None if that is another entry's, or none.
+
+    It is the fallback of `computed_offset`.
+    """
+    length = local_header_bytes(header)
+    if length is None or _LOCAL.unpack_from(header)[-2] != len(entry.name) or not header.endswith(entry.name):
+        return None
+    return entry.place + length
 
 
-def data_offset(place: int, header: bytes) -> int | None:
-    """Return where the data after a local header begins, of which the first bytes are given; None if it is none.
+def local_header_bytes(header: bytes) -> int | None:
+    """Return how long a local header is by its first bytes; None if it is none.
 
-    It is the fallback of `computed_offset`, and checks it when an entry is read together with its header.
+    So `computed_offset` is checked when data is read together with the header before it.
     """
     if len(header) < _LOCAL.size:
         return None
     magic, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
-    return place + _LOCAL.size + int(name_bytes) + int(extra_bytes) if magic == _LOCAL_MAGIC else None
+    return _LOCAL.size + int(name_bytes) + int(extra_bytes) if magic == _LOCAL_MAGIC else None
 
 
 def _is_zip64(entry: Entry) -> bool:

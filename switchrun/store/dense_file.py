@@ -132,6 +132,11 @@ class DenseFile:
         check_manifest(self.folder, self._manifest, [layout], clear_hint(offload, model, DENSE_FOLDER))
         self.format = DenseFormat(layout, self._manifest.identity)
 
+    @property
+    def file_bytes(self) -> int:
+        """What it takes on disk."""
+        return self.format.file_bytes
+
     def slices(self) -> dict[str, TensorSlice] | None:
         """Return where the tensors lie in the file; None if it is not there whole, or not this model's."""
         try:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 from torch.utils.serialization import config
 
-from switchrun.checkpoint.zip_offsets import Entry, computed_offset, data_offset, stated_offset
+from switchrun.checkpoint.zip_offsets import Entry, computed_offset, local_header_bytes, stated_offset
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 
@@ -117,9 +117,9 @@ def test_a_damaged_directory_is_not_believed(tmp_path: Path) -> None:
 
 def test_what_is_no_local_header() -> None:
     header = b"PK\x03\x04" + bytes(22) + b"\x05\x00\x03\x00"
-    assert data_offset(100, header) == 138
-    assert data_offset(100, header[:-1]) is None
-    assert data_offset(100, b"PK\x01\x02" + header[4:]) is None
+    assert local_header_bytes(header) == 38
+    assert local_header_bytes(header[:-1]) is None
+    assert local_header_bytes(b"PK\x01\x02" + header[4:]) is None
     entry = Entry(b"a/b/c", 0, 0, 0, 8, 100, 200)
     assert stated_offset(entry, header + b"a/b/c") == 138
     assert stated_offset(entry, header + b"a/b/d") is None
