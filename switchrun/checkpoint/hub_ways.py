@@ -86,11 +86,11 @@ def find_kept(repo: str, revision: str | None, listings: Path) -> tuple[Path, Re
     if folder is None:
         return None
     listed = _noted(listings, repo, folder.name)
-    if listed is None or all(
-        (folder / file.name).exists() for file in _chosen(listed) if not hub.is_setting(file.name)
-    ):
-        return folder, None
-    return folder, listed
+    if listed is None:
+        # If some are missing, the index finds that; without any these are files that were read beside weights there.
+        return (folder, None) if any(hub.is_weights(path.name) for path in folder.iterdir()) else None
+    needed = [file.name for file in _chosen(listed) if not hub.is_setting(file.name)]
+    return folder, None if all((folder / name).exists() for name in needed) else listed
 
 
 def missing_bytes(repo: str, revision: str | None, ranges: HubRanges, way: HubWay) -> int:

@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from switchrun.checkpoint.hub import choose_files
 from switchrun.checkpoint.locate import locate
 from switchrun.errors import ModelError, UsageError
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
+from tests.support.fake_hub import FakeHub, Fault
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,7 +58,22 @@ def test_a_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "model", ["", "nothing", "/no/such/folder", "./a/b", "a/b/c", "a b/c", "x\0y", "-/x", "a/b@", "é/x"]
+    "model",
+    [
+        "",
+        "nothing",
+        "/no/such/folder",
+        "./a/b",
+        "a/b/c",
+        "a b/c",
+        "x\0y",
+        "-/x",
+        "a/b@",
+        "é/x",
+        "a/b@../x",
+        "a/b@/x",
+        "a/b@x y",
+    ],
 )
 def test_neither_a_folder_nor_an_id(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,15 +114,15 @@ def test_an_installation_leaves_the_demos_fingerprint(
     assert open_checkpoint(None).fingerprint != before, "trained again"
 
 
-def test_a_download_leaves_a_commits_fingerprint(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
-    found = []
-    for commit in (COMMIT, COMMIT[::-1]):
-        snapshot = shutil.copytree(folder, tmp_path / commit)
-        monkeypatch.setattr("switchrun.checkpoint.hub.find_snapshot", lambda *_, path=snapshot: path)
-        for _ in range(2):
-            found.append(open_checkpoint("org/tiny").fingerprint)
-            touch_all(snapshot)
-    assert found[0] == found[1] != found[2] == found[3]
+def test_a_download_leaves_a_commits_fingerprint(folder: Path) -> None:
+    """Also where the Hub's cache has no links, so that nothing but the commit says what files hold."""
+    snapshot = put_into_cache(folder)
+    first = open_checkpoint("org/tiny", download=False).fingerprint
+    touch_all(snapshot)
+    assert open_checkpoint("org/tiny", download=False).fingerprint == first
+    other = snapshot.with_name(COMMIT[::-1])
+    shutil.copytree(snapshot, other)
+    assert open_checkpoint(f"org/tiny@{other.name}", download=False).fingerprint != first
 
 
 @pytest.mark.parametrize(
@@ -139,11 +153,12 @@ def test_one_container_is_downloaded(there: list[str], chosen: list[str]) -> Non
 # The Hub. huggingface_hub reads its environment when it is imported, so each test is a process of its own.
 
 OPEN = """
-import json, sys
+import json, os, sys
 from switchrun.checkpoint import open_checkpoint
+from switchrun.checkpoint.types import HubWay
 from switchrun.errors import SwitchrunError
 try:
-    c = open_checkpoint(sys.argv[1])
+    c = open_checkpoint(sys.argv[1], way=HubWay(os.environ.get("SWITCHRUN_TEST_WAY", "auto")))
     print(json.dumps({"id": c.id, "revision": c.revision, "path": str(c.path), "experts": len(c.experts)}))
 except SwitchrunError as error:
     print(json.dumps({"kind": error.kind, "message": error.message, "hint": error.hint}))
@@ -196,75 +211,23 @@ def test_no_connection(folder: Path) -> None:
     assert open_in_child("org/tiny", **unreachable)["revision"] == COMMIT
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as downloading a model needs."""
-
-    root: Path
-    asked: list[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        self.asked.append(self.path)
-        path = self.path.split("?")[0]
-        if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main"):
-            siblings = [{"rfilename": p.name, "size": p.stat().st_size} for p in sorted(self.root.iterdir())]
-            record = {"id": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
-            self.reply(200, json.dumps(record).encode(), {}, body)
-        elif path.startswith(f"/api/models/org/tiny/tree/{COMMIT}"):
-            tree = [
-                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": p.name} for p in self.root.iterdir()
-            ]
-            self.reply(200, json.dumps(tree).encode(), {}, body)
-        elif path.startswith(f"/org/tiny/resolve/{COMMIT}/"):
-            file = self.root / path.rsplit("/", 1)[1]
-            self.reply(200, file.read_bytes(), {"ETag": f'"{file.name}"', "X-Repo-Commit": COMMIT}, body)
-        elif path.startswith("/api/models/org/tiny/revision/"):
-            self.reply(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
-        elif path.startswith("/api/models/org/gated"):
-            self.reply(403, b"", {"X-Error-Code": "GatedRepo"}, body)
-        elif path.startswith("/api/models/org/broken"):
-            self.reply(501, b"", {}, body)
-        else:
-            self.reply(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
-
-    def reply(self, status: int, data: bytes, headers: dict[str, str], body: bool) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(folder: Path) -> Iterator[tuple[dict[str, str], list[str]]]:
+def hub(folder: Path) -> Iterator[FakeHub]:
     (folder / "pytorch_model.bin").write_bytes(b"must not be downloaded")
-    handler = type("OneHub", (Hub,), {"root": folder, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}, handler.asked
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with FakeHub() as hub:
+        hub.add("org/tiny", folder)
+        hub.add("org/gated", folder, access="gated")
+        yield hub
 
 
-def test_download(hub: tuple[dict[str, str], list[str]]) -> None:
-    env, asked = hub
-    found = open_in_child("org/tiny", **env)
-    assert (found["revision"], found["experts"]) == (COMMIT, 8)
+def test_download(hub: FakeHub) -> None:
+    found = open_in_child("org/tiny", **hub.environment())
+    assert found["experts"] == 8
     assert sorted(path.name for path in Path(found["path"]).iterdir()) == ["config.json", "model.safetensors"]
-    assert not any("pytorch_model" in path for path in asked if "resolve" in path)
-    # What was downloaded is found without the Hub.
-    assert open_in_child("org/tiny", HF_HUB_OFFLINE="1") == found
+    assert not hub.requests(path="pytorch_model")
+    # What was downloaded is found without the Hub, by its branch too.
+    for model in ("org/tiny", "org/tiny@main", f"org/tiny@{found['revision']}"):
+        assert open_in_child(model, HF_HUB_OFFLINE="1") == found
 
 
 @pytest.mark.parametrize(
@@ -276,16 +239,18 @@ def test_download(hub: tuple[dict[str, str], list[str]]) -> None:
         ("org/broken", "network", "the Hub could not be reached: "),
     ],
 )
-def test_what_the_hub_refuses(hub: tuple[dict[str, str], list[str]], model: str, kind: str, message: str) -> None:
-    error = open_in_child(model, **hub[0])
+def test_what_the_hub_refuses(hub: FakeHub, model: str, kind: str, message: str) -> None:
+    hub.fail(Fault(status=501), origin="hub", path="org/broken", times=None)
+    error = open_in_child(model, **hub.environment())
     assert error["kind"] == kind
     assert message in error["message"]
 
 
-def test_a_model_larger_than_the_disk(hub: tuple[dict[str, str], list[str]], folder: Path) -> None:
+def test_a_model_larger_than_the_disk(hub: FakeHub, folder: Path) -> None:
     with (folder / "model.safetensors").open("r+b") as file:
         file.truncate(1 << 43)
-    error = open_in_child("org/tiny", **hub[0])
+    hub.add("org/tiny", folder)
+    error = open_in_child("org/tiny", SWITCHRUN_TEST_WAY="download", **hub.environment())
     assert error["kind"] == "model"
     assert "org/tiny needs another 8 TiB on disk" in error["message"]
 
