@@ -18,6 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from switchrun.bench.synthetic import GEOMETRIES, Container, Shapes, make_checkpoint
+from switchrun.checkpoint.files import open_weights
 from switchrun.checkpoint.torch_file import read_torch
 
 
@@ -49,7 +50,8 @@ def write_torch(path: Path, shapes: Shapes) -> dict[str, int]:
         fakes = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(fakes, path)
-    return {name: entry.offset for name, entry in read_torch(path).items()}
+    with open_weights(path) as file:
+        return {name: entry.offset for name, entry in read_torch(file).items()}
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from switchrun.checkpoint.files import open_weights
 from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.errors import CorruptCheckpointError
 
@@ -51,7 +52,8 @@ def compare(path: Path) -> tuple[str, str]:
     except (SafetensorError, OSError):
         known = None
     try:
-        ours = read_safetensors(path)
+        with open_weights(path) as weights:
+            ours = read_safetensors(weights)
     except CorruptCheckpointError as error:
         why = re.sub(r"tensor .* is malformed", "tensor … is malformed", str(error).removeprefix(f"{path}: "))
         return "neither" if known is None else "library", re.sub(r"\d+", "…", why)
@@ -61,7 +63,9 @@ def compare(path: Path) -> tuple[str, str]:
 
 
 def _same_bytes(path: Path) -> bool:
-    content, ours = path.read_bytes(), read_safetensors(path)
+    content = path.read_bytes()
+    with open_weights(path) as weights:
+        ours = read_safetensors(weights)
     with safe_open(path, framework="np") as file:
         for name, tensor in ours.items():
             described = file.get_slice(name)

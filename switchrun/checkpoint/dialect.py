@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from switchrun.checkpoint import names
-from switchrun.checkpoint.experts import Experts, check_int8, check_rows, check_tensor
+from switchrun.checkpoint.experts import Experts, check_int8, check_tensor
 from switchrun.checkpoint.files import MOST_CONFIG_BYTES, read_json_object
 from switchrun.checkpoint.generation import generation_settings
 from switchrun.checkpoint.index import CONFIG
@@ -253,7 +253,6 @@ def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], in
         source = stored_as.get(name, name)
         if names.LINEAR_NAME.fullmatch(name) and index.require(source).dtype == "I8":
             dense[name] = check_int8(index, source, shape)
-            check_rows(index, source)
         else:
             dense[name] = check_tensor(index, source, shape)
     for name in stored_as.keys() & set(names.EMBEDDINGS):

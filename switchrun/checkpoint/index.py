@@ -30,6 +30,7 @@ from switchrun.checkpoint.files import (
     unreadable,
 )
 from switchrun.checkpoint.hub import choose_files, is_offline
+from switchrun.checkpoint.names import LINEAR_NAME
 from switchrun.checkpoint.safetensors_file import read_safetensors, tensor_bytes
 from switchrun.checkpoint.torch_file import ZIP_MAGIC, read_torch
 from switchrun.checkpoint.types import (
@@ -57,6 +58,8 @@ _ENTRIES = (
 )
 #: A key of config.json that names another entry; transformers goes by it.
 _NAMED_ENTRY = "transformers_weights"
+#: What bitsandbytes notes beside a matrix, in one byte, and its number for one that lies row by row.
+_LAYOUT, _ROWS = ".weight_format", 0
 #: Files that training leaves beside the weights.
 _NOT_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
 _READERS = 8
@@ -219,7 +222,22 @@ def _read_weights(file: Weights, name: str, turn: Lock) -> dict[str, TensorSlice
     begin = file.read(0, min(file.size, 9))
     # As the length of a safetensors header, the first bytes of a zip archive would be more than is allowed.
     is_torch = begin.startswith(ZIP_MAGIC) or (not name.endswith(".safetensors") and begin[8:] != b"{")
-    return read_torch(file, turn) if is_torch else read_safetensors(file, turn)
+    tensors = read_torch(file, turn) if is_torch else read_safetensors(file, turn)
+    for each, tensor in tensors.items():
+        if each.endswith(_LAYOUT) and tensor.nbytes == 1 and LINEAR_NAME.fullmatch(each.removesuffix("_format")):
+            _check_rows(file, each, tensor)
+    return tensors
+
+
+def _check_rows(file: Weights, name: str, tensor: TensorSlice) -> None:
+    """Raise ModelError for a matrix in int8 that lies in a GPU's tiles, as bitsandbytes before 0.45 might save it."""
+    number = file.read(tensor.offset, 1)[0]
+    if number != _ROWS:
+        raise ModelError(
+            f"{file.place}: tensor {name.removesuffix('_format')} is not stored row by row "
+            f"(its weight_format is {number})",
+            "save it again with bitsandbytes 0.45 or later, or give the original checkpoint",
+        )
 
 
 def _weight_map(entry: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ class Entry(NamedTuple):
 
     @property
     def header_bytes(self) -> int:
-        """Bytes of the local header that `stated_offset` needs."""
+        """Bytes of the local header without its extra fields, which `stated_offset` needs."""
         return _LOCAL.size + len(self.name)
 
 
@@ -59,12 +59,12 @@ def computed_offset(entry: Entry, alignment: int = ALIGNMENT) -> int | None:
 
 
 def stated_offset(entry: Entry, header: bytes) -> int | None:
-    """Return where an entry's data begins by its local header, of which the first bytes are given; None if it is none.
+    """Return where an entry's data begins by its local header; None if that is another entry's, or none.
 
     It is the fallback of `computed_offset`.
     """
     length = local_header_bytes(header)
-    if length is None or header[_LOCAL.size : entry.header_bytes] != entry.name:
+    if length is None or _LOCAL.unpack_from(header)[-2] != len(entry.name) or not header.endswith(entry.name):
         return None
     return entry.place + length
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 from switchrun.cli import options
 from switchrun.cli.streams import report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
-from switchrun.errors import CorruptCheckpointError, StorageError, UsageError, command, printable
+from switchrun.errors import CorruptCheckpointError, StorageError, SwitchrunError, UsageError, command, printable
 from switchrun.machine import folders
 from switchrun.output.progress import ByteProgress
 from switchrun.output.sinks import format_record, stores_record
@@ -156,7 +157,21 @@ def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[S
     from switchrun.store import list_stores
 
     stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype.value]
-    return stores if model is None else [info for info in stores if _is_of(info, place, model)]
+    if model is None:
+        return stores
+    return [info for info in stores if _is_of(info, place, model)] or _chosen_by_revision(stores, place, model)
+
+
+def _chosen_by_revision(stores: list[StoreInfo], place: Path, model: str) -> list[StoreInfo]:
+    """Return the stores of a Hub id with a revision, if what is on this machine says which weights that has."""
+    from switchrun.checkpoint import open_checkpoint
+    from switchrun.store import model_name
+
+    if "@" in model:
+        with contextlib.suppress(SwitchrunError):
+            name = model_name(open_checkpoint(model, cache_dir=place / "index", download=False))
+            return [info for info in stores if _is_of(info, place, name)]
+    return []
 
 
 def _is_of(info: StoreInfo, place: Path, model: str) -> bool:

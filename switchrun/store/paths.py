@@ -25,9 +25,12 @@ _EXPERT = re.compile(r"(0|[1-9][0-9]*)\.safetensors", re.ASCII)
 
 
 def model_name(checkpoint: SwitchCheckpoint) -> str:
-    """Return a store's name of a model, the same from any folder: `id@revision`, the checkpoint's folder, or `demo`."""
+    """Return a store's name of a model, the same from any folder: `id@content`, the checkpoint's folder, or `demo`.
+
+    A model of the Hub goes by its weights: a commit that leaves them as they are finds what is kept.
+    """
     if checkpoint.revision is not None:
-        return f"{checkpoint.id}@{checkpoint.revision}"
+        return f"{checkpoint.id}@{checkpoint.fingerprint[:12]}"
     # Not by its id: a folder of the user's may be called demo too.
     return "demo" if checkpoint.path == demo_folder() else str(checkpoint.path)
 

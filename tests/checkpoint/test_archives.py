@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.serialization import config
 
-from switchrun.checkpoint.torch_file import read_torch
+from switchrun.checkpoint.range_check import check_header
+from switchrun.checkpoint.types import TensorSlice
 from switchrun.errors import CorruptCheckpointError
+from tests.support.headers import read_torch
 
 #: Fields of a directory entry by their place in it, and of the end record.
 METHOD, PACKED, SIZE, NAME_BYTES, PLACE = 10, 20, 24, 28, 42
@@ -57,11 +61,78 @@ def test_a_storage_that_reaches_into_the_next(path: Path) -> None:
     refused(path, "entries overlap")
 
 
-def test_padding_that_reaches_into_the_next(path: Path) -> None:
+def local_header(path: Path, key: bytes) -> int:
+    """Where the local header of a storage lies."""
     data = path.read_bytes()
-    (local,) = struct.unpack_from("<L", data, directory_entry(data, b"x/data/0") + PLACE)
-    patch(path, local + 28, struct.pack("<H", 0xFFFF))
-    refused(path, "entries overlap")
+    (local,) = struct.unpack_from("<L", data, directory_entry(data, b"x/data/" + key) + PLACE)
+    return int(local)
+
+
+def check(path: Path, tensor: TensorSlice) -> None:
+    """Look at a tensor's local header, as who reads it does."""
+    read = path.read_bytes()[tensor.offset - tensor.header_bytes : tensor.offset]
+    check_header(tensor, memoryview(read), len(read))
+
+
+def test_a_local_header_that_lies_is_found_when_the_tensor_is_read(path: Path) -> None:
+    header = local_header(path, b"0")
+    tensor = read_torch(path)["a"]
+    assert tensor.header_bytes == tensor.offset - header > 0
+    check(path, tensor)
+    patch(path, header + 28, struct.pack("<H", 0xFFFF))
+    assert read_torch(path)["a"] == tensor
+    with pytest.raises(CorruptCheckpointError, match="not where its directory says"):
+        check(path, tensor)
+
+
+@pytest.mark.parametrize(
+    ("at", "lie", "message"), [(28, b"\xff\xff", "entries overlap"), (30, b"x/data/7", "not where its directory says")]
+)
+def test_a_local_header_that_nobody_looks_at_later(path: Path, at: int, lie: bytes, message: str) -> None:
+    storage = torch.arange(8.0)
+    torch.save({"a": storage[:4], "b": storage[4:]}, path)
+    found = read_torch(path)
+    assert (found["a"].header_bytes > 0, found["b"].header_bytes) == (True, 0)
+    assert found["a"].crc is found["b"].crc is None
+    patch(path, local_header(path, b"0") + at, lie)
+    refused(path, message)
+
+
+def test_checksums_are_of_whole_storages(path: Path) -> None:
+    data = path.read_bytes()
+    for tensor in read_torch(path).values():
+        assert tensor.crc == zlib.crc32(data[tensor.offset : tensor.offset + tensor.nbytes])
+    at = directory_entry(data, b"x/data/0") + 16
+    patch(path, at, bytes(4))
+    assert read_torch(path)["a"].crc is None
+
+
+@pytest.mark.parametrize(("alignment", "has_header"), [(128, True), (4096, True), (8192, False)])
+def test_other_alignments(tmp_path: Path, alignment: int, has_header: bool) -> None:
+    path = tmp_path / "x.bin"
+    weights = {f"w{i}": torch.full((100 + i,), float(i)) for i in range(9)}
+    with config.patch({"save.storage_alignment": alignment}):
+        torch.save(weights, path)
+    data = path.read_bytes()
+    for name, tensor in read_torch(path).items():
+        assert tensor.offset % alignment == 0
+        assert data[tensor.offset : tensor.offset + tensor.nbytes] == weights[name].numpy().tobytes()
+        assert (tensor.header_bytes > 0) == (
+            has_header or tensor.offset - local_header(path, name[1:].encode()) <= 4096
+        )
+
+
+@pytest.mark.parametrize("alignment", [b"", b"0", b"-1", b"63", b"8388608", b"\xff", b"9" * 400])
+def test_an_alignment_that_makes_no_sense(tmp_path: Path, alignment: bytes) -> None:
+    torch.save({"a": torch.arange(8.0), "b": torch.arange(8.0) + 8}, tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "y.bin", "w") as archive:
+        for name, data in (entries | {"x/.storage_alignment": alignment}).items():
+            archive.writestr(name, data)
+    data = (tmp_path / "y.bin").read_bytes()
+    for tensor, first in zip(read_torch(tmp_path / "y.bin").values(), (0.0, 8.0), strict=True):
+        assert struct.unpack_from("<f", data, tensor.offset) == (first,)
 
 
 def test_two_entries_of_one_name(tmp_path: Path) -> None:
@@ -118,13 +189,6 @@ def test_what_follows_the_end_record(path: Path, comment: bytes) -> None:
 def test_an_entry_that_lies(path: Path, field: int, value: bytes) -> None:
     patch(path, directory_entry(path.read_bytes(), b"x/data/1") + field, value)
     refused(path, "zip directory|truncated|compressed|overlap|not where")
-
-
-def test_a_local_header_of_another_name(path: Path) -> None:
-    data = path.read_bytes()
-    (local,) = struct.unpack_from("<L", data, directory_entry(data, b"x/data/0") + PLACE)
-    patch(path, local + 30, b"x/data/7")
-    refused(path, "not where its directory says")
 
 
 @pytest.mark.parametrize("size", [9 << 20, 20 << 30])

@@ -15,10 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from switchrun.checkpoint.safetensors_file import read_safetensors
-from switchrun.checkpoint.torch_file import read_torch
 from switchrun.errors import CorruptCheckpointError, SwitchrunError
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
+from tests.support.headers import read_safetensors, read_torch
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

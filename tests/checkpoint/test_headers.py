@@ -13,9 +13,9 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from switchrun.checkpoint.files import parse_json
-from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.errors import CorruptCheckpointError
 from tests.conftest import ROOT
+from tests.support.headers import read_safetensors
 
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -155,8 +155,8 @@ def test_no_text_takes_a_gigabyte(tmp_path: Path, name: str, kind: str) -> None:
     program = (
         "import resource\nfrom pathlib import Path\n"
         "from switchrun.checkpoint.files import read_json_object\n"
-        "from switchrun.checkpoint.safetensors_file import read_safetensors\n"
         "from switchrun.errors import CorruptCheckpointError\n"
+        "from tests.support.headers import read_safetensors\n"
         "resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9))\n"
         f"try: {read}\nexcept CorruptCheckpointError: pass\n"
     )

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from switchrun.checkpoint import index as index_module
 from switchrun.checkpoint import open_checkpoint
+from switchrun.checkpoint.files import Weights
 from switchrun.checkpoint.index import load_index
 from switchrun.errors import CorruptCheckpointError, ModelError
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
@@ -29,9 +30,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("read_safetensors", "read_torch"):
         read = getattr(index_module, name)
 
-        def counting(path: Path, turn: Lock, read=read):  # type: ignore[no-untyped-def]
-            names.append(path.name)
-            return read(path, turn)
+        def counting(file: Weights, turn: Lock, read=read):  # type: ignore[no-untyped-def]
+            names.append(file.place.name)
+            return read(file, turn)
 
         monkeypatch.setattr(index_module, name, counting)
     return names
@@ -156,8 +157,8 @@ HUGE = 1 << 70
         lambda r: r["offset"].__setitem__(0, True),
         lambda r: r["offset"].__setitem__(0, None),
         lambda r: r["offset"].__setitem__(0, r["stamps"][1][1]),
-        lambda r: r["file"].__setitem__(0, 1),
-        lambda r: r["file"].__setitem__(0, -1),
+        lambda r: r.update(file=[1] * len(r["name"])),
+        lambda r: r.update(file=[-1] * len(r["name"])),
         lambda r: r["kind"].__setitem__(0, len(r["kinds"])),
         lambda r: r["kind"].__setitem__(0, -1),
         lambda r: r["kind"].__setitem__(0, "0"),
@@ -179,7 +180,15 @@ HUGE = 1 << 70
         lambda r: r.update(kinds={"a": 1}),
         lambda r: r.update(lost=[]),
         lambda r: r.update(lost={"w": 3}),
-        lambda r: r.update(folder="/etc"),
+        lambda r: r.update(place="/etc"),
+        lambda r: r.update(crc=[0]),
+        lambda r: r.update(crc=[-1] * len(r["name"])),
+        lambda r: r.update(crc=[1 << 32] * len(r["name"])),
+        lambda r: r.update(crc=[1.0] * len(r["name"])),
+        lambda r: r.update(crc=[None] * len(r["name"])),
+        lambda r: r.update(header_bytes=[-1] * len(r["name"])),
+        lambda r: r.update(header_bytes=[4097] * len(r["name"])),
+        lambda r: r.update(header_bytes=["1"] * len(r["name"])),
         lambda r: r.update(entry="../model.safetensors"),
     ],
 )

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from switchrun.checkpoint.torch_file import read_torch
 from switchrun.errors import CorruptCheckpointError
 from tests.support.edits import Evil
+from tests.support.headers import read_torch
 
 
 def test_strides_that_are_no_range(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
-from switchrun.checkpoint.safetensors_file import read_safetensors
 from switchrun.checkpoint.types import ExpertKey
 from switchrun.experts.reader import FileReader, Segment
 from switchrun.store.layout import Layout, int8_layout
 from tests.store.conftest import LAYOUT, data_of, holds, key, open_store
+from tests.support.headers import read_safetensors
 
 NF4 = Layout.of(
     [
