@@ -412,7 +412,7 @@ def test_kill_loses_only_what_was_in_flight(hub: FakeHub, model: Callable[..., P
     journal = lambda: next(Path("offload").glob("*/dense/dense.journal"), None)  # noqa: E731
     wait_until(lambda: journal() and journal().read_bytes().count(b"\n") >= 3)  # type: ignore[union-attr]
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.communicate()
     noted = journal().read_bytes().count(b"\n")  # type: ignore[union-attr]
     before = weights_requests(hub)
     # While experts are.
@@ -420,7 +420,7 @@ def test_kill_loses_only_what_was_in_flight(hub: FakeHub, model: Callable[..., P
     child = start(hub, TEXTS[0])
     wait_until(lambda: len(kept()) >= 3)
     child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.communicate()
     whole = kept()
     again = [key for key in weights_requests(hub) - before if key in before]
     headers = 4  # asked for at each opening that died before the index was kept
@@ -428,7 +428,7 @@ def test_kill_loses_only_what_was_in_flight(hub: FakeHub, model: Callable[..., P
     seen = hub.sent("cdn")
     hub.bandwidth = None
     child = start(hub, "--format", "json", TEXTS[0])
-    output, errors = child.communicate(timeout=120)
+    _, errors = child.communicate(timeout=120)
     assert child.returncode == 0, errors
     assert set(whole) <= set(kept())
     expert_bytes = open_checkpoint(ID, cache_dir=Path("offload/index"), download=False).expert_bytes
@@ -446,6 +446,7 @@ def test_ctrl_c_ends_a_stalled_fill(hub: FakeHub, model: Callable[..., Path]) ->
     time.sleep(0.3)
     child.send_signal(signal.SIGINT)
     asked = time.monotonic()
-    assert child.wait(timeout=30) == 130
+    child.communicate(timeout=30)
+    assert child.returncode == 130
     # A stalled answer is waited for 20 seconds.
     assert time.monotonic() - asked < 5
