@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face Hub: from its local cache, or downloaded into it.
+"""The Hugging Face Hub and its local cache: what of a repository is needed, what is here, and what its errors mean.
 
 `huggingface_hub` reads HF_HOME, HF_TOKEN and HF_HUB_OFFLINE itself; it is imported only when a Hub id is opened.
 """
@@ -7,22 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import inspect
-import shutil
-import threading
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from switchrun.checkpoint.types import RemoteFile, RemoteRepo
+from switchrun.checkpoint.types import RemoteFile
 from switchrun.errors import ModelError, NetworkError, SwitchrunError
-from switchrun.units import format_bytes
 
-if TYPE_CHECKING:
-    from switchrun.checkpoint.remote import HubRanges
-
-_CONFIG = "config.json"
 _SMALL_FILES = frozenset(
     {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -104,7 +95,7 @@ def require_cache(repo: str) -> None:
 
 def is_cached(file: RemoteFile) -> bool:
     """Whether a file is in the Hub's local cache, be it by another commit that has it too."""
-    base = _cache_of(file.repo)
+    base = cache_of(file.repo)
     for path in (base / "snapshots" / file.commit / file.name, base / "blobs" / file.hash):
         with contextlib.suppress(OSError):
             if path.stat().st_size == file.size:
@@ -112,98 +103,11 @@ def is_cached(file: RemoteFile) -> bool:
     return False
 
 
-def download(
-    repo: RemoteRepo,
-    revision: str | None,
-    files: Iterable[RemoteFile],
-    ranges: HubRanges,
-    on_bytes: Callable[[int, int], None] | None = None,
-) -> Path:
-    """Return a commit's folder in the Hub's local cache, with these files in it, of which missing ones are downloaded.
-
-    `on_bytes` is called from some thread, with the bytes so far and in all. Nothing else is said of the progress.
-
-    Raises:
-        ModelError: The Hub no longer has the model, or the disk is too small for it.
-        NetworkError: The Hub could not be reached.
-    """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    folder = _cache_of(repo.id) / "snapshots" / repo.commit
-    missing = [file for file in files if not (folder / file.name).exists()]
-    fetched = [file for file in missing if not is_cached(file)]
-    _check_space(repo.id, sum(file.size for file in fetched))
-    progress = _Progress(sum(file.size for file in fetched), on_bytes)
-    ranges.ask_all({file: partial(_download, file, progress) for file in missing})
-    noted = try_to_load_from_cache(repo.id, _CONFIG, revision=revision)
-    if not isinstance(noted, str) or Path(noted).parent != folder:
-        # By the branch and not the commit: huggingface_hub then notes it, which is how it is found offline.
-        config = RemoteFile(repo.id, repo.commit, _CONFIG, 0, "")
-        ranges.ask_all({config: partial(hf_hub_download, repo.id, _CONFIG, revision=revision)})
-    return folder
-
-
-def _download(file: RemoteFile, progress: _Progress) -> None:
-    from huggingface_hub import hf_hub_download
-
-    known = "tqdm_class" in inspect.signature(hf_hub_download).parameters  # Old versions cannot say how far they are.
-    quiet: dict[str, Any] = {"tqdm_class": progress.bar_of(file)} if known else {}
-    hf_hub_download(file.repo, file.name, revision=file.commit, **quiet)
-
-
-class _Progress:
-    """Sums up what huggingface_hub would show in bars, none of which is shown."""
-
-    def __init__(self, total: int, on_bytes: Callable[[int, int], None] | None) -> None:
-        self._total = total
-        self._on_bytes = on_bytes
-        self._lock = threading.Lock()
-        self._done: dict[RemoteFile, int] = {}
-
-    def bar_of(self, file: RemoteFile) -> type:
-        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
-        progress = self
-
-        class Bar(tqdm):
-            def __init__(self, *args: Any, **options: Any) -> None:
-                # Files that are deduplicated have two; the other one is of bytes on the network.
-                self._counts = not str(options.get("name")).endswith(".transfer")
-                super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
-                self._seen = int(options.get("initial") or 0)
-
-            def update(self, n: float | None = 1) -> None:
-                self._seen += int(n or 0)
-                if self._counts:
-                    progress._add(file, self._seen)
-
-        return Bar
-
-    def _add(self, file: RemoteFile, done: int) -> None:
-        with self._lock:
-            self._done[file] = min(done, file.size)
-            if self._on_bytes is not None:
-                self._on_bytes(sum(self._done.values()), self._total)
-
-
-def _cache_of(repo: str) -> Path:
+def cache_of(repo: str) -> Path:
+    """Return the folder of a repository in the Hub's local cache."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-
-
-def _check_space(repo: str, missing: int) -> None:
-    from huggingface_hub import constants
-
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if missing > free:
-        raise ModelError(
-            f"{repo} needs another {format_bytes(missing)} on disk; {constants.HF_HUB_CACHE} has {format_bytes(free)}",
-            "free some space, or set HF_HOME to a folder on a larger disk",
-        )
 
 
 def cached_snapshot(repo: str, revision: str | None) -> Path | None:

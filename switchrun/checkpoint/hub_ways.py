@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from switchrun.checkpoint import hub
+from switchrun.checkpoint.download import download
 from switchrun.checkpoint.files import parse_json, plausible
 from switchrun.checkpoint.index import CONFIG, no_weights
 from switchrun.checkpoint.remote import HubClosedError, HubRanges
@@ -60,7 +61,7 @@ def find_model(
         return kept
     _note(listings, listed)
     missing, weights = _choose(listed, way)
-    folder = hub.download(listed, revision, missing, ranges, on_bytes)
+    folder = download(listed, revision, missing, ranges, on_bytes)
     return folder, None if weights else listed
 
 
@@ -76,7 +77,7 @@ def find_settings(repo: str, revision: str | None, ranges: HubRanges) -> Path:
         if kept is None:
             raise
         return kept
-    return hub.download(listed, revision, [file for file in listed.files if hub.is_setting(file.name)], ranges)
+    return download(listed, revision, [file for file in listed.files if hub.is_setting(file.name)], ranges)
 
 
 def find_kept(repo: str, revision: str | None, listings: Path) -> tuple[Path, RemoteRepo | None] | None:

@@ -247,12 +247,14 @@ def _weight_map(entry: Path) -> dict[str, str]:
         raise CorruptCheckpointError(f"{entry}: there is no weight_map in it")
     if not all(isinstance(file, str) for file in weight_map.values()):
         raise CorruptCheckpointError(f"{entry}: its weight_map is malformed")
+    names: dict[str, str] = {}
     for file in set(weight_map.values()):
         if not _is_inside(file):
             raise CorruptCheckpointError(
                 f"{entry}: it names a file outside the checkpoint's folder: {printable(repr(file), 200)}"
             )
-    return {name: str(PurePosixPath(file)) for name, file in weight_map.items()}
+        names[file] = str(PurePosixPath(file))
+    return {name: names[file] for name, file in weight_map.items()}
 
 
 def _is_inside(name: object) -> bool:
@@ -302,10 +304,10 @@ def _read_cache(cache_dir: Path, source: _Source, entry: str) -> Index | None:
         sizes = {stamp.name: stamp.size for stamp in stamps}
         kinds = tuple(Kind(nbytes, dtype, tuple(shape), flag) for nbytes, dtype, shape, flag in record["kinds"])
         none = [0] * len(record["name"])
-        columns = (record[column] or none for column in _COLUMNS)
-        rows = dict(zip(record["name"], zip(*columns, strict=True), strict=True))
-        if not (all(map(_is_true, kinds)) and _are_inside(rows, [sizes[name] for name in names], kinds)):
+        columns = [record[column] or none for column in _COLUMNS]
+        if not (all(map(_is_true, kinds)) and _are_inside(record["name"], columns, [sizes[n] for n in names], kinds)):
             return None
+        rows = dict(zip(record["name"], zip(*columns, strict=True), strict=True))
         if not all(type(text) is str for item in lost.items() for text in item):
             return None
         files = tuple(map(source.file, names))
@@ -326,18 +328,18 @@ def _is_true(kind: Kind) -> bool:
     )
 
 
-def _are_inside(rows: dict[Any, Any], sizes: list[int], kinds: tuple[Kind, ...]) -> bool:
-    """Whether rows from the cache are names, and places within the files; none at all are no index."""
-    for name, (file, offset, kind, header_bytes, crc) in rows.items():
-        if type(name) is not str or not type(file) is type(offset) is type(kind) is type(header_bytes) is type(crc):
-            return False
-        if type(file) is not int or not (0 <= file < len(sizes) and 0 <= kind < len(kinds)):
-            return False
-        if not (0 <= header_bytes <= offset <= sizes[file] - kinds[kind].nbytes and header_bytes <= MOST_HEADER_BYTES):
-            return False
-        if not 0 <= crc < 1 << 32:
-            return False
-    return bool(rows)
+def _are_inside(names: Any, columns: list[Any], sizes: list[int], kinds: tuple[Kind, ...]) -> bool:
+    """Whether columns from the cache are names, and places within the files; none at all are no index."""
+    if set(map(type, names)) != {str} or any(set(map(type, column)) != {int} for column in columns):
+        return False
+    limits = (len(sizes), 1 << 63, len(kinds), MOST_HEADER_BYTES + 1, 1 << 32)
+    if any(min(column) < 0 or max(column) >= limit for column, limit in zip(columns, limits, strict=True)):
+        return False
+    nbytes = [kind.nbytes for kind in kinds]
+    return all(
+        header_bytes <= offset <= sizes[file] - nbytes[kind]
+        for file, offset, kind, header_bytes, _ in zip(*columns, strict=True)
+    )
 
 
 def _write_cache(cache_dir: Path, source: _Source, entry: str, index: Index) -> None:
