@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import UsageError
-from switchrun.machine import folders
 from switchrun.machine.limits import check_limits
 from switchrun.output.progress import ByteProgress
 from switchrun.units import format_bytes, format_count, format_seconds
 
 if TYPE_CHECKING:
+    from switchrun.checkpoint.remote import HubRanges
     from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint
     from switchrun.experts.packing import ExpertPacker
     from switchrun.planning.preparation import PreparedCounts
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def prepare(
     dtype: Annotated[PackedDtype, typer.Option("--dtype", help="What fill will compute the experts in.")],
     model: options.Model = None,
+    hub: options.Hub = HubWay.AUTO,
     layers: Annotated[
         str | None,
         typer.Option(metavar="LIST", show_default="all", help="Only these layers, like encoder.1,decoder.3-7."),
@@ -62,47 +64,48 @@ def prepare(
 
     It may be stopped at any time: the same command goes on from there.
     """
-    from switchrun.checkpoint import open_checkpoint
     from switchrun.dtypes import resolve_dtype
     from switchrun.planning import preparation as planning
     from switchrun.planning.budgets import parse_size, resolve_budgets
     from switchrun.planning.memory import packed_layout
+    from switchrun.planning.opening import disk_of, find_kept, measure_disk, network_of, open_model
+    from switchrun.planning.options import OpenOptions
     from switchrun.store import open_checkpoint_store
 
     started = time.perf_counter()
     budgets = resolve_budgets(cpu_memory, 0)
     limit_bytes = None if limit is None else parse_size("limit", limit)
-    place = folders.offload_folder(offload_folder)
-    checkpoint = open_checkpoint(model, cache_dir=place / "index")
+    opening = OpenOptions(model=model, dtype=dtype.value, offload_folder=offload_folder, hub=hub.value)
+    # Threads warn, and the main thread reports it: it alone knows of the progress line.
+    warnings: deque[str] = deque()
+    checkpoint, ranges = open_model(opening, warnings.append)
     resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
     if checkpoint.reads_int8_in_place:
         raise UsageError(f"{checkpoint.id} is stored in int8, so there is nothing to prepare", "fill reads it in place")
     chosen = planning.choose_experts(checkpoint, layers, experts)
     layout = packed_layout(checkpoint, dtype)
     jobs = planning.resolve_jobs(checkpoint, layout, jobs, budgets.cpu_bytes)
-    # The store's threads warn, and the main thread reports it: it alone knows of the progress line.
-    warnings: deque[str] = deque()
     store = open_checkpoint_store(
-        place, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=warnings.append
+        opening.folder, checkpoint, dtype, read_only=dry_run, must_write=not dry_run, warn=warnings.append
     )
     preparation = planning.make_preparation(checkpoint, store, chosen, limit_bytes)
     _report_all(warnings)
     if dry_run:
         from switchrun.output.tables import render_preparation
-        from switchrun.planning.opening import disk_of, measure_disk
 
         packing_seconds = 0.0
         if preparation.todo:
-            measure_disk(checkpoint, store.folder)
-            packing_seconds = _preparer(checkpoint, store, jobs).packing_seconds(preparation.todo[0])
+            measure_disk(checkpoint, find_kept(checkpoint, opening))
+            packing_seconds = _preparer(checkpoint, ranges, store, jobs).packing_seconds(preparation.todo[0])
         memory = planning.process_bytes(checkpoint, layout, jobs)
-        write_answer(render_preparation(store, preparation, jobs, memory, disk_of(checkpoint, place), packing_seconds))
+        disk, network = disk_of(checkpoint, opening.folder), network_of() if ranges else None
+        write_answer(render_preparation(store, preparation, jobs, memory, disk, packing_seconds, network))
         return
     planning.check_room(preparation, store.folder)
     keys = [*preparation.todo, *(preparation.stored if verify else ())]
     done = planning.PreparedCounts(0, 0, 0)
     if keys:
-        done = _run(_preparer(checkpoint, store, jobs, verify), keys, warnings)
+        done = _run(_preparer(checkpoint, ranges, store, jobs, verify), keys, warnings)
     skipped = done.skipped + (0 if verify else len(preparation.stored))
     rebuilt = done.rebuilt + preparation.damaged
     written = format_count(done.written, "expert")
@@ -114,14 +117,18 @@ def prepare(
     write_answer(f"{', '.join(parts)}, {format_seconds(time.perf_counter() - started)}\n")
 
 
-def _preparer(checkpoint: SwitchCheckpoint, store: ExpertStore, jobs: int, verify: bool = False) -> ExpertPacker:
+def _preparer(
+    checkpoint: SwitchCheckpoint, ranges: HubRanges | None, store: ExpertStore, jobs: int, verify: bool = False
+) -> ExpertPacker:
     """Import torch, which takes seconds: what is wrong with options, model or budget has been said by now."""
     quieten_libraries()
     check_limits()
     with SIGNALS.at_once():
         from switchrun.experts.packing import ExpertPacker
+        from switchrun.experts.source import ExpertSource
 
-    return ExpertPacker(checkpoint, store, jobs, verify)
+    source = ExpertSource.open(checkpoint, store.folder.parent.parent, keep=False)
+    return ExpertPacker(checkpoint, source, store, jobs, verify, ranges)
 
 
 def _run(preparer: ExpertPacker, keys: Sequence[ExpertKey], warnings: deque[str]) -> PreparedCounts:

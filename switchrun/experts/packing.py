@@ -23,7 +23,7 @@ from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import packed_views
 from switchrun.experts.hub_reader import HubReader
 from switchrun.experts.reader import FileReader, Reader, SplitReader, Way
-from switchrun.experts.source import DamagedExpertError, ExpertSource, stored_read
+from switchrun.experts.source import DamagedExpertError, ExpertSource, as_stored, plan_reads, stored_read
 from switchrun.experts.ways import reading_way
 from switchrun.kernels.matrices import ExpertWeights, quantise
 from switchrun.planning.memory import buffer_for
@@ -167,7 +167,9 @@ class _Job:
 
     def packing_rate(self, key: ExpertKey) -> float:
         """Return how often an expert is packed in a second."""
-        matrices = self._read(key)
+        # Whatever the buffer holds: how long it takes does not depend on the numbers.
+        slices = self._source.slices[key]
+        matrices = as_stored(slices, plan_reads(slices, self._source.direct), self._plain)
         quantise(matrices, self._into)  # The first time touches memory that is new.
         start, count, seconds = time.perf_counter(), 0, 0.0
         while seconds < _CALIBRATION_SECONDS:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from switchrun.checkpoint.range_check import check_range
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, RemoteFile, TensorSlice
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, RemoteFile, SwitchCheckpoint, TensorSlice
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffer
 from switchrun.experts.reader import PAGE, Segment
 from switchrun.kernels.matrices import TORCH_DTYPES, ExpertWeights, Int8Matrix
-from switchrun.store import ExpertForm, ExpertStore, StoredExpert, form_of
+from switchrun.planning.memory import reads_directly
+from switchrun.store import ExpertForm, ExpertStore, StoredExpert, form_of, open_kept_stores
 from switchrun.store.layout import ALIGNMENT
 
 
@@ -65,6 +67,25 @@ class ExpertSource:
         self._kept = kept or {}
         #: Experts that the store has failed to give; it is not asked for them until they have been read again.
         self._failed: set[ExpertKey] = set()
+
+    @classmethod
+    def open(
+        cls,
+        checkpoint: SwitchCheckpoint,
+        offload: Path,
+        *,
+        keep: bool,
+        limit_bytes: int | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> ExpertSource:
+        """Return a checkpoint's experts; `keep` is whether those from the Hub are kept in `offload` as they are stored.
+
+        What is kept there already is read in any case. Experts in int8 have no other form than the packed one.
+        """
+        kept = {}
+        if checkpoint.hub is not None and checkpoint.stored_dtype != "I8":
+            kept = open_kept_stores(offload, checkpoint, limit_bytes=limit_bytes, read_only=not keep, warn=warn)
+        return cls(checkpoint.experts, reads_directly(checkpoint), kept)
 
     def load(self, key: ExpertKey) -> Load:
         """Decide from where an expert will be read: the store if it has it, else the checkpoint."""

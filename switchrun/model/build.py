@@ -27,8 +27,7 @@ from switchrun.kernels.plain import use_fast_products
 from switchrun.model.settings import generation_config, model_config
 from switchrun.planning import Plan, memory
 from switchrun.planning.opening import PlannedModel
-from switchrun.planning.options import OpenOptions
-from switchrun.store import BackgroundWriter, open_checkpoint_store, open_kept_stores
+from switchrun.store import BackgroundWriter, open_checkpoint_store
 
 
 def open_cache(
@@ -37,7 +36,9 @@ def open_cache(
     """Open the expert cache that the final plan asks for; the stack closes it."""
     checkpoint, options, packed = planned.checkpoint, planned.options, plan.precision.packed
     direct = memory.reads_directly(checkpoint)
-    source = open_source(checkpoint, options, keep=packed is None, warn=warn)
+    source = ExpertSource.open(
+        checkpoint, options.folder, keep=packed is None, limit_bytes=options.limit_bytes, warn=warn
+    )
     expert_format: Format
     if packed is None:
         expert_format = PlainFormat(source, getattr(torch, plan.precision.compute.torch_name))
@@ -62,18 +63,6 @@ def open_cache(
         reader=files if planned.hub is None else SplitReader(files, HubReader(planned.hub)),
     )
     return stack.enter_context(cache)
-
-
-def open_source(
-    checkpoint: SwitchCheckpoint, options: OpenOptions, *, keep: bool, warn: Callable[[str], None] | None
-) -> ExpertSource:
-    """Open what experts are read from. Those that come from the Hub are kept as they are stored, if that is wanted."""
-    kept = {}
-    if checkpoint.hub is not None and checkpoint.stored_dtype != "I8":
-        kept = open_kept_stores(
-            options.folder, checkpoint, limit_bytes=options.limit_bytes, read_only=not keep, warn=warn
-        )
-    return ExpertSource(checkpoint.experts, memory.reads_directly(checkpoint), kept)
 
 
 def build_model(checkpoint: SwitchCheckpoint, precision: Precision, tiers: ExpertTiers, context: RoutingContext) -> Any:

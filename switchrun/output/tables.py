@@ -164,7 +164,13 @@ def _experts(stats: SessionStats) -> _Rows:
 
 
 def render_preparation(
-    store: ExpertStore, preparation: Preparation, jobs: int, memory_bytes: int, disk: Bandwidth, packing_seconds: float
+    store: ExpertStore,
+    preparation: Preparation,
+    jobs: int,
+    memory_bytes: int,
+    disk: Bandwidth,
+    packing_seconds: float,
+    network: Bandwidth | None = None,
 ) -> str:
     """Return what `switchrun prepare` would do, as lines for stdout.
 
@@ -175,6 +181,7 @@ def render_preparation(
         memory_bytes: What that takes.
         disk: How fast the disk is.
         packing_seconds: What quantising takes for one expert, with all jobs at work.
+        network: How fast the Hub is, if experts come from there.
     """
     work = [
         ("model", store.manifest.model),
@@ -187,11 +194,12 @@ def render_preparation(
         ("free on the disk", format_bytes(preparation.free_bytes)),
         ("jobs", f"{jobs}, in {format_bytes(memory_bytes)} of memory"),
         ("disk", f"{format_rate(disk.bytes_per_second)} ({disk.source})"),
+        *([("network", f"{format_rate(network.bytes_per_second)} ({network.source})")] if network else []),
     ]
-    estimate = preparation.estimate(disk, packing_seconds)
+    estimate = preparation.estimate(disk, packing_seconds, network)
     least, most = format_seconds(estimate.least), format_seconds(estimate.most)
     times = [
-        ("reading", format_seconds(estimate.reading)),
+        ("reading from the Hub" if network else "reading", format_seconds(estimate.reading)),
         ("quantising", f"{format_seconds(estimate.packing)} (measured for half a second)"),
         ("writing", f"{format_seconds(estimate.writing)} (if as fast as reading)"),
         ("all of it", most if jobs == 1 else f"{least} to {most}"),

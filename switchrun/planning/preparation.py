@@ -52,12 +52,13 @@ class Preparation:
         """What will be written."""
         return len(self.todo) * self.file_bytes
 
-    def estimate(self, disk: Bandwidth, packing_seconds: float) -> TimeEstimate:
+    def estimate(self, disk: Bandwidth, packing_seconds: float, network: Bandwidth | None = None) -> TimeEstimate:
         """Estimate how long it takes, if the disk writes as fast as it reads.
 
-        `packing_seconds` is what quantising takes for one expert, with all jobs at work.
+        `packing_seconds` is what quantising takes for one expert, with all jobs at work; `network` is how fast the Hub
+        is, if experts come from there.
         """
-        reading = len(self.todo) * self.read_bytes / disk.bytes_per_second
+        reading = len(self.todo) * self.read_bytes / (network or disk).bytes_per_second
         packing = len(self.todo) * packing_seconds
         writing = self.write_bytes / disk.bytes_per_second
         return TimeEstimate(reading, packing, writing, max(reading + writing, packing), reading + writing + packing)

@@ -56,6 +56,11 @@ def expert_path(folder: Path, key: ExpertKey) -> Path:
     return folder / f"{key.stack}.{key.block}" / f"{key.expert}.safetensors"
 
 
+def dense_path(offload: str | Path, model: str) -> Path:
+    """Return the file of a model's dense weights, if they came from the Hub."""
+    return store_folder(offload, model, DENSE_FOLDER) / DENSE_FILE
+
+
 def opened(folder: Path, *below: str, make: bool = False) -> AbstractContextManager[int]:
     """Open a store's folder, or that of one of its layers, for calls with `dir_fd`, as `open_below` does."""
     return open_below(*_parts(folder, 2), *below, make=make)

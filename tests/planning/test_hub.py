@@ -21,6 +21,7 @@ from switchrun.planning.opening import PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
 from switchrun.store import expert_path, model_name, open_checkpoint_store, store_folder
+from switchrun.store.dense_file import DenseFile
 from tests.conftest import validate
 from tests.planning.made_up import made_up_checkpoint
 
@@ -253,25 +254,33 @@ def test_what_the_offload_folder_keeps(opened: Callable[[SwitchCheckpoint], Open
     for key in list(checkpoint.experts)[:4]:
         expert_path(folder, key).parent.mkdir(parents=True, exist_ok=True)
         expert_path(folder, key).write_bytes(b"x" * 100)
-    dense = store_folder("offload", model_name(checkpoint), "dense")
-    dense.mkdir()
-    (dense / "dense.partial").write_bytes(b"x" * 70)
     cost = open_plan().plan.hub
     assert cost is not None
     assert (cost.kept_share, cost.kept_bytes) == (4 / len(checkpoint.experts), 400)
     assert cost.dense_bytes > 0
     assert cost.folder == str(Path("offload").absolute())
-    assert cost.free_bytes == disks.free_bytes(Path())
-    (dense / "dense.safetensors").write_bytes(b"x" * 70)
+    assert cost.free_bytes == pytest.approx(disks.free_bytes(Path()), rel=0.01)
+    dense = DenseFile("offload", checkpoint)
+    with dense.writing() as writer:
+        assert writer is not None
+        for name in list(dense.tensors)[1:]:
+            writer.finish(name)
+        half = open_plan().plan.hub
+        assert half is not None
+        assert half.dense_bytes == cost.dense_bytes
+        writer.finish(next(iter(dense.tensors)))
+        writer.complete()
     cost = open_plan().plan.hub
     assert cost is not None
-    assert (cost.dense_bytes, cost.kept_bytes) == (0, 470)
-    # In a packed dtype, what is kept as stored does not count.
+    assert (cost.dense_bytes, cost.kept_bytes) == (0, 400 + dense.file_bytes)
+    # In a packed dtype, what is kept as stored is not fetched again either, and what is fetched is kept packed.
     store = open_checkpoint_store("offload", checkpoint, "int8")
-    store.write(ExpertKey("encoder", 1, 0), bytes(store.layout.nbytes))
+    for key in list(checkpoint.experts)[3:5]:
+        store.write(key, bytes(store.layout.nbytes))
     cost = open_plan(dtype="int8").plan.hub
     assert cost is not None
-    assert (cost.kept_share, cost.kept_bytes) == (1 / len(checkpoint.experts), store.file_bytes + 70)
+    assert cost.kept_share == 5 / len(checkpoint.experts)
+    assert cost.kept_bytes == 300 + 2 * store.file_bytes + dense.file_bytes
     assert cost.disk_bytes == pytest.approx(cost.expert_loads * store.file_bytes, rel=0.1)
 
 
