@@ -125,10 +125,8 @@ def _preparer(
     check_limits()
     with SIGNALS.at_once():
         from switchrun.experts.packing import ExpertPacker
-        from switchrun.experts.source import ExpertSource
 
-    source = ExpertSource.open(checkpoint, store.folder.parent.parent, keep=False)
-    return ExpertPacker(checkpoint, source, store, jobs, verify, ranges)
+    return ExpertPacker(checkpoint, store, jobs, verify, ranges)
 
 
 def _run(preparer: ExpertPacker, keys: Sequence[ExpertKey], warnings: deque[str]) -> PreparedCounts:

@@ -44,21 +44,20 @@ class ExpertPacker:
     """Reads experts from a checkpoint, packs them and writes them into a store that was opened with `must_write`.
 
     `jobs` are worked on side by side, each on a thread and with two buffers of its own. `verify` reads experts that are
-    stored, and writes them again where they are damaged; else they are skipped. `source` is where experts come from,
-    `hub` what it reads from the Hub with, which is closed when the packer has run.
+    stored, and writes them again where they are damaged; else they are skipped. `hub` is what reads from the Hub,
+    if experts come from there; it is closed when the packer has run.
     """
 
     def __init__(
         self,
         checkpoint: SwitchCheckpoint,
-        source: ExpertSource,
         store: ExpertStore,
         jobs: int,
         verify: bool = False,
         hub: HubRanges | None = None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._source = source
+        self._source = ExpertSource.open(checkpoint, store.folder.parent.parent, keep=False)
         self._store = store
         self._hub = hub
         self._jobs = jobs
@@ -80,7 +79,7 @@ class ExpertPacker:
             stack.enter_context(_few_threads(jobs))
             # A second process begins at the end, so that the two meet in the middle: each skips what the other stored.
             waiting = iter(keys if _is_first(self._store.folder, stack) else keys[::-1])
-            way = reading_way(self._checkpoint, self._store.folder) if self._source.direct else None
+            way = reading_way(self._checkpoint.experts, self._store.folder) if self._source.direct else None
             reader = self._open_reader(stack, way)
             pool = stack.enter_context(ThreadPoolExecutor(max(1, jobs), thread_name_prefix="switchrun-prepare"))
             stack.callback(self._stopped.set)

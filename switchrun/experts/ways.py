@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, SwitchCheckpoint
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffers
 from switchrun.experts.reader import FileReader, Segment, Way
@@ -33,25 +33,25 @@ _MARGIN = 1.15
 _FEWEST_SAMPLES = 2
 
 
-def reading_way(checkpoint: SwitchCheckpoint, kept: Path) -> Way:
+def reading_way(experts: Mapping[ExpertKey, ExpertSlices], kept: Path | None = None) -> Way:
     """Return the best way to read the disk that experts lie on; blocks for at most a read longer than `PROBE_SECONDS`.
 
     That of experts from the Hub is the disk of the folder `kept`, which is never tried: there may be nothing there yet.
     The answer is kept in the user's cache folder for each filesystem. Sparse files are not tried: holes are no disk.
     """
-    file = checkpoint.experts_file
-    if file is None:
-        return known_way(kept) or WAYS[0]
+    file = next(iter(experts.values())).wi.file
+    if not isinstance(file, Path):
+        return (known_way(kept) if kept else None) or WAYS[0]
     known = known_way(file)
     if known or disks.is_sparse(file):
         return known or WAYS[0]
-    chosen = best_way(_probe(checkpoint.experts))
+    chosen = best_way(_probe(experts))
     disks.remember("reading", file, asdict(chosen))
     return chosen
 
 
 def known_way(file: Path) -> Way | None:
-    """Return the way that was best on the disk where a file lies, if that was tried."""
+    """Return the way that was best on the disk where a file or folder lies, if that was tried."""
     known = disks.recall("reading", file)
     return next((way for way in WAYS if known == asdict(way)), None)
 

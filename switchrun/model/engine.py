@@ -91,7 +91,7 @@ class Engine:
 
             # 4. The cache, in slots that are filled later.
             direct = memory.reads_directly(checkpoint)
-            way = reading_way(checkpoint, planned.options.folder) if direct else None
+            way = reading_way(checkpoint.experts, planned.options.folder) if direct else None
             self.cache = open_cache(planned, plan, way, warn, stack)
             self.tiers = stack.enter_context(ExpertTiers(self.cache))
 

@@ -18,6 +18,7 @@ from xxhash import xxh3_64
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.errors import StorageError
 from switchrun.machine.files import open_regular, read_regular
+from switchrun.store.files import NO_FILE, DamagedFileError
 from switchrun.store.layout import Layout
 from switchrun.store.manifest import Manifest, check_manifest, has_manifest
 from switchrun.store.paths import DENSE_FILE, DENSE_FOLDER, clear_hint, model_name, opened, store_folder
@@ -27,71 +28,39 @@ from switchrun.units import format_bytes
 PARTIAL_FILE, JOURNAL = "dense.partial", "dense.journal"
 _PAGE = 4096
 _DIGITS = 16
+_CHECKSUM = "xxh3_64"
+_HEX = re.compile(rb"[0-9a-f]{16}", re.ASCII)
 _LINE = re.compile(rb"([0-9]{1,9}) ([0-9a-f]{16})\n", re.ASCII)
 _CHUNK_BYTES = 4 * 1024**2
 _MOST_JOURNAL_BYTES = 64 * 1024**2
 
 
-class DenseFile:
-    """One model's dense weights in an offload folder.
+class DenseFormat:
+    """Makes and checks the header of one model's file of dense weights: a layout, and a checksum for each part of it.
 
-    The header, which a first look at the file reads, has a checksum for each tensor; the bytes are verified by whoever
-    reads them. A file that is not there whole is made in `writing`, by one process at a time.
-
-    Raises:
-        CorruptCheckpointError: The folder belongs to another state of the model; its hint is the command to empty it.
+    A first look at the file reads its header alone, which states the checksums; whoever reads the bytes verifies them.
     """
 
-    def __init__(self, offload: str | Path, checkpoint: SwitchCheckpoint) -> None:
-        model = model_name(checkpoint)
-        self.tensors: Mapping[str, TensorSlice] = _in_order(checkpoint.dense)
-        self.layout = Layout.of((name, each.dtype, _as_it_lies(each)) for name, each in self.tensors.items())
-        self.folder = store_folder(offload, model, DENSE_FOLDER)
-        self._manifest = Manifest(model, checkpoint.fingerprint, DENSE_FOLDER, self.layout)
-        check_manifest(self.folder, self._manifest, [self.layout], clear_hint(offload, model, DENSE_FOLDER))
-        self._header_bytes = -(-(8 + len(self._text({}))) // _PAGE) * _PAGE
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self.folder / DENSE_FILE
+    def __init__(self, layout: Layout, identity: str) -> None:
+        self.layout = layout
+        self._identity = identity
+        self._names = [part.name for part in layout.parts]
+        self.header_bytes = -(-(8 + len(self._text({}))) // _PAGE) * _PAGE
 
     @property
     def file_bytes(self) -> int:
-        """What it takes on disk."""
-        return self._header_bytes + self.layout.nbytes
+        """Length of the file."""
+        return self.header_bytes + self.layout.nbytes
 
-    def offset(self, name: str) -> int:
-        """Return where a tensor begins in the file."""
-        return self._header_bytes + self.layout[name].offset
-
-    def slices(self) -> dict[str, TensorSlice] | None:
-        """Return where the tensors lie in the file; None if it is not there whole, or not this model's."""
-        with contextlib.suppress(OSError), opened(self.folder) as folder:
-            file = open_regular(DENSE_FILE, os.O_NOFOLLOW, dir_fd=folder)
-            try:
-                size, got = os.fstat(file).st_size, os.pread(file, self._header_bytes, 0)
-            finally:
-                os.close(file)
-            digits = re.findall(rb"[0-9a-f]{16}", got[: 2 * _DIGITS * len(self.tensors) + _PAGE])
-            checksums = dict(zip(self.tensors, (int(each, 16) for each in digits), strict=False))
-            if size == self.file_bytes and got == self._header(checksums):
-                return {
-                    name: replace(
-                        each, file=self.path, offset=self.offset(name), header_bytes=0, crc=None, xxh3=checksums[name]
-                    )
-                    for name, each in self.tensors.items()
-                }
-        return None
-
-    def _header(self, checksums: Mapping[str, int]) -> bytes:
-        length = self._header_bytes - 8
+    def header(self, checksums: Mapping[str, int]) -> bytes:
+        """Return all that comes before the data; spaces fill it up, which the format allows."""
+        length = self.header_bytes - 8
         return length.to_bytes(8, "little") + self._text(checksums).ljust(length)
 
     def _text(self, checksums: Mapping[str, int]) -> bytes:
-        # Of a fixed length, and first: so `slices` knows their place.
-        digits = " ".join(f"{checksums.get(name, 0):0{_DIGITS}x}" for name in self.tensors)
-        header: dict[str, object] = {"__metadata__": {"xxh3_64": digits, "store": self._manifest.identity}}
+        # Of a fixed length, and first: so `inspect` knows their place.
+        digits = "".join(f"{checksums.get(name, 0):0{_DIGITS}x}" for name in self._names)
+        header: dict[str, object] = {"__metadata__": {_CHECKSUM: digits, "store": self._identity}}
         for part in self.layout.tensors:
             header[part.name] = {
                 "dtype": part.dtype,
@@ -99,6 +68,88 @@ class DenseFile:
                 "data_offsets": [part.offset, part.offset + part.nbytes],
             }
         return json.dumps(header, separators=(",", ":")).encode()
+
+    def inspect(self, folder: Path) -> dict[str, int]:
+        """Return the checksums that a file's header states, by the names of the parts.
+
+        Raises:
+            DamagedFileError: It is not this model's, no regular file, or has another length than it must have.
+            OSError: The file cannot be read, or is not there.
+        """
+        with opened(folder) as handle:
+            try:
+                file = open_regular(DENSE_FILE, os.O_NOFOLLOW, dir_fd=handle)
+            except OSError as error:
+                if error.errno in NO_FILE:
+                    raise DamagedFileError(error.strerror) from error
+                raise
+        try:
+            size, got = os.fstat(file).st_size, os.pread(file, self.header_bytes, 0)
+        finally:
+            os.close(file)
+        begin = 8 + len(f'{{"__metadata__":{{"{_CHECKSUM}":"')
+        checksums = {}
+        for number, name in enumerate(self._names):
+            digits = got[begin + number * _DIGITS : begin + (number + 1) * _DIGITS]
+            checksums[name] = int(digits, 16) if _HEX.fullmatch(digits) else 0
+        if size != self.file_bytes or got != self.header(checksums):
+            raise DamagedFileError("its header is not that of this model's dense weights, or it has another length")
+        return checksums
+
+    def chunks(self, file: int, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a part of an open file."""
+        at = self.header_bytes + self.layout[name].offset
+        end = at + self.layout[name].nbytes
+        while at < end:
+            chunk = os.pread(file, min(_CHUNK_BYTES, end - at), at)
+            if not chunk:
+                return
+            yield chunk
+            at += len(chunk)
+
+    def checksum(self, file: int, name: str) -> int:
+        """Return XXH3 of a part of an open file."""
+        checksum = xxh3_64()
+        for chunk in self.chunks(file, name):
+            checksum.update(chunk)
+        return checksum.intdigest()
+
+
+class DenseFile:
+    """One model's dense weights in an offload folder. What is not there whole is made in `writing`.
+
+    Raises:
+        CorruptCheckpointError: The folder belongs to another state of the model; its hint is the command to empty it.
+    """
+
+    def __init__(self, offload: str | Path, checkpoint: SwitchCheckpoint) -> None:
+        model = model_name(checkpoint)
+        # In an order that only names decide: the file is the same whichever way the model is stored.
+        self.tensors: Mapping[str, TensorSlice] = dict(sorted(checkpoint.dense.items()))
+        layout = Layout.of((name, each.dtype, _as_it_lies(each)) for name, each in self.tensors.items())
+        self.folder = store_folder(offload, model, DENSE_FOLDER)
+        self._manifest = Manifest(model, checkpoint.fingerprint, DENSE_FOLDER, layout)
+        check_manifest(self.folder, self._manifest, [layout], clear_hint(offload, model, DENSE_FOLDER))
+        self.format = DenseFormat(layout, self._manifest.identity)
+
+    def slices(self) -> dict[str, TensorSlice] | None:
+        """Return where the tensors lie in the file; None if it is not there whole, or not this model's."""
+        try:
+            checksums = self.format.inspect(self.folder)
+        except (DamagedFileError, OSError):
+            return None
+        begin, layout = self.format.header_bytes, self.format.layout
+        return {
+            name: replace(
+                tensor,
+                file=self.folder / DENSE_FILE,
+                offset=begin + layout[name].offset,
+                header_bytes=0,
+                crc=None,
+                xxh3=checksums[name],
+            )
+            for name, tensor in self.tensors.items()
+        }
 
     @contextmanager
     def writing(self) -> Iterator[DenseWriter | None]:
@@ -136,16 +187,16 @@ class DenseWriter:
 
     def __init__(self, file: DenseFile, folder: int) -> None:
         self._file = file
+        self._format = file.format
         self._folder = folder
-        self._names = list(file.tensors)
+        self._numbers = {name: number for number, name in enumerate(file.tensors)}
         self._lock = threading.Lock()
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._partial = os.open(PARTIAL_FILE, flags, 0o666, dir_fd=folder)
+        flags = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._partial = os.open(PARTIAL_FILE, flags | os.O_RDWR, 0o666, dir_fd=folder)
         try:
-            os.ftruncate(self._partial, file.file_bytes)
+            os.ftruncate(self._partial, file.format.file_bytes)
             self._done = self._sound()
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._journal = os.open(JOURNAL, flags, 0o666, dir_fd=folder)
+            self._journal = os.open(JOURNAL, flags | os.O_WRONLY | os.O_TRUNC, 0o666, dir_fd=folder)
         except BaseException:
             os.close(self._partial)
             raise
@@ -155,24 +206,27 @@ class DenseWriter:
     def _sound(self) -> dict[str, int]:
         """Return the checksums of tensors that the journal names and whose bytes have them."""
         try:
-            lines = read_regular(JOURNAL, _MOST_JOURNAL_BYTES, os.O_NOFOLLOW, dir_fd=self._folder)
+            text = read_regular(JOURNAL, _MOST_JOURNAL_BYTES, os.O_NOFOLLOW, dir_fd=self._folder)
         except FileNotFoundError:
             return {}
-        sound = {}
-        for number, digits in _LINE.findall(lines):
-            if int(number) < len(self._names):
-                name = self._names[int(number)]
-                if self.checksum(name) == int(digits, 16):
-                    sound[name] = int(digits, 16)
-        return sound
+        names = list(self._numbers)
+        stated = {
+            names[int(number)]: int(digits, 16) for number, digits in _LINE.findall(lines) if int(number) < len(names)
+        }
+        return {name: stated[name] for name in stated if self._format.checksum(self._partial, name) == stated[name]}
 
     def _note(self, name: str, checksum: int) -> None:
-        os.write(self._journal, b"%d %016x\n" % (self._names.index(name), checksum))
+        os.write(self._journal, b"%d %016x\n" % (self._numbers[name], checksum))
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(each.nbytes for each in self._file.tensors.values())
+
+    @property
+    def missing(self) -> dict[str, TensorSlice]:
+        """What is still to be written."""
+        return {name: each for name, each in self._file.tensors.items() if name not in self._done}
 
     def check_room(self, nbytes: int) -> None:
         """Raise StorageError unless the disk has room for so many bytes."""
@@ -185,47 +239,27 @@ class DenseWriter:
                 "make room, or name another folder with --offload-folder",
             )
 
-    @property
-    def missing(self) -> dict[str, TensorSlice]:
-        """What is still to be written."""
-        return {name: each for name, each in self._file.tensors.items() if name not in self._done}
-
     def write(self, name: str, position: int, data: memoryview) -> None:
         """Write bytes of a tensor from `position` on; OSError if that fails."""
-        at = self._file.offset(name) + position
+        at = self._format.header_bytes + self._format.layout[name].offset + position
         while data:
             count = os.pwrite(self._partial, data, at)
             data, at = data[count:], at + count
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield what was written of a tensor."""
-        at = self._file.offset(name)
-        end = at + self._file.layout[name].nbytes
-        while at < end:
-            chunk = os.pread(self._partial, min(_CHUNK_BYTES, end - at), at)
-            if not chunk:
-                return
-            yield chunk
-            at += len(chunk)
-
-    def checksum(self, name: str) -> int:
-        """Return XXH3 of what was written of a tensor."""
-        checksum = xxh3_64()
-        for chunk in self.chunks(name):
-            checksum.update(chunk)
-        return checksum.intdigest()
+        return self._format.chunks(self._partial, name)
 
     def finish(self, name: str) -> None:
         """Note that all of a tensor has been written: whoever goes on later will not ask for it again."""
-        checksum = self.checksum(name)
+        checksum = self._format.checksum(self._partial, name)
         with self._lock:
             self._done[name] = checksum
             self._note(name, checksum)
 
     def complete(self) -> None:
         """Give the file its name, once every tensor is there."""
-        header = self._file._header(self._done)
-        os.pwrite(self._partial, header, 0)
+        os.pwrite(self._partial, self._format.header(self._done), 0)
         os.fsync(self._partial)
         os.replace(PARTIAL_FILE, DENSE_FILE, src_dir_fd=self._folder, dst_dir_fd=self._folder)
         os.unlink(JOURNAL, dir_fd=self._folder)
@@ -238,11 +272,6 @@ class DenseWriter:
     def __exit__(self, *_: object) -> None:
         os.close(self._partial)
         os.close(self._journal)
-
-
-def _in_order(dense: Mapping[str, TensorSlice]) -> dict[str, TensorSlice]:
-    """Return tensors in an order that only names decide: the file is the same whichever way the model is stored."""
-    return dict(sorted(dense.items()))
 
 
 def _as_it_lies(tensor: TensorSlice) -> tuple[int, ...]:

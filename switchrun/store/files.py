@@ -29,7 +29,7 @@ _ABANDONED_SECONDS = 15 * 60
 _CHECKSUM = "xxh3_64"
 _CHECKSUM_DIGITS = 16
 #: How `open_regular` refuses what is no file, but can be deleted as one; the second is a link's, if put there just now.
-_NO_FILE = (errno.EINVAL, errno.ELOOP)
+NO_FILE = (errno.EINVAL, errno.ELOOP)
 
 
 class DamagedFileError(Exception):
@@ -96,7 +96,7 @@ class ExpertFormat:
         try:
             file = open_stored(path)
         except OSError as error:
-            if error.errno in _NO_FILE:
+            if error.errno in NO_FILE:
                 raise DamagedFileError(error.strerror) from error
             raise
         try:

@@ -20,8 +20,8 @@ from switchrun.store.paths import opened
 FORMAT_VERSION = 2
 _MOST_VERSIONS = 1_000_000
 _TEXTS = ("model", "fingerprint", "dtype")
-#: A layout takes a few hundred; a model's name may be the longest path there is.
-_MOST_BYTES = 64 * 1024
+#: A model's name may be the longest path there is; the layout of its dense weights takes about 100 bytes for each.
+_MOST_BYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,19 @@ from xxhash import xxh3_64
 
 from switchrun.errors import CorruptCheckpointError, printable
 from switchrun.machine.folders import MANIFEST, open_below, store_folders
+from switchrun.store.dense_file import JOURNAL, PARTIAL_FILE, DenseFormat, remove_dense
 from switchrun.store.files import DamagedFileError, ExpertFormat, temporaries
 from switchrun.store.manifest import FORMAT_VERSION, Manifest, read_manifest
-from switchrun.store.paths import block_folders, expert_path, open_stored, opened, remove_stored, stored_experts
+from switchrun.store.paths import (
+    DENSE_FILE,
+    DENSE_FOLDER,
+    block_folders,
+    expert_path,
+    open_stored,
+    opened,
+    remove_stored,
+    stored_experts,
+)
 
 _CHUNK_BYTES = 4 * 1024**2
 
@@ -25,7 +35,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class StoreInfo:
-    """One store that was found, and how many experts it has, with what they take, headers included.
+    """One store that was found, and how many experts it has, with what its files take, headers included.
+
+    One of dense weights has no experts, and a single file.
 
     Attributes:
         manifest: None if it cannot be read. One of another format version has no layout.
@@ -55,6 +67,7 @@ def list_stores(offload: str | Path) -> list[StoreInfo]:
 
 def _describe(folder: Path) -> StoreInfo:
     sizes = [status.st_size for _, status in stored_experts(folder)]
+    dense = sum(size for _, size in _dense_files(folder))
     manifest, problem = None, ""
     try:
         manifest = read_manifest(folder)
@@ -63,7 +76,19 @@ def _describe(folder: Path) -> StoreInfo:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         problem = f"its {MANIFEST} cannot be used: {printable(reason, 200)}"
-    return StoreInfo(folder, manifest, len(sizes), sum(sizes), problem)
+    return StoreInfo(folder, manifest, len(sizes), sum(sizes) + dense, problem)
+
+
+def _dense_files(folder: Path) -> list[tuple[str, int]]:
+    """Return the names and sizes of what a store has of dense weights, whole or in part."""
+    found = []
+    with contextlib.suppress(OSError), opened(folder) as handle:
+        for name in (DENSE_FILE, PARTIAL_FILE, JOURNAL):
+            with contextlib.suppress(OSError):
+                status = os.stat(name, dir_fd=handle, follow_symlinks=False)
+                # A partial file has holes where bytes are still to come.
+                found.append((name, status.st_size if name == DENSE_FILE else status.st_blocks * 512))
+    return found
 
 
 def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool = False) -> VerifyReport:
@@ -101,7 +126,37 @@ def verify_store(folder: Path, progress: Progress | None = None, *, delete: bool
         experts += 1
         done += status.st_size
         report(done)
+    if folder.name == DENSE_FOLDER:
+        problem = _verify_dense(
+            folder, DenseFormat(info.manifest.layout, info.manifest.identity), partial(report, done)
+        )
+        done = info.nbytes
+        if problem:
+            damaged.append((folder / DENSE_FILE, problem))
+            if delete:
+                remove_dense(folder / DENSE_FILE)
     return VerifyReport(experts, done, tuple(damaged))
+
+
+def _verify_dense(folder: Path, form: DenseFormat, progress: Callable[[int], None]) -> str:
+    """Return what is wrong with a file of dense weights; nothing if it is whole, or not there."""
+    read = 0
+    try:
+        checksums = form.inspect(folder)
+        with (
+            opened(folder) as handle,
+            open(os.open(DENSE_FILE, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=handle), "rb") as file,
+        ):
+            for name, checksum in checksums.items():
+                if form.checksum(file.fileno(), name) != checksum:
+                    return f"the bytes of {name} do not match their checksum"
+                read += form.layout[name].nbytes
+                progress(read)
+    except FileNotFoundError:
+        pass
+    except (DamagedFileError, OSError) as error:
+        return (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return ""
 
 
 def _checksum(path: Path, offset: int, progress: Callable[[int], None]) -> int:
@@ -135,7 +190,9 @@ def clear_store(folder: Path, progress: Progress | None = None) -> int:
     with contextlib.suppress(FileNotFoundError), opened(folder) as handle:
         for _, _, name in block_folders(folder):
             _remove_if_empty(name, handle)
-        for name in (*temporaries(handle), MANIFEST):
+        dense = _dense_files(folder)
+        freed += sum(size for _, size in dense)
+        for name in (*(name for name, _ in dense), *temporaries(handle), MANIFEST):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=handle)
     offload, model = folder.parent.parent, folder.parent.name

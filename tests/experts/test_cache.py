@@ -17,8 +17,8 @@ from switchrun.checkpoint.types import ExpertKey, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import Dtype
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.cache import ExpertCache
-from switchrun.experts.formats import plan_reads
 from switchrun.experts.reader import PAGE
+from switchrun.experts.source import plan_reads
 from switchrun.experts.ways import WAYS
 from switchrun.planning import memory
 from tests.support.caches import keys, make_cache

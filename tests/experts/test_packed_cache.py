@@ -18,6 +18,7 @@ from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import PackedFormat
 from switchrun.experts.reader import FileReader
+from switchrun.experts.source import ExpertSource
 from switchrun.kernels.matrices import ExpertWeights, Int8Matrix
 from switchrun.planning import memory
 from switchrun.store import BackgroundWriter, ExpertStore, expert_path
@@ -53,7 +54,7 @@ def opened(checkpoint: SwitchCheckpoint, tmp_path: Path, warnings: list[str]) ->
             store = ExpertStore(tmp_path / "tier", Manifest("m", "f", "int8", layout), warn=warnings.append)
             writer = stack.enter_context(BackgroundWriter(store, NUM_EXPERTS))
             cache = ExpertCache(
-                PackedFormat(checkpoint.experts, direct, store, writer),
+                PackedFormat(ExpertSource(checkpoint.experts, direct), store, writer),
                 slots=Buffers(slots, memory.slot_bytes(checkpoint, INT8)),
                 staging=Buffers(
                     memory.STAGING_BUFFERS, memory.staging_bytes(checkpoint, INT8) // memory.STAGING_BUFFERS

@@ -10,6 +10,7 @@ from switchrun.experts.buffers import Buffers
 from switchrun.experts.cache import ExpertCache
 from switchrun.experts.formats import PlainFormat
 from switchrun.experts.reader import FileReader, Way
+from switchrun.experts.source import ExpertSource
 from switchrun.planning import memory
 
 
@@ -20,7 +21,7 @@ def make_cache(
     precision = Precision(dtype)
     staging = memory.staging_bytes(checkpoint, precision) // memory.STAGING_BUFFERS
     return ExpertCache(
-        PlainFormat(checkpoint.experts, direct, getattr(torch, dtype.torch_name)),
+        PlainFormat(ExpertSource(checkpoint.experts, direct), getattr(torch, dtype.torch_name)),
         slots=Buffers(slots, memory.slot_bytes(checkpoint, precision)),
         staging=Buffers(memory.STAGING_BUFFERS if staging else 0, staging),
         reader=FileReader(direct, way),
