@@ -167,13 +167,13 @@ def find_kept(checkpoint: SwitchCheckpoint, options: OpenOptions) -> KeptExperts
 
 
 def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: KeptExperts, index_bytes: int) -> HubState:
-    dense = DenseFile(options.folder, checkpoint)
+    dense = DenseFile(options.folder, checkpoint).slices() or {}
     return HubState(
         folder=str(options.folder.absolute()),
         free_bytes=disks.free_bytes(options.folder),
         kept_experts=len(kept.files),
         kept_bytes=kept.nbytes,
-        kept_dense_bytes=0 if dense.slices() is None else dense.file_bytes,
+        kept_dense_bytes=sum(tensor.stored_bytes for tensor in dense.values()),
         file_bytes=kept.file_bytes,
         limit_bytes=options.limit_bytes,
         network=network_of(options.network_rate),

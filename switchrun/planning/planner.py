@@ -127,6 +127,9 @@ def make_plan(
         stored_share = 1.0  # what is read from disk is what is kept
         on_hub = TierUse(HUB, None, dense_bytes=cost.dense_bytes, expert_bytes=round(left * stored))
         slow = [replace(disk, expert_bytes=hub.kept_bytes), on_hub]
+        if cost.disk_bytes > cost.free_bytes:
+            need, free = format_bytes(cost.disk_bytes), format_bytes(cost.free_bytes)
+            notes += (f"{hub.folder} has {free} free, keeping what is fetched takes {need}: the rest is fetched again",)
     return Plan(
         model_id=checkpoint.id,
         revision=checkpoint.revision,

@@ -122,6 +122,14 @@ def test_fewer_tokens_may_be_expected_than_memory_is_reserved_for() -> None:
     assert long.hub.expert_bytes > short.hub.expert_bytes
 
 
+def test_a_disk_that_is_too_small_is_a_note() -> None:
+    checkpoint = on_hub()
+    assert planned(checkpoint).notes == ()
+    (note,) = planned(checkpoint, hub=replace(STATE, free_bytes=1 << 20)).notes
+    assert note.startswith("offload has 1 MiB free, keeping what is fetched takes 1.")
+    assert note.endswith("MiB: the rest is fetched again")
+
+
 def test_a_limit_bounds_what_is_kept() -> None:
     checkpoint = on_hub(num_experts=64)
     cost = planned(checkpoint, hub=replace(STATE, kept_bytes=1000, limit_bytes=21_000)).hub
@@ -267,12 +275,14 @@ def test_what_the_offload_folder_keeps(opened: Callable[[SwitchCheckpoint], Open
             writer.finish(name)
         half = open_plan().plan.hub
         assert half is not None
-        assert half.dense_bytes == cost.dense_bytes
+        assert (
+            half.dense_bytes == cost.dense_bytes == (dense_bytes := sum(each.nbytes for each in dense.tensors.values()))
+        )
         writer.finish(next(iter(dense.tensors)))
         writer.complete()
     cost = open_plan().plan.hub
     assert cost is not None
-    assert (cost.dense_bytes, cost.kept_bytes) == (0, 400 + dense.file_bytes)
+    assert (cost.dense_bytes, cost.kept_bytes) == (0, 400 + dense_bytes)
     # In a packed dtype, what is kept as stored is not fetched again either, and what is fetched is kept packed.
     store = open_checkpoint_store("offload", checkpoint, "int8")
     for key in list(checkpoint.experts)[3:5]:
@@ -280,7 +290,7 @@ def test_what_the_offload_folder_keeps(opened: Callable[[SwitchCheckpoint], Open
     cost = open_plan(dtype="int8").plan.hub
     assert cost is not None
     assert cost.kept_share == 5 / len(checkpoint.experts)
-    assert cost.kept_bytes == 300 + 2 * store.file_bytes + dense.file_bytes
+    assert cost.kept_bytes == 300 + 2 * store.file_bytes + dense_bytes
     assert cost.disk_bytes == pytest.approx(cost.expert_loads * store.file_bytes, rel=0.1)
 
 
