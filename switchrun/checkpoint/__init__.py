@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,19 @@ def open_checkpoint(
     *,
     cache_dir: Path | None = None,
     download: bool = True,
-    way: HubWay = HubWay.AUTO,  # noqa: ARG001
-    ranges: HubRanges | None = None,  # noqa: ARG001
+    way: HubWay = HubWay.AUTO,
+    ranges: HubRanges | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> SwitchCheckpoint:
     """Find a Switch checkpoint and read its headers; no weights are read.
 
     Args:
         model: A folder, a Hub id with an optional `@revision`, or None for the demo model.
         cache_dir: Where parsed indexes are kept; by default `index` in the user's cache folder for switchrun.
-        download: Whether a model may be downloaded from the Hub.
-        way: How a model of the Hub is opened.
-        ranges: What reads from the Hub.
+        download: Whether the Hub may be asked; if not, what is on this machine must do.
+        way: Whether a model of the Hub is downloaded. One that is on this machine already is used in each way.
+        ranges: What reads from the Hub; it is closed only if this fails. Without it there is one for this call.
+        on_bytes: Called while files are downloaded, from some thread, with the bytes so far and in all.
 
     Raises:
         ModelError: Nothing is there, or it is no Switch model, or one of an unsupported kind.
@@ -37,8 +40,15 @@ def open_checkpoint(
     """
     # Imported here, so that whoever needs only `checkpoint.types` pays for no more.
     from switchrun.checkpoint.dialect import understand
-    from switchrun.checkpoint.index import load_index
-    from switchrun.checkpoint.locate import locate
+    from switchrun.checkpoint.index import NotKeptError, load_index
+    from switchrun.checkpoint.locate import NotDownloadedError, asking, locate
 
-    location = locate(model, download=download)
-    return understand(location, load_index(location.path, cache_dir))
+    with asking(model if download else None, ranges) as asked:
+        location = locate(model, cache_dir=cache_dir, way=way, ranges=asked, on_bytes=on_bytes)
+        try:
+            index = load_index(location.path, cache_dir, location.remote, asked)
+        except NotKeptError as error:
+            if download:
+                raise
+            raise NotDownloadedError(location.id) from error
+    return understand(location, index)

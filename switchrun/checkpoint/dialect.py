@@ -85,6 +85,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         plain_dtype=plain,
         expert_forms=forms,
         generation=generation_settings(location.path, own, repairs.config),
+        hub=location.remote,
     )
 
 

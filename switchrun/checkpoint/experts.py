@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from switchrun.checkpoint.files import open_weights
 from switchrun.checkpoint.names import STACKS, mlp_prefix, scales_of
-from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Index, Stack, TensorSlice
+from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Index, RemoteFile, Stack, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import CorruptCheckpointError, ModelError
 
@@ -28,8 +29,13 @@ def check_tensor(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice
 
 
 def check_int8(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
-    """Return a matrix in int8 with its scales; CorruptCheckpointError if they are not as bitsandbytes saves them."""
+    """Return a matrix in int8 with its scales; CorruptCheckpointError if they are not as bitsandbytes saves them.
+
+    On the Hub it is a ModelError: what says how such a matrix lies is no header, and its experts are never kept.
+    """
     tensor = _check_shape(index, name, shape)
+    if isinstance(tensor.file, RemoteFile):
+        raise ModelError(f"{tensor.file}: weights in int8 are not read from the Hub by range", "add --hub download")
     scales = _check_shape(index, scales_of(name), shape[:1])
     if scales.dtype != "F32":
         raise CorruptCheckpointError(f"{scales.file}: tensor {scales_of(name)} is stored as {scales.dtype}, not as F32")
@@ -48,7 +54,7 @@ def _check_shape(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice
 def check_rows(index: Index, name: str) -> None:
     """Raise ModelError for a matrix in int8 that lies in a GPU's tiles, as bitsandbytes before 0.45 might save it."""
     layout = index.get(f"{name}_format")
-    if layout is None or layout.nbytes != 1:
+    if layout is None or layout.nbytes != 1 or not isinstance(layout.file, Path):
         return
     with open_weights(layout.file) as file:
         number = file.read(layout.offset, 1)[0]

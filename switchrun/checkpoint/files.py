@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from switchrun.checkpoint.types import RemoteFile
 from switchrun.errors import CorruptCheckpointError
 from switchrun.machine.files import open_regular, read_regular
 from switchrun.units import MIB
@@ -26,28 +27,51 @@ NO_TURN = nullcontext()
 _LFS_POINTER = b"version https://git-lfs"
 
 
+class Weights(Protocol):
+    """A weights file that is open for reading its headers, wherever it is.
+
+    Attributes:
+        place: Where it is; errors begin with it.
+        size: In bytes.
+        remedy: What to do if it is damaged.
+    """
+
+    @property
+    def place(self) -> Path | RemoteFile:
+        """See above."""
+
+    @property
+    def size(self) -> int:
+        """See above."""
+
+    @property
+    def remedy(self) -> str:
+        """See above."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read `length` bytes from `offset`, or raise CorruptCheckpointError if the file ends before that."""
+
+
 class WeightsFile:
-    """A weights file that is open for reading its headers, and its size in bytes; see `open_weights`."""
+    """`Weights` on a disk; see `open_weights`."""
+
+    remedy = "download it again"
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self.path = path
+        self.place = path
         self.size = os.fstat(descriptor).st_size
         self._descriptor = descriptor
 
     def read(self, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset`, or raise CorruptCheckpointError if the file ends before that."""
+        """As `Weights` says."""
         parts: list[bytes] = []
         end = offset + length
         while offset < min(end, self.size) and (part := os.pread(self._descriptor, end - offset, offset)):
             parts.append(part)
             offset += len(part)
         if offset < end:
-            raise self.truncated(f"it has {self.size} bytes, not {end} or more")
+            raise truncated(self, f"it has {self.size} bytes, not {end} or more")
         return b"".join(parts)
-
-    def truncated(self, detail: str) -> CorruptCheckpointError:
-        """The error to raise for a file that ends too early."""
-        return CorruptCheckpointError(f"{self.path}: the file is truncated: {detail}", "download it again")
 
 
 @contextmanager
@@ -57,17 +81,25 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
         descriptor = open_regular(path)
         try:
             weights = WeightsFile(path, descriptor)
-            if not weights.size:
-                raise CorruptCheckpointError(f"{path}: the file is empty", "download it again")
-            if weights.read(0, min(weights.size, len(_LFS_POINTER))) == _LFS_POINTER:
-                raise CorruptCheckpointError(
-                    f"{path}: this is a Git LFS pointer, not the weights", "run `git lfs pull` in its folder"
-                )
+            check_weights(weights, "run `git lfs pull` in its folder")
             yield weights
         finally:
             os.close(descriptor)
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def check_weights(file: Weights, pull: str) -> None:
+    """Raise CorruptCheckpointError for an empty file or a Git LFS pointer; `pull` is the hint to get what it is of."""
+    if not file.size:
+        raise CorruptCheckpointError(f"{file.place}: the file is empty", file.remedy)
+    if file.read(0, min(file.size, len(_LFS_POINTER))) == _LFS_POINTER:
+        raise CorruptCheckpointError(f"{file.place}: this is a Git LFS pointer, not the weights", pull)
+
+
+def truncated(file: Weights, detail: str) -> CorruptCheckpointError:
+    """The error to raise for a file that ends too early."""
+    return CorruptCheckpointError(f"{file.place}: the file is truncated: {detail}", file.remedy)
 
 
 def plausible(numbers: Iterable[object]) -> bool:

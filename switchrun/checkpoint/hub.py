@@ -5,14 +5,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import inspect
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from switchrun.checkpoint.types import RemoteFile, RemoteRepo
 from switchrun.errors import ModelError, NetworkError, SwitchrunError
 from switchrun.units import format_bytes
 
+if TYPE_CHECKING:
+    from switchrun.checkpoint.remote import HubRanges
+
+_CONFIG = "config.json"
 _SMALL_FILES = frozenset(
     {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -25,39 +35,9 @@ _CONTAINERS = (
     (".bin", "pytorch_model.bin.index.json"),
     (".pt", ""),
 )
+#: Of writing; those of opening and the like name a file.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "scheduler.bin", "optimizer.pt", "scheduler.pt"})
-
-
-def find_snapshot(repo: str, revision: str | None, weights: bool = True) -> Path:
-    """Return a model's folder in the Hub's local cache, named by its commit; download what is missing of it.
-
-    Without `weights` that is configuration and tokenizer.
-
-    Raises:
-        ModelError: The Hub has no such model or revision, refuses it, or the disk is too small for it.
-        NetworkError: The Hub could not be reached, and the model is not in the local cache.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    if cache_folder() is None:
-        raise ModelError(f"{repo} cannot be stored: there is no home folder", "set HF_HOME to a folder for downloads")
-    # Exception and no less: huggingface_hub's HTTP library, and so what it raises, changes with its version.
-    try:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    except Exception as error:
-        # A model that is here already needs no Hub; if it is incomplete, the index finds that.
-        cached = cached_snapshot(repo, revision)
-        if cached is not None:
-            return cached
-        raise explain(repo, revision, error) from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    files = choose_files(sizes) if weights else sorted(_SMALL_FILES & sizes.keys())
-    _check_space(repo, info.sha, {name: sizes[name] for name in files})
-    try:
-        # The branch and not the commit: snapshot_download then notes it, which is how it is found offline.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
-    except Exception as error:
-        raise explain(repo, revision, error) from error
 
 
 def cache_folder() -> Path | None:
@@ -66,6 +46,13 @@ def cache_folder() -> Path | None:
 
     # It is then not replaced, and huggingface_hub would make a folder of this name in the current one.
     return None if constants.HF_HUB_CACHE.startswith("~") else Path(constants.HF_HUB_CACHE)
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set, as huggingface_hub read it."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
@@ -91,7 +78,7 @@ def ask_hub(repo: str, revision: str | None, timeout: float) -> None:
 def choose_files(names: Iterable[str]) -> list[str]:
     """Return what to download: one container's weights (safetensors if there), configuration, tokenizer."""
     top = [name for name in names if "/" not in name]
-    chosen = [name for name in top if name in _SMALL_FILES]
+    chosen = [name for name in top if is_setting(name)]
     for suffix, index in _CONTAINERS:
         weights = [name for name in top if name.endswith(suffix) and name not in _NOT_WEIGHTS]
         if weights:
@@ -99,12 +86,115 @@ def choose_files(names: Iterable[str]) -> list[str]:
     return sorted(chosen)
 
 
-def _check_space(repo: str, commit: str | None, sizes: dict[str, int]) -> None:
-    from huggingface_hub import constants, try_to_load_from_cache
+def is_setting(name: str) -> bool:
+    """Whether a file is configuration or a tokenizer's."""
+    return name in _SMALL_FILES
 
-    missing = sum(
-        size for name, size in sizes.items() if not isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
-    )
+
+def is_weights(name: str) -> bool:
+    """Whether a file that was chosen holds weights."""
+    return name.endswith(tuple(suffix for suffix, _ in _CONTAINERS))
+
+
+def require_cache(repo: str) -> None:
+    """Raise ModelError if there is no place for the Hub's local cache."""
+    if cache_folder() is None:
+        raise ModelError(f"{repo} cannot be stored: there is no home folder", "set HF_HOME to a folder for downloads")
+
+
+def is_cached(file: RemoteFile) -> bool:
+    """Whether a file is in the Hub's local cache, be it by another commit that has it too."""
+    base = _cache_of(file.repo)
+    for path in (base / "snapshots" / file.commit / file.name, base / "blobs" / file.hash):
+        with contextlib.suppress(OSError):
+            if path.stat().st_size == file.size:
+                return True
+    return False
+
+
+def download(
+    repo: RemoteRepo,
+    revision: str | None,
+    files: Iterable[RemoteFile],
+    ranges: HubRanges,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Return a commit's folder in the Hub's local cache, with these files in it, of which missing ones are downloaded.
+
+    `on_bytes` is called from some thread, with the bytes so far and in all. Nothing else is said of the progress.
+
+    Raises:
+        ModelError: The Hub no longer has the model, or the disk is too small for it.
+        NetworkError: The Hub could not be reached.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    folder = _cache_of(repo.id) / "snapshots" / repo.commit
+    missing = [file for file in files if not (folder / file.name).exists()]
+    fetched = [file for file in missing if not is_cached(file)]
+    _check_space(repo.id, sum(file.size for file in fetched))
+    progress = _Progress(sum(file.size for file in fetched), on_bytes)
+    ranges.ask_all({file: partial(_download, file, progress) for file in missing})
+    noted = try_to_load_from_cache(repo.id, _CONFIG, revision=revision)
+    if not isinstance(noted, str) or Path(noted).parent != folder:
+        # By the branch and not the commit: huggingface_hub then notes it, which is how it is found offline.
+        config = RemoteFile(repo.id, repo.commit, _CONFIG, 0, "")
+        ranges.ask_all({config: partial(hf_hub_download, repo.id, _CONFIG, revision=revision)})
+    return folder
+
+
+def _download(file: RemoteFile, progress: _Progress) -> None:
+    from huggingface_hub import hf_hub_download
+
+    known = "tqdm_class" in inspect.signature(hf_hub_download).parameters  # Old versions cannot say how far they are.
+    quiet: dict[str, Any] = {"tqdm_class": progress.bar_of(file)} if known else {}
+    hf_hub_download(file.repo, file.name, revision=file.commit, **quiet)
+
+
+class _Progress:
+    """Sums up what huggingface_hub would show in bars, none of which is shown."""
+
+    def __init__(self, total: int, on_bytes: Callable[[int, int], None] | None) -> None:
+        self._total = total
+        self._on_bytes = on_bytes
+        self._lock = threading.Lock()
+        self._done: dict[RemoteFile, int] = {}
+
+    def bar_of(self, file: RemoteFile) -> type:
+        from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+        progress = self
+
+        class Bar(tqdm):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                # Files that are deduplicated have two; the other one is of bytes on the network.
+                self._counts = not str(options.get("name")).endswith(".transfer")
+                super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+                self._seen = int(options.get("initial") or 0)
+
+            def update(self, n: float | None = 1) -> None:
+                self._seen += int(n or 0)
+                if self._counts:
+                    progress._add(file, self._seen)
+
+        return Bar
+
+    def _add(self, file: RemoteFile, done: int) -> None:
+        with self._lock:
+            self._done[file] = min(done, file.size)
+            if self._on_bytes is not None:
+                self._on_bytes(sum(self._done.values()), self._total)
+
+
+def _cache_of(repo: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
+
+
+def _check_space(repo: str, missing: int) -> None:
+    from huggingface_hub import constants
+
     folder = Path(constants.HF_HUB_CACHE)
     while not folder.exists():
         folder = folder.parent
@@ -145,12 +235,17 @@ def explain(repo: str, revision: str | None, error: Exception) -> SwitchrunError
     if isinstance(error, errors.OfflineModeIsEnabled):
         return NetworkError(f"{repo} is not in the local cache, and HF_HUB_OFFLINE is set", "unset it once to download")
     reason = _first_line(error)
-    if isinstance(error, OSError) and not isinstance(error, (errors.HfHubHTTPError, ConnectionError, TimeoutError)):
+    if is_storage(error):
         return ModelError(f"{repo} cannot be stored in the Hub's local cache: {reason}")
     return NetworkError(
         f"{repo} is not complete in the local cache, and the Hub could not be reached: {reason}",
         "check the connection, or give a folder",
     )
+
+
+def is_storage(error: Exception) -> bool:
+    """Whether an error is of the disk, and not of the network, whose errors are of many kinds."""
+    return isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS)
 
 
 def _first_line(error: Any) -> str:

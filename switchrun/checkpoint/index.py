@@ -1,4 +1,6 @@
-"""Which tensors a folder holds: finds the container, reads every shard's header, and remembers the result.
+"""Which tensors a checkpoint holds: finds the container, reads every shard's header, and remembers the result.
+
+The weights are files of the folder, or stay on the Hub, while the folder has the configuration and the index JSON.
 
 Reading 364 headers takes seconds, reading the cached index a fraction of one. That is a line with a checksum and one of
 JSON, in columns, so that 120,000 tensors are four lists and not 120,000 small ones. It is trusted no more than a file
@@ -10,26 +12,40 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switchrun.checkpoint.files import (
     MOST_CONFIG_BYTES,
     MOST_JSON_BYTES,
+    Weights,
     open_weights,
     parse_json,
     plausible,
     read_json_object,
     unreadable,
 )
+from switchrun.checkpoint.hub import choose_files, is_offline
 from switchrun.checkpoint.safetensors_file import read_safetensors, tensor_bytes
 from switchrun.checkpoint.torch_file import ZIP_MAGIC, read_torch
-from switchrun.checkpoint.types import FileStamp, Index, Kind, TensorSlice
-from switchrun.errors import CorruptCheckpointError, ModelError, printable
+from switchrun.checkpoint.types import (
+    MOST_HEADER_BYTES,
+    FileStamp,
+    Index,
+    Kind,
+    RemoteFile,
+    RemoteRepo,
+    TensorSlice,
+)
+from switchrun.errors import CorruptCheckpointError, ModelError, NetworkError, printable
 from switchrun.machine.folders import cache_folder, read_cache_file, write_cache_file
+
+if TYPE_CHECKING:
+    from switchrun.checkpoint.remote import HubRanges
 
 CONFIG = "config.json"
 #: In order of preference: what transformers itself would load, safetensors first.
@@ -44,54 +60,116 @@ _NAMED_ENTRY = "transformers_weights"
 #: Files that training leaves beside the weights.
 _NOT_WEIGHTS = frozenset({"optimizer.pt", "scheduler.pt"})
 _READERS = 8
+_REMOTE_READERS = 16
 #: switch-c-2048 has 123,000, three times as many in int8.
 _MOST_TENSORS = 1_000_000
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
+_COLUMNS = ("file", "offset", "kind", "header_bytes", "crc")
 
 
-def load_index(folder: Path, cache_dir: Path | None = None) -> Index:
-    """Index a folder's tensors, or take the index from the cache if no file has changed since.
+class NotKeptError(NetworkError):
+    """The index of a model on the Hub is not in the cache, and the Hub is not to be asked."""
+
+
+def load_index(
+    folder: Path, cache_dir: Path | None = None, remote: RemoteRepo | None = None, ranges: HubRanges | None = None
+) -> Index:
+    """Index a checkpoint's tensors, or take the index from the cache if no file has changed since.
+
+    With `remote` its files are the weights, whose headers `ranges` reads; it is closed if that fails. Without `ranges`
+    only the cache is looked into.
 
     Raises:
-        ModelError: The folder holds no configuration or no weights.
+        ModelError: There is no configuration, or there are no weights.
         CorruptCheckpointError: A shard is missing or damaged.
+        NetworkError: The Hub could not be reached.
+        NotKeptError: There are no `ranges`, and the index is not in the cache.
     """
-    folder = folder.resolve()
-    entry = _find_entry(folder)
+    source = _Source(folder.resolve(), remote, ranges)
+    entry = _find_entry(source)
     cache_dir = cache_dir or cache_folder() / "index"
-    index = _read_cache(cache_dir, folder, entry)
+    index = _read_cache(cache_dir, source, entry)
     if index is None:
-        index = _read_index(folder, entry)
-        _write_cache(cache_dir, folder, index)
+        index = _read_index(source, entry)
+        _write_cache(cache_dir, source, entry, index)
     return index
 
 
-def _find_entry(folder: Path) -> Path:
-    try:
-        names = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot be read: {error.strerror or error}") from error
+class _Source:
+    """Where a checkpoint's files are, by names relative to the folder or the repository."""
+
+    def __init__(self, folder: Path, remote: RemoteRepo | None, ranges: HubRanges | None) -> None:
+        self.folder = folder
+        self.ranges = ranges
+        self.remote = None if remote is None else {file.name: file for file in remote.files}
+        self.place = str(folder) if remote is None else remote.id
+
+    def names(self) -> set[str]:
+        """The files at the top that weights are looked for among."""
+        if self.remote is not None:
+            return {CONFIG, *choose_files(self.remote)}
+        try:
+            return {path.name for path in self.folder.iterdir()}
+        except OSError as error:
+            raise ModelError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
+
+    def file(self, name: str) -> Path | RemoteFile:
+        return self.folder / name if self.remote is None else self.remote[name]
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists() if self.remote is None else name in self.remote
+
+    def stamps(self, names: Iterable[str]) -> tuple[FileStamp, ...]:
+        """Stamp the configuration, unless all others are stamped by their content, and these."""
+        wanted = dict.fromkeys(names)
+        if self.remote is not None:
+            return tuple(FileStamp(name, self.remote[name].size, self.remote[name].hash) for name in wanted)
+        stamps = tuple(FileStamp.of(self.folder, self.folder / name) for name in wanted)
+        known = all(type(stamp.state) is str for stamp in stamps)
+        return stamps if known else (FileStamp.of(self.folder, self.folder / CONFIG), *stamps)
+
+    def read_weights(self, name: str, turn: Lock) -> dict[str, TensorSlice]:
+        file = self.file(name)
+        if isinstance(file, Path):
+            with open_weights(file) as weights:
+                return _read_weights(weights, name, turn)
+        if self.ranges is None or is_offline():
+            raise NotKeptError(
+                f"the index of {file.repo} is not on this machine, and HF_HUB_OFFLINE is set", "unset it once"
+            )
+        from switchrun.checkpoint.remote_weights import open_remote
+
+        return _read_weights(open_remote(file, self.ranges), name, turn)
+
+
+def _find_entry(source: _Source) -> str:
+    folder, names = source.folder, source.names()
     if CONFIG not in names:
         raise ModelError(f"{folder}: there is no {CONFIG}, so this is not a model's folder")
     named: Any = read_json_object(folder / CONFIG, MOST_CONFIG_BYTES).get(_NAMED_ENTRY)
     if named is not None:
         if not _is_inside(named) or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise ModelError(f"{folder / CONFIG}: {_NAMED_ENTRY} is no safetensors file of this folder")
-        return folder / str(named)
-    entries = [folder / name for name in _ENTRIES if name in names]
+        return str(PurePosixPath(named))
+    entries = [name for name in _ENTRIES if name in names]
     if entries:
         # As transformers does, what is no file is passed over; if nothing else is there, reading it says what it is.
-        return next(filter(_is_file, entries), entries[0])
+        return next((name for name in entries if source.remote or _is_file(folder / name)), entries[0])
     for suffix in (".safetensors", ".pt"):
         found = sorted(name for name in names if name.endswith(suffix) and name not in _NOT_WEIGHTS)
         if len(found) == 1:
-            return folder / found[0]
+            return found[0]
         if found:
             raise ModelError(
-                f"{folder}: {len(found)} {suffix} files and no index that says which tensor is in which",
+                f"{source.place}: {len(found)} {suffix} files and no index that says which tensor is in which",
                 f"add model.safetensors.index.json, or leave only one of {found[0]}, {found[1]}, …",
             )
-    raise ModelError(f"{folder}: there are no weights (looked for {', '.join(_ENTRIES)}, *.pt)")
+    raise no_weights(source.place)
+
+
+def no_weights(place: str) -> ModelError:
+    """The error to raise for a folder or repository without weights."""
+    return ModelError(f"{place}: there are no weights (looked for {', '.join(_ENTRIES)}, *.pt)")
 
 
 def _is_file(path: Path) -> bool:
@@ -101,41 +179,47 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read_index(folder: Path, entry: Path) -> Index:
-    weight_map = _weight_map(entry) if entry.suffix == ".json" else {}
-    names = sorted(set(weight_map.values())) or [_relative(entry, folder)]
-    files = [folder / name for name in names]
-    if weight_map:
-        _check_shards(entry, files)
+def _read_index(source: _Source, entry: str) -> Index:
+    weight_map = _weight_map(source.folder / entry) if entry.endswith(".json") else {}
+    names = sorted(set(weight_map.values())) or [entry]
+    _check_shards(source, entry, names)
     # Stamped before they are read: a file that changes meanwhile is then seen to have changed.
     try:
-        stamps = tuple(FileStamp.of(folder, path) for path in dict.fromkeys((folder / CONFIG, entry, *files)))
+        stamps = source.stamps((entry, *names))
     except OSError as error:
-        raise unreadable(Path(error.filename or folder), error) from error
+        raise unreadable(Path(error.filename or source.folder), error) from error
     kinds: dict[Kind, int] = {}
-    rows: dict[str, tuple[int, int, int]] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        # Reading headers from a cold disk is waiting. Parsing does not gain from threads, and may take much memory.
-        for number, tensors in enumerate(pool.map(partial(_read_weights, turn=Lock()), files)):
+    rows: dict[str, tuple[int, int, int, int, int]] = {}
+    # Reading headers is waiting. Parsing does not gain from threads, and may take much memory.
+    pool = ThreadPoolExecutor(_READERS if source.remote is None else _REMOTE_READERS)
+    try:
+        for number, tensors in enumerate(pool.map(partial(source.read_weights, turn=Lock()), names)):
             for name, tensor in tensors.items():
                 # transformers takes the last of two tensors of one name; the index may say which is meant.
                 if name in rows and weight_map.get(name) == names[rows[name][0]]:
                     continue
-                kind = Kind(tensor.nbytes, tensor.dtype, tensor.shape, tensor.transposed)
-                rows[name] = number, tensor.offset, kinds.setdefault(kind, len(kinds))
+                kind = kinds.setdefault(Kind(tensor.nbytes, tensor.dtype, tensor.shape, tensor.transposed), len(kinds))
+                rows[name] = number, tensor.offset, kind, tensor.header_bytes, tensor.crc or 0
             if len(rows) > _MOST_TENSORS:
-                raise CorruptCheckpointError(f"{entry}: it has more than {_MOST_TENSORS} tensors")
+                raise CorruptCheckpointError(f"{source.file(entry)}: it has more than {_MOST_TENSORS} tensors")
+    except BaseException:
+        # Nobody waits for what is still under way, be it on a network that stalls.
+        if source.ranges is not None:
+            source.ranges.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
     lost = {name: file for name, file in weight_map.items() if name not in rows}
-    return Index(entry=entry, files=tuple(files), kinds=tuple(kinds), rows=rows, stamps=stamps, lost=lost)
+    files = tuple(map(source.file, names))
+    return Index(source.file(entry), files, kinds=tuple(kinds), rows=rows, stamps=stamps, lost=lost)
 
 
-def _read_weights(path: Path, turn: Lock) -> dict[str, TensorSlice]:
+def _read_weights(file: Weights, name: str, turn: Lock) -> dict[str, TensorSlice]:
     """Read a file's headers by what it is, whatever it is called."""
-    with open_weights(path) as file:
-        begin = file.read(0, min(file.size, 9))
+    begin = file.read(0, min(file.size, 9))
     # As the length of a safetensors header, the first bytes of a zip archive would be more than is allowed.
-    is_torch = begin.startswith(ZIP_MAGIC) or (path.suffix != ".safetensors" and begin[8:] != b"{")
-    return read_torch(path, turn) if is_torch else read_safetensors(path, turn)
+    is_torch = begin.startswith(ZIP_MAGIC) or (not name.endswith(".safetensors") and begin[8:] != b"{")
+    return read_torch(file, turn) if is_torch else read_safetensors(file, turn)
 
 
 def _weight_map(entry: Path) -> dict[str, str]:
@@ -150,7 +234,7 @@ def _weight_map(entry: Path) -> dict[str, str]:
             raise CorruptCheckpointError(
                 f"{entry}: it names a file outside the checkpoint's folder: {printable(repr(file), 200)}"
             )
-    return weight_map
+    return {name: str(PurePosixPath(file)) for name, file in weight_map.items()}
 
 
 def _is_inside(name: object) -> bool:
@@ -165,48 +249,49 @@ def _is_inside(name: object) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
-def _check_shards(entry: Path, files: list[Path]) -> None:
+def _check_shards(source: _Source, entry: str, names: list[str]) -> None:
+    if source.remote is None and not entry.endswith(".json"):
+        return  # Reading it says what is wrong.
     try:
-        missing = [path for path in files if not path.exists()]
+        missing = [name for name in names if not source.has(name)]
     except OSError as error:  # A name that is longer than the system allows, or a folder that must not be entered.
-        raise unreadable(Path(error.filename or entry), error) from error
+        raise unreadable(Path(error.filename or source.folder / entry), error) from error
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CorruptCheckpointError(
-            f"{missing[0]}: the file is missing{others}; {entry.name} names {len(files)} files",
-            "finish the download",
+            f"{source.place}/{missing[0]}: the file is missing{others}; "
+            f"{PurePosixPath(entry).name} names {len(names)} files",
+            "finish the download" if source.remote is None else "it is incomplete on the Hub; take another revision",
         )
 
 
-def _read_cache(cache_dir: Path, folder: Path, entry: Path) -> Index | None:
+def _read_cache(cache_dir: Path, source: _Source, entry: str) -> Index | None:
     """Return the index that was kept; None if there is none, a file has changed since, or anything in it is wrong."""
     try:
-        checksum, text = read_cache_file(_cache_file(cache_dir, folder), MOST_JSON_BYTES).split(b"\n", 1)
+        place = _cache_place(source, entry, source.stamps([entry]))
+        checksum, text = read_cache_file(_cache_file(cache_dir, place), MOST_JSON_BYTES).split(b"\n", 1)
         if checksum != _checksum(text):
             return None
         record = parse_json(text)
-        if (record["version"], record["folder"], record["entry"]) != (
-            _CACHE_VERSION,
-            str(folder),
-            _relative(entry, folder),
-        ):
+        if (record["version"], record["place"], record["entry"]) != (_CACHE_VERSION, place, entry):
             return None
         names, lost = record["files"], record["lost"]
         if not all(map(_is_inside, names)) or len(set(names)) < len(names):
             return None
-        files = tuple(folder / name for name in names)
-        stamps = tuple(FileStamp.of(folder, path) for path in dict.fromkeys((folder / CONFIG, entry, *files)))
+        stamps = source.stamps((entry, *names))
         if [list(stamp) for stamp in stamps] != record["stamps"]:
             return None
         sizes = {stamp.name: stamp.size for stamp in stamps}
         kinds = tuple(Kind(nbytes, dtype, tuple(shape), flag) for nbytes, dtype, shape, flag in record["kinds"])
-        places = zip(record["file"], record["offset"], record["kind"], strict=True)
-        rows = dict(zip(record["name"], places, strict=True))
+        none = [0] * len(record["name"])
+        columns = (record[column] or none for column in _COLUMNS)
+        rows = dict(zip(record["name"], zip(*columns, strict=True), strict=True))
         if not (all(map(_is_true, kinds)) and _are_inside(rows, [sizes[name] for name in names], kinds)):
             return None
         if not all(type(text) is str for item in lost.items() for text in item):
             return None
-        return Index(entry=entry, files=files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
+        files = tuple(map(source.file, names))
+        return Index(source.file(entry), files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -223,41 +308,49 @@ def _is_true(kind: Kind) -> bool:
     )
 
 
-def _are_inside(rows: dict[Any, tuple[Any, Any, Any]], sizes: list[int], kinds: tuple[Kind, ...]) -> bool:
+def _are_inside(rows: dict[Any, Any], sizes: list[int], kinds: tuple[Kind, ...]) -> bool:
     """Whether rows from the cache are names, and places within the files; none at all are no index."""
-    for name, (file, offset, kind) in rows.items():
-        if type(name) is not str or not type(file) is type(offset) is type(kind) is int:
+    for name, (file, offset, kind, header_bytes, crc) in rows.items():
+        if type(name) is not str or not type(file) is type(offset) is type(kind) is type(header_bytes) is type(crc):
             return False
-        if not (0 <= file < len(sizes) and 0 <= kind < len(kinds) and 0 <= offset <= sizes[file] - kinds[kind].nbytes):
+        if type(file) is not int or not (0 <= file < len(sizes) and 0 <= kind < len(kinds)):
+            return False
+        if not (0 <= header_bytes <= offset <= sizes[file] - kinds[kind].nbytes and header_bytes <= MOST_HEADER_BYTES):
+            return False
+        if not 0 <= crc < 1 << 32:
             return False
     return bool(rows)
 
 
-def _write_cache(cache_dir: Path, folder: Path, index: Index) -> None:
-    file, offset, kind = zip(*index.rows.values(), strict=True) if index.rows else ((), (), ())
+def _write_cache(cache_dir: Path, source: _Source, entry: str, index: Index) -> None:
+    place = _cache_place(source, entry, index.stamps)
+    columns = zip(*index.rows.values(), strict=True) if index.rows else [()] * len(_COLUMNS)
     record = {
         "version": _CACHE_VERSION,
-        "folder": str(folder),
-        "entry": _relative(index.entry, folder),
+        "place": place,
+        "entry": entry,
         "stamps": index.stamps,
-        "files": [_relative(path, folder) for path in index.files],
+        "files": [
+            file.relative_to(source.folder).as_posix() if isinstance(file, Path) else file.name for file in index.files
+        ],
         "lost": index.lost,
         "kinds": index.kinds,
         "name": list(index.rows),
-        "file": file,
-        "offset": offset,
-        "kind": kind,
+        # Of safetensors some are nothing but zeros.
+        **{name: column if any(column) else () for name, column in zip(_COLUMNS, columns, strict=True)},
     }
     text = json.dumps(record, separators=(",", ":")).encode()
-    write_cache_file(_cache_file(cache_dir, folder), _checksum(text) + b"\n" + text)
+    write_cache_file(_cache_file(cache_dir, place), _checksum(text) + b"\n" + text)
 
 
-def _relative(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+def _cache_place(source: _Source, entry: str, stamps: tuple[FileStamp, ...]) -> str:
+    """What an index is kept by: the hash of a file of the Hub, which finds it at each commit; else the folder."""
+    state = next(stamp.state for stamp in stamps if stamp.name == entry)
+    return f"hub:{entry}:{state}" if type(state) is str else str(source.folder)
 
 
-def _cache_file(cache_dir: Path, folder: Path) -> Path:
-    name = hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _cache_file(cache_dir: Path, place: str) -> Path:
+    name = hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_dir / f"{name}.json"
 
 

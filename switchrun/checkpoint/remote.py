@@ -16,6 +16,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
-from switchrun.checkpoint.hub import explain
+from switchrun.checkpoint.hub import explain, is_storage
 from switchrun.checkpoint.types import RemoteFile, RemoteRepo
 from switchrun.errors import CorruptCheckpointError, ModelError, NetworkError, SwitchrunError, printable
 
@@ -34,6 +35,8 @@ _RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*(\d+)")
 #: Of a refusal's body, what is read and what is shown.
 _EXCERPT_BYTES = 4096
 _EXCERPT_CHARACTERS = 300
+#: How often `ask_all` looks what is done.
+_POLL_SECONDS = 0.01
 _CHECK = "check the connection, HTTPS_PROXY and HF_TOKEN"
 
 
@@ -138,8 +141,10 @@ class HubRanges:
         with self._lock:
             return self._traffic.taken()
 
-    def list_files(self, repo: str, revision: str | None = None) -> RemoteRepo:
+    def list_files(self, repo: str, revision: str | None = None, attempts: int | None = None) -> RemoteRepo:
         """List a repository's files at a revision: a branch, a tag, a commit, `refs/pr/N`, or None for `main`.
+
+        `attempts` takes the place of those of the patience.
 
         Raises:
             ModelError: The Hub has no such model or revision, or refuses it.
@@ -151,7 +156,7 @@ class HubRanges:
             timeout = self._patience.stall_seconds
             return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
 
-        info = self._result(self._start(lambda: self._ask(repo, repo, revision, ask)))
+        info = self._result(self._start(lambda: self._ask(repo, repo, revision, ask, attempts)))
         files = []
         for file in info.siblings or ():
             content = file.lfs.sha256 if file.lfs else file.blob_id
@@ -159,6 +164,35 @@ class HubRanges:
                 raise NetworkError(f"{repo}: the Hub lists {file.rfilename} without its size or hash", _CHECK)
             files.append(RemoteFile(repo, info.sha, file.rfilename, file.size, content))
         return RemoteRepo(repo, info.sha or "", tuple(files))
+
+    def ask_all(self, questions: Mapping[RemoteFile, Callable[[], object]], threads: int = 8) -> None:
+        """Have huggingface_hub do something with each file, such as download it, until it is done.
+
+        It is begun again after what passes. When `close` is called, or anything is raised, nothing more is begun, and
+        nobody waits for what is under way.
+
+        Raises:
+            ModelError: The Hub no longer has the model, or refuses it; the disk is full, or may not be written.
+            NetworkError: The Hub could not be reached.
+            HubClosedError: `close` was called.
+        """
+        left = deque(questions.items())
+
+        def work() -> None:
+            with contextlib.suppress(IndexError):
+                while True:
+                    file, question = left.popleft()
+                    self._ask(str(file), file.repo, file.commit, question)
+
+        futures = [self._start(work) for _ in range(min(threads, len(left)))]
+        try:
+            while futures:
+                for future in filter(Future.done, list(futures)):
+                    futures.remove(future)
+                    self._result(future)
+                self._sleep(_POLL_SECONDS if futures else 0)
+        finally:
+            left.clear()
 
     def read(self, file: RemoteFile, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`; errors are those of `read_into`."""
@@ -315,7 +349,9 @@ class HubRanges:
         own = urlsplit(location)[:2] == urlsplit(asked)[:2]
         return _Url(location, build_hf_headers(token=None if own else False))
 
-    def _ask(self, what: str, repo: str, revision: str | None, question: Callable[[], T]) -> T:
+    def _ask(
+        self, what: str, repo: str, revision: str | None, question: Callable[[], T], attempts: int | None = None
+    ) -> T:
         failures = 0
         while True:
             self._sleep(self._not_before - time.monotonic())
@@ -328,13 +364,13 @@ class HubRanges:
                 if passing is None:
                     raise _explained(what, repo, revision, error) from error
             failures += 1
-            self._pause(what, failures, passing)
+            self._pause(what, failures, passing, attempts)
 
     # Waiting.
 
-    def _pause(self, what: str, failures: int, error: _PassingError) -> None:
+    def _pause(self, what: str, failures: int, error: _PassingError, attempts: int | None = None) -> None:
         """Wait for the next attempt, or raise NetworkError if there were too many."""
-        if failures >= self._patience.attempts:
+        if failures >= (attempts or self._patience.attempts):
             raise NetworkError(f"{what}: the Hub could not be reached: {error}", _CHECK) from error
         self._count_retry()
         seconds = self._patience.wait(failures) if error.seconds is None else error.seconds
@@ -509,7 +545,9 @@ def _passing(error: Exception) -> _PassingError | None:
 
     if isinstance(error, errors.HfHubHTTPError):
         return _passing_status(error.response)
-    if isinstance(error, (errors.OfflineModeIsEnabled, errors.HFValidationError)):
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        return _passing(error.__cause__)  # A download that failed.
+    if isinstance(error, (errors.OfflineModeIsEnabled, errors.HFValidationError)) or is_storage(error):
         return None
     # All else, whichever name the HTTP library gives it: names change with huggingface_hub's version, and a client
     # that another thread closes fails in many ways.
@@ -542,8 +580,10 @@ def _told_wait(headers: Mapping[str, str]) -> float | None:
 def _explained(what: str, repo: str, revision: str | None, error: Exception) -> SwitchrunError:
     from huggingface_hub import errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     known = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.OfflineModeIsEnabled)
-    if isinstance(error, known):  # A gated repository is one that was not found, too.
+    if isinstance(error, known) or is_storage(error):  # A gated repository is one that was not found, too.
         return explain(repo, revision, error)
     if isinstance(error, errors.HFValidationError):
         return ModelError(f"{what}: the Hub has no such names: {_words(error)}")

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import re
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
-from switchrun.checkpoint.files import MOST_JSON_BYTES, NO_TURN, WeightsFile, open_weights, parse_json, plausible
+from switchrun.checkpoint.files import MOST_JSON_BYTES, NO_TURN, Weights, parse_json, plausible, truncated
 from switchrun.checkpoint.types import TensorSlice
 from switchrun.dtypes import STORED_ITEMSIZE
 from switchrun.errors import CorruptCheckpointError, printable
@@ -27,35 +26,34 @@ _NEGATIVE = re.compile(rb"[:,\[]\s*-\d")
 _BITS = {dtype: 8 * itemsize for dtype, itemsize in STORED_ITEMSIZE.items()} | _OTHER_BITS
 
 
-def read_safetensors(path: Path, turn: AbstractContextManager[object] = NO_TURN) -> dict[str, TensorSlice]:
+def read_safetensors(file: Weights, turn: AbstractContextManager[object] = NO_TURN) -> dict[str, TensorSlice]:
     """Read which tensors a safetensors file holds, and where; CorruptCheckpointError if its header makes no sense.
 
     What takes much memory is done in `turn`, such as a lock that other readers share.
     """
-    with open_weights(path) as file:
-        header_bytes = int.from_bytes(file.read(0, 8), "little")
-        if header_bytes > MOST_JSON_BYTES:
-            raise CorruptCheckpointError(f"{path}: not a safetensors file (its header would be {header_bytes} bytes)")
-        try:
-            with turn:
-                text = file.read(8, header_bytes)
-                hooks = {"parse_int": _natural} if _NEGATIVE.search(text) else {}
-                header = parse_json(text, object_pairs_hook=_without_doubles, **hooks)
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{path}: its header is not valid: {error}") from error
-        if not isinstance(header, dict):
-            raise CorruptCheckpointError(f"{path}: its header is not a JSON object")
-        metadata = header.pop("__metadata__", None)
-        if metadata is not None and not (
-            isinstance(metadata, dict) and all(map(_is_text, (*metadata, *metadata.values())))
-        ):
-            raise CorruptCheckpointError(f"{path}: its header's __metadata__ is not made of texts")
-        if not all(map(_is_text, header)):
-            raise CorruptCheckpointError(f"{path}: a tensor's name is not valid Unicode")
-        start = 8 + header_bytes
-        tensors = {name: _slice(file, name, value, start) for name, value in header.items()}
-        _check_cover(file, tensors, start)
-        return tensors
+    header_bytes = int.from_bytes(file.read(0, 8), "little")
+    if header_bytes > MOST_JSON_BYTES:
+        raise CorruptCheckpointError(f"{file.place}: not a safetensors file (its header would be {header_bytes} bytes)")
+    try:
+        with turn:
+            text = file.read(8, header_bytes)
+            hooks = {"parse_int": _natural} if _NEGATIVE.search(text) else {}
+            header = parse_json(text, object_pairs_hook=_without_doubles, **hooks)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{file.place}: its header is not valid: {error}") from error
+    if not isinstance(header, dict):
+        raise CorruptCheckpointError(f"{file.place}: its header is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(map(_is_text, (*metadata, *metadata.values())))
+    ):
+        raise CorruptCheckpointError(f"{file.place}: its header's __metadata__ is not made of texts")
+    if not all(map(_is_text, header)):
+        raise CorruptCheckpointError(f"{file.place}: a tensor's name is not valid Unicode")
+    start = 8 + header_bytes
+    tensors = {name: _slice(file, name, value, start) for name, value in header.items()}
+    _check_cover(file, tensors, start)
+    return tensors
 
 
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int | None:
@@ -94,7 +92,7 @@ def _is_text(value: object) -> bool:
     return True
 
 
-def _slice(file: WeightsFile, name: str, value: Any, start: int) -> TensorSlice:
+def _slice(file: Weights, name: str, value: Any, start: int) -> TensorSlice:
     try:
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if len(value) > 3 or type(dtype) is not str or type(shape) is not list or type(offsets) is not list:
@@ -105,33 +103,35 @@ def _slice(file: WeightsFile, name: str, value: Any, start: int) -> TensorSlice:
         shape = tuple(shape)
     except (TypeError, KeyError, ValueError) as error:
         raise CorruptCheckpointError(
-            f"{file.path}: the header's entry for tensor {printable(name, 200)} is malformed"
+            f"{file.place}: the header's entry for tensor {printable(name, 200)} is malformed"
         ) from error
     if dtype not in _BITS:
         raise CorruptCheckpointError(
-            f"{file.path}: tensor {printable(name, 200)} is stored as {printable(dtype, 50)}, which is no known dtype"
+            f"{file.place}: tensor {printable(name, 200)} is stored as {printable(dtype, 50)}, which is no known dtype"
         )
     nbytes = tensor_bytes(dtype, shape)
     if nbytes != end - begin:
         taken = f"{dtype} {list(shape)} takes {'what is impossible' if nbytes is None else nbytes}"
-        raise CorruptCheckpointError(f"{file.path}: tensor {printable(name, 200)} has {end - begin} bytes, but {taken}")
+        raise CorruptCheckpointError(
+            f"{file.place}: tensor {printable(name, 200)} has {end - begin} bytes, but {taken}"
+        )
     if start + end > file.size:
-        raise file.truncated(f"tensor {printable(name, 200)} ends at byte {start + end}, the file at {file.size}")
-    return TensorSlice(file.path, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape)
+        raise truncated(file, f"tensor {printable(name, 200)} ends at byte {start + end}, the file at {file.size}")
+    return TensorSlice(file.place, offset=start + begin, nbytes=end - begin, dtype=dtype, shape=shape)
 
 
-def _check_cover(file: WeightsFile, tensors: dict[str, TensorSlice], start: int) -> None:
+def _check_cover(file: Weights, tensors: dict[str, TensorSlice], start: int) -> None:
     """Raise CorruptCheckpointError unless each byte after the header belongs to just one tensor."""
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if tensor.offset != end:
             raise CorruptCheckpointError(
-                f"{file.path}: tensor {printable(name, 200)} begins at byte {tensor.offset}, not where the one before "
+                f"{file.place}: tensor {printable(name, 200)} begins at byte {tensor.offset}, not where the one before "
                 f"it ends ({end})",
-                "download it again",
+                file.remedy,
             )
         end += tensor.nbytes
     if end != file.size:
         raise CorruptCheckpointError(
-            f"{file.path}: its tensors end at byte {end}, the file at {file.size}", "download it again"
+            f"{file.place}: its tensors end at byte {end}, the file at {file.size}", file.remedy
         )

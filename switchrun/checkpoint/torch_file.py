@@ -9,13 +9,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import NamedTuple
 
-from switchrun.checkpoint.files import NO_TURN, WeightsFile, open_weights
+from switchrun.checkpoint.files import NO_TURN, Weights
 from switchrun.checkpoint.pickles import MOST_PICKLE_BYTES, ForbiddenError, Tensor, read_pickle
 from switchrun.checkpoint.safetensors_file import tensor_bytes
-from switchrun.checkpoint.types import TensorSlice
+from switchrun.checkpoint.types import MOST_HEADER_BYTES, TensorSlice
+from switchrun.checkpoint.zip_offsets import ALIGNMENT, Entry, computed_offset, stated_offset
 from switchrun.errors import CorruptCheckpointError, printable
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -28,16 +27,18 @@ _END = struct.Struct("<4s4H2LH")
 _END_64_PLACE = struct.Struct("<4sLQL")
 _END_64 = struct.Struct("<4sQ2H2L4Q")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
+_END_MAGIC = b"PK\x05\x06"
 _MOST_COMMENT = 0xFFFF
 #: In place of a size or offset that is in the zip64 field.
 _IN_ZIP64 = 0xFFFFFFFF
 #: A storage takes some 100 bytes of it. Of a few bytes each, it takes 60 MiB of memory.
 _MOST_DIRECTORY_BYTES = 8 << 20
 _MOST_BYTE_ORDER_BYTES = 16
+_MOST_ALIGNMENT_BYTES = 7
+_MOST_ALIGNMENT = 1 << 20
 
 
-def read_torch(path: Path, turn: AbstractContextManager[object] = NO_TURN) -> dict[str, TensorSlice]:
+def read_torch(file: Weights, turn: AbstractContextManager[object] = NO_TURN) -> dict[str, TensorSlice]:
     """Read which tensors a torch zip file holds, and where.
 
     What takes much memory is done in `turn`, such as a lock that other readers share.
@@ -46,29 +47,28 @@ def read_torch(path: Path, turn: AbstractContextManager[object] = NO_TURN) -> di
         CorruptCheckpointError: The file is truncated, of the old format from before torch 1.6, compressed, or its
             pickle asks for anything that weights do not need.
     """
-    with open_weights(path) as file:
-        archive = _Archive(file)
-        with turn:
-            tensors = _named_tensors(path, archive.data_pickle())
-        return {name: archive.slice(name, tensor) for name, tensor in tensors.items()}
+    archive = _Archive(file)
+    with turn:
+        tensors = _named_tensors(file, archive.data_pickle())
+    return {name: archive.slice(name, tensor) for name, tensor in tensors.items()}
 
 
-def _named_tensors(path: Path, data: bytes) -> dict[str, Tensor]:
+def _named_tensors(file: Weights, data: bytes) -> dict[str, Tensor]:
     try:
         value = read_pickle(data)
     except ForbiddenError as asked:
         raise CorruptCheckpointError(
-            f"{path}: the file asks to run `{asked}` and was not loaded",
+            f"{file.place}: the file asks to run `{asked}` and was not loaded",
             "weights need no such thing; do not trust this file unless you know why it does",
         ) from None
     except ValueError as error:
-        raise CorruptCheckpointError(f"{path}: its pickle is damaged: {error}", "download it again") from error
+        raise CorruptCheckpointError(f"{file.place}: its pickle is damaged: {error}", file.remedy) from error
     tensors = _tensors(value)
     for key in _NESTED:
         if not tensors and type(value) is dict:
             tensors = _tensors(value.get(key))
     if not tensors:
-        raise CorruptCheckpointError(f"{path}: the file holds no named tensors")
+        raise CorruptCheckpointError(f"{file.place}: the file holds no named tensors")
     return tensors
 
 
@@ -78,19 +78,10 @@ def _tensors(value: object) -> dict[str, Tensor]:
     return {k: v for k, v in value.items() if type(k) is str and type(v) is Tensor}
 
 
-class _Entry(NamedTuple):
-    """What the directory says of an entry; `end` is where the next one begins."""
-
-    method: int
-    nbytes: int
-    place: int
-    end: int
-
-
 class _Archive:
     """The zip archive's entries as byte ranges of the file."""
 
-    def __init__(self, file: WeightsFile) -> None:
+    def __init__(self, file: Weights) -> None:
         self._file = file
         magic = file.read(0, min(file.size, len(ZIP_MAGIC)))
         if magic[:1] == b"\x80":
@@ -105,22 +96,22 @@ class _Archive:
         if len(pickles) != 1:
             raise self._corrupt("a zip archive, but not one that torch wrote (no data.pkl)")
         self._root = pickles[0].removesuffix(b"data.pkl")
+        self._stated: dict[bytes, int] = {}
+        self._alignment = self._stated_alignment()
 
-    def _directory(self) -> dict[bytes, _Entry]:
+    def _directory(self) -> dict[bytes, Entry]:
         """Read the directory, which lies at the file's end."""
         start, length, count = self._directory_place()
         if start + length > self._file.size:
             raise self._no_directory()
         if length > _MOST_DIRECTORY_BYTES:
             raise self._corrupt(f"its zip directory would have {length} bytes")
-        entries: dict[bytes, _Entry] = {}
+        entries: dict[bytes, Entry] = {}
         end = start
-        for name, entry in sorted(
-            _entries(self._file.read(start, length)), key=lambda item: item[1].place, reverse=True
-        ):
-            if name in entries:
+        for entry in sorted(_entries(self._file.read(start, length)), key=lambda each: each.place, reverse=True):
+            if entry.name in entries:
                 raise self._corrupt("two entries of its zip directory have one name")
-            entries[name] = entry._replace(end=end)
+            entries[entry.name] = entry._replace(end=end)
             end = entry.place
         if len(entries) != count:
             raise self._no_directory()
@@ -128,13 +119,15 @@ class _Archive:
 
     def _directory_place(self) -> tuple[int, int, int]:
         """Return where the directory begins, its length, and the number of its entries."""
-        tail_bytes = min(self._file.size, _END_64_PLACE.size + _END.size + _MOST_COMMENT)
-        tail = self._file.read(self._file.size - tail_bytes, tail_bytes)
-        at = tail.rfind(b"PK\x05\x06")
+        # torch writes no comment, and to look for one over a network takes long.
+        tail = self._tail(_END_64_PLACE.size + _END.size)
+        if tail[-_END.size :][:4] != _END_MAGIC:
+            tail = self._tail(_END_64_PLACE.size + _END.size + _MOST_COMMENT)
+        at = tail.rfind(_END_MAGIC)
         if at < 0:
             raise self._no_directory()
         *_, count, length, start, comment = _END.unpack_from(tail, at)
-        if at + _END.size + comment != tail_bytes:
+        if at + _END.size + comment != len(tail):
             raise self._no_directory()
         at -= _END_64_PLACE.size
         if at >= 0 and tail[at : at + 4] == b"PK\x06\x07":
@@ -143,6 +136,10 @@ class _Archive:
             if signature != b"PK\x06\x06":
                 raise self._no_directory()
         return start, length, count
+
+    def _tail(self, length: int) -> bytes:
+        length = min(length, self._file.size)
+        return self._file.read(self._file.size - length, length)
 
     def data_pickle(self) -> bytes:
         if self._root + b"byteorder" in self._entries:
@@ -164,55 +161,82 @@ class _Archive:
                     f"tensor {printable(name, 200)} {list(tensor.shape)} is stored with strides {list(tensor.stride)}",
                     "save contiguous tensors: tensor.contiguous()",
                 )
-        start, length = self._range("data/" + tensor.storage)
-        length = min(length, tensor.storage_bytes)
+        entry = self._entry("data/" + tensor.storage)
+        length = min(entry.nbytes, tensor.storage_bytes)
         offset = tensor.offset * itemsize
         if offset + nbytes > length:
             raise self._corrupt(
                 f"tensor {printable(name, 200)} needs {offset + nbytes} bytes of a storage that has {length}"
             )
-        place = start + offset
+        start, header_bytes = self._start(entry), 0
+        if not offset and nbytes and start - entry.place <= MOST_HEADER_BYTES:
+            header_bytes = start - entry.place
+        elif nbytes:
+            start = self._stated_start(entry)  # Nobody looks at its header later.
         return TensorSlice(
-            self._file.path, place, nbytes, dtype=tensor.dtype, shape=tensor.shape, transposed=transposed
+            self._file.place,
+            start + offset,
+            nbytes,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            transposed=transposed,
+            header_bytes=header_bytes,
+            # 0 is what a writer that makes none leaves there.
+            crc=entry.crc or None if nbytes and nbytes == entry.nbytes else None,
         )
 
     def _read(self, name: str, most_bytes: int) -> bytes:
-        start, length = self._range(name)
-        if length > most_bytes:
-            raise self._corrupt(f"its entry {name} would have {length} bytes")
-        return self._file.read(start, length)
+        entry = self._entry(name)
+        if entry.nbytes > most_bytes:
+            raise self._corrupt(f"its entry {name} would have {entry.nbytes} bytes")
+        return self._file.read(self._stated_start(entry), entry.nbytes)
 
-    def _range(self, name: str) -> tuple[int, int]:
-        """Return where an entry's bytes begin and how many there are."""
-        full = self._root + name.encode()
-        entry = self._entries.get(full)
+    def _entry(self, name: str) -> Entry:
+        entry = self._entries.get(self._root + name.encode())
         if entry is None:
             raise self._corrupt(f"the archive lacks its entry {printable(name, 200)}")
         if entry.method:
             raise self._corrupt("the archive is compressed, so that it cannot be read in place", _RESAVE)
-        # The local header's extra field may differ in length from the directory's: torch pads there.
-        header = self._file.read(entry.place, _LOCAL.size + len(full))
-        signature, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
-        if signature != ZIP_MAGIC or name_bytes != len(full) or not header.endswith(full):
-            raise self._corrupt("the archive's entries are not where its directory says")
-        start = entry.place + len(header) + extra_bytes
-        if start + entry.nbytes > entry.end:
-            raise self._corrupt("the archive's entries overlap", "download it again")
-        return start, entry.nbytes
+        return entry
+
+    def _start(self, entry: Entry) -> int:
+        """Return where an entry's bytes begin, by the directory if that suffices."""
+        start = computed_offset(entry, self._alignment)
+        return self._stated_start(entry) if start is None else start
+
+    def _stated_start(self, entry: Entry) -> int:
+        """Return where an entry's bytes begin, by its local header."""
+        if entry.name not in self._stated:
+            start = stated_offset(entry, self._file.read(entry.place, entry.header_bytes))
+            if start is None:
+                raise self._corrupt("the archive's entries are not where its directory says")
+            if start + entry.nbytes > entry.end:
+                raise self._corrupt("the archive's entries overlap", self._file.remedy)
+            self._stated[entry.name] = start
+        return self._stated[entry.name]
+
+    def _stated_alignment(self) -> int:
+        entry = self._entries.get(self._root + b".storage_alignment")
+        if entry is None or entry.method or entry.nbytes > _MOST_ALIGNMENT_BYTES:
+            return ALIGNMENT
+        text = self._file.read(self._stated_start(entry), entry.nbytes)
+        # If the number is wrong, the computed places are, and the local headers are read.
+        return int(text) if text.isdigit() and 0 < int(text) <= _MOST_ALIGNMENT else ALIGNMENT
 
     def _no_directory(self) -> CorruptCheckpointError:
-        return self._corrupt("the file is truncated or damaged: its zip directory cannot be read", "download it again")
+        return self._corrupt("the file is truncated or damaged: its zip directory cannot be read", self._file.remedy)
 
     def _corrupt(self, problem: str, hint: str = "") -> CorruptCheckpointError:
-        return CorruptCheckpointError(f"{self._file.path}: {problem}", hint)
+        return CorruptCheckpointError(f"{self._file.place}: {problem}", hint)
 
 
-def _entries(directory: bytes) -> Iterator[tuple[bytes, _Entry]]:
-    """Parse the directory; struct.error if it is damaged."""
+def _entries(directory: bytes) -> Iterator[Entry]:
+    """Parse the directory, whose entries are yet without an end; struct.error if it is damaged."""
     at = 0
     while at < len(directory):
         (
-            signature, _, _, _, method, _, _, _, packed, nbytes, name_bytes, extra_bytes, comment_bytes, _, _, _, place,
+            signature, _, _, flags, method, _, _, crc, packed, nbytes, name_bytes, extra_bytes, comment_bytes,
+            _, _, _, place,
         ) = _ENTRY.unpack_from(directory, at)  # fmt: skip
         at += _ENTRY.size
         name = directory[at : at + name_bytes]
@@ -223,7 +247,7 @@ def _entries(directory: bytes) -> Iterator[tuple[bytes, _Entry]]:
         nbytes, packed, place = _wide((nbytes, packed, place), extra)
         if not method and packed != nbytes:
             raise struct.error
-        yield name, _Entry(method, nbytes, place, 0)
+        yield Entry(name, flags, method, crc, nbytes, place, 0)
 
 
 def _wide(numbers: tuple[int, ...], extra: bytes) -> Iterator[int]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from switchrun.errors import CorruptCheckpointError
 
 Stack = Literal["encoder", "decoder"]
+
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+#: A longer local header of a zip is not read together with the tensor: `TensorSlice.header_bytes`.
+MOST_HEADER_BYTES = 4096
 
 
 class HubWay(StrEnum):
@@ -181,17 +186,26 @@ class SwitchCheckpoint:
 
 
 class FileStamp(NamedTuple):
-    """One file as it was when it was read; `name` is relative to the checkpoint's folder."""
+    """One file as it was when it was read.
+
+    Attributes:
+        name: Relative to the checkpoint's folder, or to the repository.
+        state: The hash of the content of a file of the Hub; of any other file, when it last changed, in nanoseconds.
+    """
 
     name: str
     size: int
-    mtime_ns: int
+    state: int | str
 
     @classmethod
     def of(cls, folder: Path, path: Path) -> FileStamp:
-        """Stamp one file, or raise OSError if it is not there any more."""
+        """Stamp one local file, or raise OSError if it is not there any more."""
         status = path.stat()
-        return cls(path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns)
+        # The Hub's local cache names files by what they hold, and a snapshot is a folder of links to them.
+        blob = path.readlink() if path.is_symlink() else Path()
+        hashed = blob.parent.name == "blobs" and _HASH.fullmatch(blob.name)
+        state = blob.name if hashed else status.st_mtime_ns
+        return cls(path.relative_to(folder).as_posix(), status.st_size, state)
 
 
 class Kind(NamedTuple):
@@ -209,23 +223,24 @@ class Index(Mapping[str, TensorSlice]):
 
     Attributes:
         entry: The file from which the others are found: an index JSON, or the only weights file.
-        files: The weights files' absolute paths.
+        files: The weights files; paths are absolute.
         kinds: The distinct kinds.
-        rows: The place of every tensor: the number of its file, its first byte there, and the number of its kind.
-        stamps: Of all files that were read, the configuration's too.
+        rows: The place of every tensor: the number of its file, its first byte there, the number of its kind, the bytes
+            of its local header, and its CRC-32; the last two are 0 if there is none.
+        stamps: Of all files that count: index and weights, and the configuration unless each of those has a hash.
         lost: What the index JSON names and no file holds: the tensor, and the name of the file it should be in.
     """
 
-    entry: Path
-    files: tuple[Path, ...]
+    entry: Path | RemoteFile
+    files: tuple[Path | RemoteFile, ...]
     kinds: tuple[Kind, ...]
-    rows: Mapping[str, tuple[int, int, int]]
+    rows: Mapping[str, tuple[int, int, int, int, int]]
     stamps: tuple[FileStamp, ...]
     lost: Mapping[str, str]
 
     def __getitem__(self, name: str) -> TensorSlice:
-        file, offset, kind = self.rows[name]
-        return TensorSlice(self.files[file], offset, *self.kinds[kind])
+        file, offset, kind, header_bytes, crc = self.rows[name]
+        return TensorSlice(self.files[file], offset, *self.kinds[kind], header_bytes=header_bytes, crc=crc or None)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows)
@@ -237,8 +252,8 @@ class Index(Mapping[str, TensorSlice]):
         """The error to raise for a tensor that the model needs and the checkpoint lacks."""
         hint = "the checkpoint is incomplete; download it again"
         if name in self.lost:
-            path = self.entry.parent / self.lost[name]
-            return CorruptCheckpointError(f"{path}: tensor {name} is not in this file, but the index says so", hint)
+            file = _beside(self.entry, self.lost[name])
+            return CorruptCheckpointError(f"{file}: tensor {name} is not in this file, but the index says so", hint)
         return CorruptCheckpointError(f"{self.entry}: tensor {name} is missing", hint)
 
     def require(self, name: str) -> TensorSlice:
@@ -250,8 +265,17 @@ class Index(Mapping[str, TensorSlice]):
     def fingerprint(self, content: str) -> str:
         """Return one hash of all stamps, which changes when any file does.
 
-        If anything identifies the files' content, such as a commit, that takes the place of their times, which another
-        download or installation of the same files changes.
+        Where anything else identifies the files' content, that takes the place of their times, which another
+        installation of the same files changes.
         """
-        lines = "".join(f"{name}\0{size}\0{content or mtime_ns}\n" for name, size, mtime_ns in sorted(self.stamps))
+        lines = "".join(
+            f"{name}\0{size}\0{state if type(state) is str else content or state}\n"
+            for name, size, state in sorted(self.stamps)
+        )
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _beside(file: Path | RemoteFile, name: str) -> Path | RemoteFile:
+    if isinstance(file, Path):
+        return file.parent / name
+    return replace(file, name=str(PurePosixPath(file.name).parent / name))

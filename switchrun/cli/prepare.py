@@ -15,7 +15,7 @@ from switchrun.cli import options
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
-from switchrun.dtypes import PackedDtype
+from switchrun.dtypes import PackedDtype, resolve_dtype
 from switchrun.errors import UsageError
 from switchrun.machine.limits import check_limits
 from switchrun.output.progress import ByteProgress
@@ -64,7 +64,6 @@ def prepare(
 
     It may be stopped at any time: the same command goes on from there.
     """
-    from switchrun.dtypes import resolve_dtype
     from switchrun.planning import preparation as planning
     from switchrun.planning.budgets import parse_size, resolve_budgets
     from switchrun.planning.memory import packed_layout
@@ -73,9 +72,16 @@ def prepare(
     from switchrun.store import open_checkpoint_store
 
     started = time.perf_counter()
-    budgets = resolve_budgets(cpu_memory, 0)
+    opening = OpenOptions(
+        model=model,
+        dtype=dtype.value,
+        cpu_memory=cpu_memory,
+        gpu_memory=0,
+        offload_folder=offload_folder,
+        hub=hub.value,
+    )
     limit_bytes = None if limit is None else parse_size("limit", limit)
-    opening = OpenOptions(model=model, dtype=dtype.value, offload_folder=offload_folder, hub=hub.value)
+    budgets = resolve_budgets(opening.cpu_bytes, 0)
     # Threads warn, and the main thread reports it: it alone knows of the progress line.
     warnings: deque[str] = deque()
     checkpoint, ranges = open_model(opening, warnings.append)
@@ -98,7 +104,7 @@ def prepare(
             measure_disk(checkpoint, find_kept(checkpoint, opening))
             packing_seconds = _preparer(checkpoint, ranges, store, jobs).packing_seconds(preparation.todo[0])
         memory = planning.process_bytes(checkpoint, layout, jobs)
-        disk, network = disk_of(checkpoint, opening.folder), network_of() if ranges else None
+        disk, network = disk_of(checkpoint, opening.folder), network_of(opening) if ranges else None
         write_answer(render_preparation(store, preparation, jobs, memory, disk, packing_seconds, network))
         return
     planning.check_room(preparation, store.folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from switchrun.checkpoint.locate import locate
+from switchrun.checkpoint.locate import locate_settings
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import InputError, ModelError, printable
 from switchrun.model.sentinels import NUM_SENTINELS, check_sentinels, sentinel
@@ -60,7 +60,7 @@ class Tokenizer:
         """
         place = source or str(checkpoint.path)
         try:
-            folder = checkpoint.path if source is None else locate(source, weights=False).path
+            folder = checkpoint.path if source is None else locate_settings(source)
             settings = check_files(folder)
         except ModelError as error:
             raise ModelError(error.message, _HINT) from error

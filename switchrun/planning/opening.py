@@ -167,24 +167,24 @@ def find_kept(checkpoint: SwitchCheckpoint, options: OpenOptions) -> KeptExperts
 
 
 def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: KeptExperts, index_bytes: int) -> HubState:
-    dense = DenseFile(options.folder, checkpoint).slices() or {}
+    dense = DenseFile(options.folder, checkpoint)
     return HubState(
         folder=str(options.folder.absolute()),
         free_bytes=disks.free_bytes(options.folder),
         kept_experts=len(kept.files),
         kept_bytes=kept.nbytes,
-        kept_dense_bytes=sum(tensor.stored_bytes for tensor in dense.values()),
+        kept_dense_bytes=0 if dense.slices() is None else dense.file_bytes,
         file_bytes=kept.file_bytes,
         limit_bytes=options.limit_bytes,
-        network=network_of(options.network_rate),
+        network=network_of(options),
         index_bytes=index_bytes,
     )
 
 
-def network_of(given: float | None = None) -> Bandwidth:
-    """Return how fast the Hub is: as given, in bytes per second, or as last measured, else an assumption."""
-    if given is not None:
-        return Bandwidth(given, "given")
+def network_of(options: OpenOptions) -> Bandwidth:
+    """Return how fast the Hub is: as given, as last measured, else an assumption."""
+    if options.network_rate is not None:
+        return Bandwidth(options.network_rate, "given")
     measured = network.known_bandwidth()
     return ASSUMED_NETWORK if measured is None else Bandwidth(measured, "measured")
 
@@ -194,7 +194,8 @@ def disk_of(checkpoint: SwitchCheckpoint, offload: Path) -> Bandwidth:
 
     That is the checkpoint's disk, or the offload folder's for a checkpoint on the Hub.
     """
-    measured = disks.known_bandwidth(checkpoint.experts_file or offload)
+    file = next(iter(checkpoint.experts.values())).wi.file
+    measured = disks.known_bandwidth(file if isinstance(file, Path) else offload)
     return Bandwidth(measured, "measured") if measured else ASSUMED_BANDWIDTH
 
 

@@ -132,6 +132,11 @@ class DenseFile:
         check_manifest(self.folder, self._manifest, [layout], clear_hint(offload, model, DENSE_FOLDER))
         self.format = DenseFormat(layout, self._manifest.identity)
 
+    @property
+    def file_bytes(self) -> int:
+        """What it takes on disk."""
+        return self.format.file_bytes
+
     def slices(self) -> dict[str, TensorSlice] | None:
         """Return where the tensors lie in the file; None if it is not there whole, or not this model's."""
         try:
@@ -210,9 +215,8 @@ class DenseWriter:
         except FileNotFoundError:
             return {}
         names = list(self._numbers)
-        stated = {
-            names[int(number)]: int(digits, 16) for number, digits in _LINE.findall(lines) if int(number) < len(names)
-        }
+        lines = [(int(number), int(digits, 16)) for number, digits in _LINE.findall(text)]
+        stated = {names[number]: checksum for number, checksum in lines if number < len(names)}
         return {name: stated[name] for name in stated if self._format.checksum(self._partial, name) == stated[name]}
 
     def _note(self, name: str, checksum: int) -> None:
