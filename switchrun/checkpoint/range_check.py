@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterable
 
 from switchrun.checkpoint.types import RemoteFile, TensorSlice
-from switchrun.checkpoint.zip_offsets import data_offset
+from switchrun.checkpoint.zip_offsets import local_header_bytes
 from switchrun.errors import CorruptCheckpointError
 
 
@@ -26,8 +26,8 @@ def check_range(tensor: TensorSlice, data: memoryview, position: int) -> None:
 
 def check_header(tensor: TensorSlice, data: memoryview, position: int) -> None:
     """Check the local header that ends at `position`; errors are those of `check_range`."""
-    begin = position - tensor.header_bytes
-    if tensor.header_bytes and data_offset(begin, bytes(data[begin:position])) != position:
+    length = tensor.header_bytes
+    if length and local_header_bytes(bytes(data[position - length : position])) != length:
         raise CorruptCheckpointError(
             f"{tensor.file}: the archive's entries are not where its directory says", "download it again"
         )

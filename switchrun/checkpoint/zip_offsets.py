@@ -61,14 +61,23 @@ def computed_offset(entry: Entry, alignment: int = ALIGNMENT) -> int | None:
 def stated_offset(entry: Entry, header: bytes) -> int | None:
     """Return where an entry's data begins by its local header, of which the first bytes are given; None if it is none.
 
-    It is the fallback of `computed_offset`, and checks it when an entry is read together with its header.
+    It is the fallback of `computed_offset`.
     """
-    if len(header) < entry.header_bytes:
+    length = local_header_bytes(header)
+    if length is None or header[_LOCAL.size : entry.header_bytes] != entry.name:
+        return None
+    return entry.place + length
+
+
+def local_header_bytes(header: bytes) -> int | None:
+    """Return how long a local header is by its first bytes; None if it is none.
+
+    So `computed_offset` is checked when data is read together with the header before it.
+    """
+    if len(header) < _LOCAL.size:
         return None
     magic, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
-    if magic != _LOCAL_MAGIC or header[_LOCAL.size : _LOCAL.size + name_bytes] != entry.name:
-        return None
-    return entry.place + _LOCAL.size + int(name_bytes) + int(extra_bytes)
+    return _LOCAL.size + int(name_bytes) + int(extra_bytes) if magic == _LOCAL_MAGIC else None
 
 
 def _is_zip64(entry: Entry) -> bool:
