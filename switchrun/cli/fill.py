@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.downloads import ask_to_download
 from switchrun.cli.signals import SIGNALS
 from switchrun.cli.startup import import_libraries, quieten_libraries
 from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
@@ -150,7 +152,8 @@ def fill(
             report(text)
 
     def show(step: Progress) -> None:
-        SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
+        if threading.current_thread() is threading.main_thread():  # not in a download
+            SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
         progress(step)
 
     def announce(plan: Plan) -> None:
@@ -165,6 +168,7 @@ def fill(
         if hopeless:
             answers.write(entries, ())
             raise typer.Exit(answers.exit_code)
+        ask_to_download(model, hub)
         with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
             progress.clear()
             for sentence in (*session.checkpoint.repairs, *session.plan.notes):

@@ -97,10 +97,11 @@ class ByteProgress(_Line):
     Args:
         stream: Where to draw; stderr.
         label: What is being done, in a word.
+        wanted: False to draw nothing.
     """
 
-    def __init__(self, stream: TextIO, label: str) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: TextIO, label: str, *, wanted: bool = True) -> None:
+        super().__init__(stream, wanted=wanted)
         self._label = label
         self._start: float | None = None
 

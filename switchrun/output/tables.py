@@ -46,7 +46,7 @@ def render_plan(plan: Plan) -> str:
         make_list(f"First fill of {inputs}: {tokens} in, {plan.estimate.output_tokens} out", _estimate(plan.estimate)),
     ]
     if plan.hub is not None:
-        parts.append(make_list("From the Hub, for that fill", _hub(plan.hub)))
+        parts.append(make_list("From the Hub, before or during that fill", _hub(plan.hub)))
     for title, sentences in (("Notes", plan.notes), ("Repairs of the checkpoint", plan.repairs)):
         if sentences:
             parts.append("\n".join([title, *(f"- {sentence}" for sentence in sentences)]))
@@ -108,11 +108,14 @@ def _estimate(estimate: Estimate) -> _Rows:
 
 
 def _hub(cost: HubCost) -> _Rows:
-    kept = f"{format_bytes(cost.kept_bytes)}, {cost.kept_share:.1%} of the experts" if cost.kept_bytes else "nothing"
     yield "index", f"{format_bytes(cost.index_bytes)} read for this plan" if cost.index_bytes else "known"
-    yield "dense weights to fetch, once", format_bytes(cost.dense_bytes)
-    yield "experts to fetch", f"{format_bytes(cost.expert_bytes)}, {format_count(cost.expert_loads, 'expert')}"
-    yield "kept already", kept
+    if cost.downloads:
+        yield "to download, all of it", format_bytes(cost.fetch_bytes)
+    else:
+        share = f"{format_bytes(cost.kept_bytes)}, {cost.kept_share:.1%} of the experts"
+        yield "dense weights to fetch, once", format_bytes(cost.dense_bytes)
+        yield "experts to fetch", f"{format_bytes(cost.expert_bytes)}, {format_count(cost.expert_loads, 'expert')}"
+        yield "kept already", share if cost.kept_bytes else "nothing"
     yield "kept in", cost.folder
     yield "disk needed there", f"{format_bytes(cost.disk_bytes)} of {format_bytes(cost.free_bytes)} free"
     yield "network", f"{format_rate(cost.bandwidth_bytes_per_second)} ({cost.bandwidth_source})"

@@ -203,6 +203,7 @@ def test_a_bug_is_one_line(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 HUB_COST = HubCost(
+    downloads=False,
     output_tokens=12,
     index_bytes=53_000_000,
     dense_bytes=2 * GIB,

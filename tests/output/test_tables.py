@@ -99,7 +99,7 @@ def test_a_plan_says_what_the_hub_costs(monkeypatch: pytest.MonkeyPatch) -> None
         TierUse(HUB, None, 2 * GIB, 0, 0, 2926 * GIB),
     )
     cost = HubCost(
-        12, 53_000_000, 2 * GIB, 500, 24 * GIB, 0.0017, 5 * GIB, "/data/offload", 26 * GIB, 900 * GIB,
+        False, 12, 53_000_000, 2 * GIB, 500, 24 * GIB, 0.0017, 5 * GIB, "/data/offload", 26 * GIB, 900 * GIB,
         12.5e6, "given", 2233.4,
     )  # fmt: skip
     text = render_plan(replace(PLAN, tiers=tiers, hub=cost))

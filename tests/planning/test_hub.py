@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from tests.planning.made_up import made_up_checkpoint
 
 PLENTY = 1 << 50
 REPO = "google/switch-tiny"
-STATE = HubState("offload", 10**12, 0, 0, 0, 5000)
+STATE = HubState("offload", 10**12, file_bytes=5000)
 
 
 def on_hub(**geometry: Any) -> SwitchCheckpoint:
@@ -42,7 +43,7 @@ def on_hub(**geometry: Any) -> SwitchCheckpoint:
     forms = ((next(iter(experts.values())), len(experts)),)
     return replace(
         local, id=REPO, revision="c" * 40, dense=moved, experts=experts, expert_forms=forms,
-        hub=RemoteRepo(REPO, "c" * 40, (file,)),
+        hub=RemoteRepo(REPO, "c" * 40, (file, RemoteFile(REPO, "c" * 40, "config.json", 100, "1" * 40))),
     )  # fmt: skip
 
 
@@ -126,8 +127,7 @@ def test_a_disk_that_is_too_small_is_a_note() -> None:
     checkpoint = on_hub()
     assert planned(checkpoint).notes == ()
     (note,) = planned(checkpoint, hub=replace(STATE, free_bytes=1 << 20)).notes
-    assert note.startswith("offload has 1 MiB free, keeping what is fetched takes 1.")
-    assert note.endswith("MiB: the rest is fetched again")
+    assert re.fullmatch(r"offload has 1 MiB free, keeping what comes from the Hub takes 1.\d+ MiB", note)
 
 
 def test_a_limit_bounds_what_is_kept() -> None:
@@ -217,6 +217,24 @@ def test_it_is_closed_where_nobody_needs_it(opened: Callable[[SwitchCheckpoint],
     made = opened(on_hub())
     assert switchrun.plan(REPO, offload_folder="offload", hub="ranges").hub is not None
     assert made.is_closed
+
+
+def test_a_plan_downloads_nothing_and_says_what_a_download_takes(
+    opened: Callable[[SwitchCheckpoint], Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    made = opened(on_hub())
+    plan = switchrun.plan(REPO, offload_folder="offload", hub="download")
+    assert made.way is HubWay.RANGES
+    cost = plan.hub
+    assert cost is not None
+    assert cost.downloads
+    assert (cost.fetch_bytes, cost.disk_bytes, cost.kept_share) == (PLENTY + 100, PLENTY + 100, 0)
+    assert cost.folder == str(tmp_path / "hub")
+    assert plan.estimate == make_plan(on_hub(), Budgets(PLENTY)).estimate
+    assert [use.tier for use in plan.tiers] == ["cpu", "disk"]
+    assert len(plan.notes) == 1  # no disk is that large
+    validate(json.loads(json.dumps(plan.as_record())), "plan")
 
 
 def test_nothing_reads_from_the_hub_for_a_local_model() -> None:
