@@ -49,6 +49,7 @@ class Evaluation:
     cpu_memory: int | None
     offload_folder: str | None
     offload_limit: str | None
+    hub: str
     tokenizer: str | None
     seed: int
     batch_size: int
@@ -125,6 +126,7 @@ def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model)
     allowed = int(((use.budget_bytes or 0) - fixed) * _HIDDEN_SHARE)
     groups = loss_pass.split_passes(batches, *sizes, allowed)
     reserved = min(allowed, max(loss_pass.hidden_bytes(group, *sizes) for group in groups))
+    planned.close()  # only the second plan is opened
     planned = _plan(task, (use.budget_bytes or 0) - reserved)
     warnings: list[str] = []
     with open_engine(planned, warnings.append, import_libraries) as engine:
@@ -184,6 +186,7 @@ def _plan(task: Task, cpu_memory: int | None) -> PlannedModel:
         # Blocks are run one by one, past the hooks that would bring weights in from disk.
         device_map={"": "cpu"},
         tokenizer=task["tokenizer"],
+        hub=task["hub"],
         batch_size=task["batch_size"],
         max_new_tokens=max(1, task["max_new_tokens"]),
     )

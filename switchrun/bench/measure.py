@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from switchrun.bench.child_process import Answer, Task, open_engine
 from switchrun.bench.raw_disk import io_read_bytes, replay_all
 from switchrun.checkpoint.generation import end_token
+from switchrun.checkpoint.remote import HubRanges, Traffic
 from switchrun.errors import InputError
 from switchrun.machine import processor, ram
 from switchrun.model.session import ImportLibraries, import_model
@@ -37,18 +38,21 @@ def measure(task: Task, import_libraries: ImportLibraries = import_model) -> Ans
             cpu_memory=task["cpu_memory_bytes"],
             gpu_memory=task["gpu_memory"],
             offload_folder=task["offload_folder"],
+            hub=task["hub"],
             batch_size=task["batch_size"],
             max_new_tokens=task["output_tokens"],
         )
-        planned = plan_model(options, input_tokens=task["input_tokens"])
+        warnings: list[str] = []
+        planned = plan_model(options, input_tokens=task["input_tokens"], warn=warnings.append)
+        hub = planned.hub
         longest = max_input_tokens(planned.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
-        warnings: list[str] = []
         with open_engine(planned, warnings.append, import_libraries) as engine:
             answer: Answer = {
                 "open_seconds": processor.process_age_seconds(),
                 "open_io_read_bytes": io_read_bytes(),
+                "open_hub": _hub_counts(hub, Traffic()),
                 "plan": _plan_record(engine),
                 "fills": [],
             }
@@ -59,9 +63,14 @@ def measure(task: Task, import_libraries: ImportLibraries = import_model) -> Ans
                     # Later fills of a process meet new words, as a user's second sentence does.
                     seed = task["seed"] + number
                     rows = make_inputs(planned.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
+                    before = Traffic() if hub is None else hub.traffic
                     fill = probe.fill(rows, task["output_tokens"])
                     timeline.close()
-                    beside = {"raw": replay_all(probe.reads), "expert_use": used_experts(probe.use)}
+                    beside = {
+                        "hub": _hub_counts(hub, before),
+                        "raw": replay_all(probe.reads),
+                        "expert_use": used_experts(probe.use),
+                    }
                     answer["fills"].append(asdict(fill) | beside)
                     with contextlib.suppress(OSError):  # the next fill's peak counts from here
                         Path("/proc/self/clear_refs").write_text("5")
@@ -102,6 +111,15 @@ class MemoryTimeline(threading.Thread):
         """End the thread; closing twice does nothing."""
         self._closed.set()
         self.join()
+
+
+def _hub_counts(hub: HubRanges | None, before: Traffic) -> Answer | None:
+    """Return what was asked of the Hub since then; None if weights are in local files."""
+    if hub is None:
+        return None
+    now = hub.traffic
+    requests = now.requests + now.resolves - before.requests - before.resolves
+    return {"bytes": now.bytes - before.bytes, "requests": requests, "retries": now.retries - before.retries}
 
 
 def _plan_record(engine: Engine) -> Answer:

@@ -79,9 +79,10 @@ def replay_all(reads: Mapping[Any, Sequence[Segment]]) -> list[dict[str, Any]]:
 def replay(reads: Sequence[Segment], way: Way, buffer: memoryview) -> float | None:
     """Do reads in order, into touched memory that is used again and again, and return bytes per second.
 
-    None if there is nothing to read, or the filesystem refuses this way.
+    Those from the Hub are left out. None if there is nothing to read, or the filesystem refuses this way.
     """
-    files = {each.file for each in reads}
+    ranges = [(each.file, each.offset, each.length) for each in reads if isinstance(each.file, Path)]
+    files = {file for file, _, _ in ranges}
     if not files:
         return None
     if not way.direct:
@@ -99,9 +100,9 @@ def replay(reads: Sequence[Segment], way: Way, buffer: memoryview) -> float | No
             descriptors[file] = os.open(file, flags)
         with ThreadPoolExecutor(way.threads) as pool:
             start = perf_counter()
-            for _ in pool.map(read, enumerate(_pieces(reads, way.chunk_bytes))):
+            for _ in pool.map(read, enumerate(_pieces(ranges, way.chunk_bytes))):
                 pass
-            return sum(each.length for each in reads) / (perf_counter() - start)
+            return sum(length for _, _, length in ranges) / (perf_counter() - start)
     except OSError:
         return None  # tmpfs and some network filesystems refuse O_DIRECT
     finally:
@@ -111,9 +112,9 @@ def replay(reads: Sequence[Segment], way: Way, buffer: memoryview) -> float | No
             drop_page_cache(files)
 
 
-def _pieces(reads: Sequence[Segment], chunk: int) -> Iterator[tuple[Path, int, int]]:
-    """Cut reads into page-aligned pieces of at most `chunk` bytes: file, offset, length."""
-    for each in reads:
-        begin, end = each.offset & -PAGE, -(-(each.offset + each.length) // PAGE) * PAGE
+def _pieces(ranges: Iterable[tuple[Path, int, int]], chunk: int) -> Iterator[tuple[Path, int, int]]:
+    """Cut ranges into page-aligned pieces of at most `chunk` bytes: file, offset, length."""
+    for file, offset, length in ranges:
+        begin, end = offset & -PAGE, -(-(offset + length) // PAGE) * PAGE
         for start in range(begin, end, chunk):
-            yield each.file, start, min(chunk, end - start)
+            yield file, start, min(chunk, end - start)

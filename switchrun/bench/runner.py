@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import os
@@ -17,9 +18,13 @@ from switchrun.bench.child_process import CHILD, Answer, ChildError, run_child
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.bench.records import SCHEMA_VERSION, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
+from switchrun.errors import SwitchrunError
 from switchrun.machine import disks, ram
 from switchrun.machine.files import system_lines
-from switchrun.store import expert_path, model_name, store_folder, stored_experts
+from switchrun.planning.opening import find_kept
+from switchrun.planning.options import OpenOptions
+from switchrun.store import model_name
+from switchrun.store.paths import dense_path
 
 _PACKAGES = ("torch", "transformers", "accelerate")
 
@@ -31,6 +36,7 @@ class Cell:
     Attributes:
         model: A folder or a Hub id; None for the demo model.
         cpu_memory_bytes: What the process may take; None for most of what is available.
+        hub: How a model of the Hub is opened.
         output_tokens: Tokens generated for each sequence, no fewer and no more.
         warmup: Fills before the measured ones that are thrown away.
         cache: `cold`: each fill in a process of its own, and the checkpoint not in the page cache. `warm`: all fills
@@ -41,6 +47,7 @@ class Cell:
     dtype: str = "auto"
     cpu_memory_bytes: int | None = None
     gpu_memory: str | None = None
+    hub: str = "auto"
     batch_size: int = 1
     input_tokens: int = 24
     output_tokens: int = 12
@@ -110,12 +117,16 @@ class Bench:
 
 
 def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) -> set[Path]:
-    """Return the files that a fill may read: the checkpoint's, and the packed experts of a dtype."""
+    """Return the files that a fill may read: the checkpoint's, and what is kept of it for a dtype."""
     slices = [tensor for expert in checkpoint.experts.values() for tensor in expert]
-    store = store_folder(offload_folder, model_name(checkpoint), dtype)
-    packed = {expert_path(store, key) for key, _ in stored_experts(store)}
     files = {tensor.file for tensor in [*slices, *checkpoint.dense.values()]}
-    return packed | {file for file in files if isinstance(file, Path)}
+    kept: set[Path] = set()
+    with contextlib.suppress(SwitchrunError):  # the cell will say it
+        options = OpenOptions(offload_folder=offload_folder, dtype=dtype)
+        kept = {path for path, _ in find_kept(checkpoint, options).files.values()}
+        dense = dense_path(offload_folder, model_name(checkpoint))
+        kept |= {dense} if dense.is_file() else set()
+    return kept | {file for file in files if isinstance(file, Path)}
 
 
 def describe_environment(checkpoint: Path) -> dict[str, Any]:

@@ -99,6 +99,12 @@ def missing_bytes(repo: str, revision: str | None, ranges: HubRanges, way: HubWa
     return sum(file.size for file in missing if not hub.is_cached(file))
 
 
+def download_bytes(listed: RemoteRepo, way: HubWay) -> int:
+    """Return how many bytes of a listed model would be downloaded in a way; 0 if its weights stay on the Hub."""
+    missing, weights = _choose(listed, way)
+    return sum(file.size for file in missing if not hub.is_cached(file)) if weights else 0
+
+
 def _choose(listed: RemoteRepo, way: HubWay) -> tuple[list[RemoteFile], bool]:
     """Return the files that must be in the local cache, and whether weights are among them."""
     chosen = _chosen(listed)

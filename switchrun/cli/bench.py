@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.downloads import open_for_processes
 from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import report, write_answer
 from switchrun.errors import SwitchrunError, UsageError
@@ -53,6 +55,7 @@ def bench(
     ] = None,
     gpu_memory: options.GpuMemory = None,
     offload_folder: options.OffloadFolder = None,
+    hub: options.Hub = HubWay.AUTO,
     batch_size: Annotated[
         str, typer.Option(metavar="LIST", envvar="SWITCHRUN_BATCH_SIZE", help="Inputs filled together, like 1 or 1,8.")
     ] = "1",
@@ -103,9 +106,9 @@ def bench(
     from switchrun.bench.records import read_records
     from switchrun.bench.runner import Bench, Cell, product
     from switchrun.bench.synthetic import make_synthetic
-    from switchrun.checkpoint import open_checkpoint
     from switchrun.machine import folders
     from switchrun.planning.budgets import parse_gpu_memory, parse_size
+    from switchrun.planning.options import OpenOptions
 
     if model is not None and synthetic is not None:
         raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
@@ -121,6 +124,7 @@ def bench(
     first = Cell(
         model,
         gpu_memory=gpu_memory,
+        hub=hub.value,
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         repeats=repeats,
@@ -139,7 +143,8 @@ def bench(
         made = make_synthetic(synthetic, materialize, folder, tell)
         first, description = replace(first, model=str(made.path)), made.description
         tell(f"note: {description['note']}")
-    checkpoint = open_checkpoint(first.model, cache_dir=folder / "index")
+    opening = OpenOptions(model=first.model, offload_folder=folder, hub=hub.value)
+    checkpoint = open_for_processes(opening, quiet=quiet)
     runner = Bench(checkpoint, folder, description, tell)
     records: list[Record] = []
     try:

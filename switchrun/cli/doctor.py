@@ -17,7 +17,7 @@ def doctor(
     gpu_memory: options.GpuMemory = None,
     offload_folder: options.OffloadFolder = None,
     online: Annotated[
-        bool, typer.Option("--online", help="Ask the Hub too; otherwise there is no network access.")
+        bool, typer.Option("--online", help="Ask the Hub too; otherwise only for a --model that is on the Hub.")
     ] = False,
     style: options.Format = options.TableFormat.TABLE,
 ) -> None:

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.downloads import open_for_processes
 from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import Entry, read_lines, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
@@ -30,6 +32,7 @@ def evaluate(
     cpu_memory: options.CpuMemory = None,
     offload_folder: options.OffloadFolder = None,
     offload_limit: options.OffloadLimit = None,
+    hub: options.Hub = HubWay.AUTO,
     tokenizer: options.Tokenizer = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides which spans are taken out.")] = 0,
     limit: Annotated[
@@ -61,8 +64,10 @@ def evaluate(
     """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
     from switchrun.bench.child_process import as_error
     from switchrun.bench.evaluation import Evaluation
+    from switchrun.checkpoint.locate import hub_id
     from switchrun.machine import folders
     from switchrun.planning.budgets import parse_size
+    from switchrun.planning.options import OpenOptions
 
     dtypes = options.dtype_list(dtype)
     chosen = dtypes[0] if reference is None else options.dtype_list(reference, "--reference")[0]
@@ -74,13 +79,17 @@ def evaluate(
     name = "stdin" if text == "-" else text
     lines = _readable(name, islice(_entries(text), limit))
     tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    folder = folders.offload_folder(offload_folder)
+    if hub_id(model) is not None:
+        open_for_processes(OpenOptions(model=model, offload_folder=folder, hub=hub.value), quiet=quiet)
     evaluation = Evaluation(
         model=model,
         text=name,
         lines=lines,
         cpu_memory=cpu_bytes,
-        offload_folder=str(folders.offload_folder(offload_folder)),
+        offload_folder=str(folder),
         offload_limit=offload_limit,
+        hub=hub.value,
         tokenizer=tokenizer,
         seed=seed,
         batch_size=batch_size,

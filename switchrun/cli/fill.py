@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.downloads import ask_to_download
 from switchrun.cli.signals import SIGNALS
 from switchrun.cli.startup import import_libraries, quieten_libraries
 from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
@@ -22,14 +24,18 @@ from switchrun.model.records import FillResult, GenerationOptions, Progress, Pro
 from switchrun.model.sentinels import check_sentinels, replace_blanks
 from switchrun.output.progress import SessionProgress
 from switchrun.output.sinks import FillFormat, format_failure, format_result
+from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
     from switchrun.model.session import Session
     from switchrun.model.tokenizer import Encoded
     from switchrun.planning.options import OpenOptions
+    from switchrun.planning.plan import HubCost, Plan
 
 EXIT_SOME_FAILED = 3
 
+#: If more is expected from the Hub, the user hears of it before it begins.
+_MUCH_BYTES = 1_000_000_000
 #: So many unreadable entries may wait for a batch to be full: each may be as long as a line can be.
 _MOST_UNREADABLE = 8
 
@@ -146,8 +152,15 @@ def fill(
             report(text)
 
     def show(step: Progress) -> None:
-        SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
+        if threading.current_thread() is threading.main_thread():  # not in a download
+            SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
         progress(step)
+
+    def announce(plan: Plan) -> None:
+        if plan.hub is not None:
+            progress.expected_hub_bytes = plan.hub.index_bytes + plan.hub.fetch_bytes
+            if plan.hub.fetch_bytes > _MUCH_BYTES:
+                note(_hub_costs(plan.model_id, plan.hub))
 
     quieten_libraries()
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
@@ -155,7 +168,8 @@ def fill(
         if hopeless:
             answers.write(entries, ())
             raise typer.Exit(answers.exit_code)
-        with open_session(opening, show, lambda warning: note(f"warning: {warning}")) as session:
+        ask_to_download(model, hub)
+        with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
             progress.clear()
             for sentence in (*session.checkpoint.repairs, *session.plan.notes):
                 note(f"note: {sentence}")
@@ -170,12 +184,27 @@ def fill(
     raise typer.Exit(answers.exit_code)
 
 
-def open_session(opening: OpenOptions, progress: ProgressCallback, warn: Callable[[str], None]) -> Session:
+def open_session(
+    opening: OpenOptions,
+    progress: ProgressCallback,
+    warn: Callable[[str], None],
+    on_plan: Callable[[Plan], None],
+) -> Session:
     """Open the model. The tests put a session of their own in the place of this."""
     from switchrun.model.session import open_session as open_it
 
     started = time.perf_counter() - processor.process_age_seconds()
-    return open_it(opening, progress=progress, warn=warn, started=started, import_libraries=import_libraries)
+    return open_it(
+        opening, progress=progress, warn=warn, started=started, import_libraries=import_libraries, on_plan=on_plan
+    )
+
+
+def _hub_costs(model: str, cost: HubCost) -> str:
+    """Write what a fill is expected to bring from the Hub."""
+    time, rate = format_seconds(cost.seconds), format_rate(cost.bandwidth_bytes_per_second)
+    source = "" if cost.bandwidth_source == "measured" else f" ({cost.bandwidth_source})"
+    fetched = format_bytes(cost.fetch_bytes)
+    return f"{model}: about {fetched} from the Hub, {time} at {rate}{source}; kept in {cost.folder}"
 
 
 def _check(entries: Iterable[Entry], blank: str | None) -> Iterator[Entry]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from switchrun.cli import options
-from switchrun.cli.streams import report, report_lines, write_answer
+from switchrun.cli.streams import confirmed, report, report_lines, write_answer
 from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, SwitchrunError, UsageError, command, printable
 from switchrun.machine import folders
@@ -148,8 +148,7 @@ def clear(
 def _confirmed(question: str) -> bool:
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("nothing was deleted: stdin is no terminal that could be asked", "add --yes")
-    report_lines(question)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return confirmed(question)
 
 
 def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[StoreInfo]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -40,7 +39,7 @@ def plan(
         typer.Option("--format", help="table: to read; json: to process, and a file for --device-map."),
     ] = options.TableFormat.TABLE,
 ) -> None:
-    """Show which weights go to which tier and why, and what a fill will cost."""
+    """Show which weights go to which tier and why, and what a fill will cost. No weights are read or downloaded."""
     from switchrun.planning.opening import plan_model
     from switchrun.planning.options import OpenOptions
 
@@ -57,8 +56,9 @@ def plan(
         hub=hub.value,
         network_bandwidth=network_bandwidth,
     )
-    with closing(plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=disk_bandwidth, warn=warn)) as planned:
-        made = planned.plan
+    planned = plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=disk_bandwidth, headers_only=True, warn=warn)
+    planned.close()
+    made = planned.plan
     if style is options.TableFormat.JSON:
         write_answer(format_record(made.as_record(), indent=True))
     else:

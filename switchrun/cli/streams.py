@@ -156,6 +156,12 @@ def report_lines(lines: str) -> None:
         sys.stderr.flush()
 
 
+def confirmed(question: str) -> bool:
+    """Ask on stderr, and return whether the answer on stdin is yes."""
+    report_lines(question)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def _decode(position: int, raw: bytes) -> Entry:
     try:
         return Entry(position, raw.decode("utf-8"))

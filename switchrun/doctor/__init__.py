@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.locate import hub_id
-from switchrun.doctor import machine_checks, torch_checks
+from switchrun.doctor import hub_check, machine_checks, torch_checks
 from switchrun.doctor.check import Check
 from switchrun.errors import SwitchrunError
 from switchrun.machine import folders
@@ -27,7 +27,7 @@ def examine(
 ) -> list[Check]:
     """Run every check and return them in the order to show; blocks for seconds, most of them to import torch.
 
-    The arguments are those of `fill`; only with `online` the Hub is asked.
+    The arguments are those of `fill`; the Hub is asked with `online`, and for a model that is named by its id there.
 
     Raises:
         UsageError: `cpu_memory` or `gpu_memory` makes no sense.
@@ -39,9 +39,9 @@ def examine(
         folder, named = folders.offload_folder(offload_folder), offload_folder is not None
         disks = [_guarded("offload folder", machine_checks.check_offload_folder, folder, named)]
         opened = machine_checks.open_model(model, folder)
-        if not isinstance(opened, Exception):
+        if not isinstance(opened, Exception) and opened.hub is None:
             disks.append(_guarded("checkpoint", machine_checks.check_checkpoint, opened))
-        hub = _guarded("hub", machine_checks.check_hub, hub_id(model), online)
+        hub = _guarded("hub", hub_check.check_hub, hub_id(model), online)
         answer = probe.answer()
     if gpu_memory is None and "error" in answer["driver"]:
         gpu_memory = "0"  # a driver that could not be asked is not asked again for a budget that nobody set

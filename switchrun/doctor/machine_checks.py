@@ -1,4 +1,4 @@
-"""What a fill needs, as far as it can be looked at without torch: packages, memory, disks, the Hub, the model."""
+"""What a fill needs, as far as it can be looked at without torch: packages, memory, disks, the model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint import open_checkpoint
-from switchrun.checkpoint.hub import ask_hub, cache_folder
 from switchrun.checkpoint.locate import NotDownloadedError
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.doctor.check import Check, Problem
-from switchrun.errors import BudgetError, NetworkError, StorageError, SwitchrunError
+from switchrun.errors import BudgetError, StorageError, SwitchrunError
 from switchrun.machine import disks, folders, ram
 from switchrun.planning import Budgets, make_plan
 from switchrun.planning.budgets import DEFAULT_CPU_SHARE
@@ -32,7 +31,6 @@ _Ranges = Sequence[tuple[Path, int, int]]  # (file, offset, length)
 _MAIN = ("torch", "transformers", "accelerate", "bitsandbytes")
 _NETWORK = "nfs nfs4 cifs smb3 smbfs 9p ceph lustre beegfs gpfs glusterfs afs".split()
 _SEE = "see docs/troubleshooting.md"
-_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 
 def check_packages() -> Check:
@@ -90,7 +88,7 @@ def check_offload_folder(folder: Path, named: bool = True) -> Check:
     """
     problem = None
     try:
-        place = _existing(folder)
+        place = disks.nearest_folder(folder)
         free = shutil.disk_usage(place).free
         if free < GIB:
             problem = ("little room", "make room, or set --offload-folder to a folder on another disk")
@@ -152,37 +150,6 @@ def _judge_disk(filesystem: str, rate: float | None) -> Problem | None:
     return None
 
 
-def check_hub(model: tuple[str, str | None] | None, online: bool) -> Check:
-    """How is the Hub set up, and does it know the model, (id, revision)? It is asked only if `online`."""
-    from huggingface_hub import constants, get_token
-
-    cache = cache_folder()
-    if cache is None:
-        return Check("hub", "there is no home folder to keep downloads in", "set HF_HOME to a folder for them")
-    # Whether there is a token, and which variable sets a proxy: their values are secrets.
-    proxy = next((name for name in _PROXIES if os.environ.get(name)), None)
-    finding = f"cache {cache}, {format_bytes(shutil.disk_usage(_existing(cache)).free)} free"
-    try:
-        token = get_token()
-    except OSError:  # it lies where this user may not look
-        token = None
-    finding += "" if token else ", no token"
-    finding += ", offline (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
-    finding += f", proxy from {proxy}" if proxy else ""
-    if online and constants.HF_HUB_OFFLINE:
-        return Check("hub", f"{finding}; so it is not asked", "unset HF_HUB_OFFLINE", NetworkError)
-    if online:
-        repo, revision = model or ("google/switch-base-8", None)
-        try:
-            ask_hub(repo, revision, timeout=5.0)
-        except SwitchrunError as error:
-            return Check("hub", error.message, error.hint or _SEE, type(error))
-        finding += f"; it knows {repo}"
-    if not os.access(_existing(cache), os.W_OK | os.X_OK):
-        return Check("hub", f"{cache} cannot be written", "set HF_HOME to a folder that you may write to")
-    return Check("hub", finding)
-
-
 def open_model(model: str | None, offload_folder: Path) -> SwitchCheckpoint | Exception:
     """Open a model that is here already, and keep its index in the offload folder; `check_model` takes the error."""
     try:
@@ -194,12 +161,13 @@ def open_model(model: str | None, offload_folder: Path) -> SwitchCheckpoint | Ex
 def check_model(opened: SwitchCheckpoint | Exception, budgets: Budgets) -> Check:
     """Did the model open, and does a plan for it fit? Raises an error that a user should never meet."""
     if isinstance(opened, NotDownloadedError):
-        return Check("model", opened.message, f"{opened.hint}; or let fill download it")
+        return Check("model", opened.message, f"fill reads what it needs from the Hub; or {opened.hint}")
     if isinstance(opened, SwitchrunError):
         return Check("model", opened.message, opened.hint or _SEE, type(opened))
     if isinstance(opened, Exception):
         raise opened
     finding = f"{opened.id}, {format_bytes(opened.total_bytes)} in {opened.stored_dtype}"
+    finding += "" if opened.hub is None else " on the Hub"
     finding += f", {len(opened.experts)} experts of {format_bytes(opened.expert_bytes)}"
     try:
         plan = make_plan(opened, budgets)
@@ -209,8 +177,3 @@ def check_model(opened: SwitchCheckpoint | Exception, budgets: Budgets) -> Check
         if use.budget_bytes:
             finding += f"; {format_bytes(use.budget_bytes)} on {use.tier} hold {use.expert_slots} of them"
     return Check("model", finding)
-
-
-def _existing(folder: Path) -> Path:
-    """Return what is there of a path: itself, or the nearest one above it."""
-    return next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))

@@ -99,8 +99,12 @@ def filesystem_id(path: Path) -> str | None:
 
 def free_bytes(path: Path) -> int:
     """Return what the filesystem has free on which a path lies, or would lie if it was made."""
-    place = next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
+def nearest_folder(path: Path) -> Path:
+    """Return what is there of a path: itself, or the nearest one above it."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
 
 
 def is_sparse(path: Path) -> bool:

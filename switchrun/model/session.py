@@ -336,7 +336,8 @@ def open_session(
 ) -> Session:
     """Open a model; torch and transformers are imported while its dense weights are being read.
 
-    `progress` is called while the session works, `warn` with warnings, from any thread; without it they are logged.
+    `progress` is called while the session works, in a download from other threads; `warn` with warnings, from any
+    thread; without it they are logged.
     `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way;
     `on_plan` is called with the plan before a weight is read.
 
@@ -344,7 +345,13 @@ def open_session(
         SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
     """
     started = time.perf_counter() if started is None else started
-    planned = plan_model(options, hub_output_tokens=min(EXPECTED_NEW_TOKENS, options.max_new_tokens), warn=warn)
+
+    def on_download(done: int, most: int) -> None:
+        if progress is not None:
+            progress(Progress("fetch", done, most, 0, done))
+
+    expected = min(EXPECTED_NEW_TOKENS, options.max_new_tokens)
+    planned = plan_model(options, hub_output_tokens=expected, warn=warn, on_download=on_download)
     on_plan(planned.plan)
     planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:

@@ -56,6 +56,7 @@ Format = Callable[[float], str]
 METRICS: tuple[tuple[str, str, Format], ...] = (
     ("open_seconds", "open", format_seconds),
     ("open_io_read_bytes", "read while opening", format_bytes),
+    ("open_hub_bytes", "from the Hub while opening", format_bytes),
     ("ttft_seconds", "time to first token", format_seconds),
     ("itl_seconds", "inter-token latency", format_seconds),
     ("itl_p95_seconds", "inter-token latency, p95", format_seconds),
@@ -68,6 +69,10 @@ METRICS: tuple[tuple[str, str, Format], ...] = (
     ("gpu_load_bytes", "copied to GPUs", format_bytes),
     ("expert_loads", "expert loads", _count),
     ("load_bytes", "experts read", format_bytes),
+    ("hub_loads", "expert loads from the Hub", _count),
+    ("hub_bytes", "from the Hub", format_bytes),
+    ("hub_requests", "requests to the Hub", _count),
+    ("hub_retries", "retries", _count),
     ("distinct_expert_bytes", "experts used, each once", format_bytes),
     ("io_read_bytes", "read, by the system's count", format_bytes),
     ("wait_seconds", "time: waiting for disk", format_seconds),

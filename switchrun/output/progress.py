@@ -54,11 +54,16 @@ class _Line:
 
 
 class SessionProgress(_Line):
-    """A callback for a session: the stage, how far it is, and how fast it reads."""
+    """A callback for a session: the stage, how far it is, and how fast it reads.
 
+    `expected_hub_bytes` is what is expected to come from the Hub until the first fill is done; 0 if nothing is.
+    """
+
+    expected_hub_bytes = 0
     _stage: Stage | None = None
     _stage_at = 0.0
     _stage_bytes = 0
+    _stage_hub_bytes = 0
 
     def __call__(self, progress: Progress) -> None:
         """Draw it, if the stage is another or the last drawing is long enough ago."""
@@ -66,13 +71,21 @@ class SessionProgress(_Line):
         changed = progress.stage != self._stage or progress.load_bytes < self._stage_bytes
         if changed:
             self._stage, self._stage_at, self._stage_bytes = progress.stage, now, progress.load_bytes
+            self._stage_hub_bytes = progress.hub_bytes
         if self._enabled and (changed or self._is_due()):
             self._draw(self._describe(progress, now - self._stage_at))
 
     def _describe(self, progress: Progress, seconds: float) -> str:
-        if progress.stage == "open":
-            return f"open: {format_bytes(progress.done)} of {format_bytes(progress.total)}"
-        line = f"{progress.stage}: {progress.done} of {progress.total} {_UNITS[progress.stage]}"
+        stage, fetched = progress.stage, progress.hub_bytes
+        rate = (fetched - self._stage_hub_bytes) / seconds if seconds > 0 else 0.0
+        if stage in ("fetch", "open"):
+            line = f"{stage}: {format_bytes(progress.done)} of {format_bytes(progress.total)}"
+            return line if stage == "open" else line + _rest(progress.total - progress.done, rate)
+        line = f"{stage}: {progress.done} of {progress.total} {_UNITS[stage]}"
+        if rate:
+            left = self.expected_hub_bytes - fetched
+            expected = f" of ~{format_bytes(self.expected_hub_bytes)}" if left > 0 else ""
+            return f"{line}, {format_bytes(fetched)}{expected} fetched{_rest(left, rate)}"
         line += f", {format_bytes(progress.load_bytes)} read"
         read = progress.load_bytes - self._stage_bytes
         return f"{line}, {format_rate(read / seconds)}" if read and seconds > 0 else line
@@ -84,10 +97,11 @@ class ByteProgress(_Line):
     Args:
         stream: Where to draw; stderr.
         label: What is being done, in a word.
+        wanted: False to draw nothing.
     """
 
-    def __init__(self, stream: TextIO, label: str) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: TextIO, label: str, *, wanted: bool = True) -> None:
+        super().__init__(stream, wanted=wanted)
         self._label = label
         self._start: float | None = None
 
@@ -104,5 +118,11 @@ class ByteProgress(_Line):
         line = f"{self._label}: {format_bytes(done)} of {format_bytes(total)}{percent}"
         if not done or seconds < _SETTLING_SECONDS:
             return line
-        rate = done / seconds
-        return f"{line}, {format_rate(rate)}, {format_seconds((total - done) / rate)} left"
+        return line + _rest(total - done, done / seconds)
+
+
+def _rest(left: int, rate: float) -> str:
+    """Write how fast bytes come, and how long the others will take, as far as that is known."""
+    if not rate:
+        return ""
+    return f", {format_rate(rate)}" + (f", {format_seconds(left / rate)} left" if left > 0 else "")

@@ -19,8 +19,8 @@ from switchrun.units import format_bytes, format_count, format_rate, format_seco
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
-    from switchrun.model.records import SessionStats
-    from switchrun.planning.plan import Bandwidth, Estimate, Placement, Plan, TierUse
+    from switchrun.model.records import HubCounts, SessionStats
+    from switchrun.planning.plan import Bandwidth, Estimate, HubCost, Placement, Plan, TierUse
     from switchrun.planning.preparation import Preparation
     from switchrun.store import ExpertStore, StoreInfo, VerifyReport
 
@@ -45,6 +45,8 @@ def render_plan(plan: Plan) -> str:
         _placements(plan.placements),
         make_list(f"First fill of {inputs}: {tokens} in, {plan.estimate.output_tokens} out", _estimate(plan.estimate)),
     ]
+    if plan.hub is not None:
+        parts.append(make_list("From the Hub, before or during that fill", _hub(plan.hub)))
     for title, sentences in (("Notes", plan.notes), ("Repairs of the checkpoint", plan.repairs)):
         if sentences:
             parts.append("\n".join([title, *(f"- {sentence}" for sentence in sentences)]))
@@ -55,7 +57,7 @@ def _model(plan: Plan) -> _Rows:
     yield "model", plan.model_id
     if plan.revision:
         yield "revision", plan.revision
-    yield "folder", plan.path
+    yield "folder", plan.path if plan.hub is None else f"{plan.path} (its weights stay on the Hub)"
     yield "size", format_bytes(plan.total_bytes)
     yield "experts", f"{plan.num_experts} of {format_bytes(plan.expert_bytes)}"
     computed = "" if plan.dtype == plan.precision.compute.value else f"computed in {plan.precision.compute.value}, "
@@ -105,6 +107,21 @@ def _estimate(estimate: Estimate) -> _Rows:
     yield "reading takes", format_seconds(estimate.read_seconds)
 
 
+def _hub(cost: HubCost) -> _Rows:
+    yield "index", f"{format_bytes(cost.index_bytes)} read for this plan" if cost.index_bytes else "known"
+    if cost.downloads:
+        yield "to download, all of it", format_bytes(cost.fetch_bytes)
+    else:
+        share = f"{format_bytes(cost.kept_bytes)}, {cost.kept_share:.1%} of the experts"
+        yield "dense weights to fetch, once", format_bytes(cost.dense_bytes)
+        yield "experts to fetch", f"{format_bytes(cost.expert_bytes)}, {format_count(cost.expert_loads, 'expert')}"
+        yield "kept already", share if cost.kept_bytes else "nothing"
+    yield "kept in", cost.folder
+    yield "disk needed there", f"{format_bytes(cost.disk_bytes)} of {format_bytes(cost.free_bytes)} free"
+    yield "network", f"{format_rate(cost.bandwidth_bytes_per_second)} ({cost.bandwidth_source})"
+    yield "fetching takes", format_seconds(cost.seconds)
+
+
 def _tiers(uses: Iterable[TierUse]) -> Table:
     """Return what each tier holds, of a plan or a session; 80 columns hold it."""
     columns = ("tier", "dense", "experts", "slots", "activ.", "overhead", "total", "budget")
@@ -126,6 +143,8 @@ def _tiers(uses: Iterable[TierUse]) -> Table:
 def render_stats(stats: SessionStats) -> str:
     """Return a session's statistics as lines for stderr, with colours if stderr is a terminal."""
     lists = {"Peaks": _peaks(stats), "Time": _times(stats), "Experts": _experts(stats)}
+    if stats.hub is not None:
+        lists["From the Hub"] = _hub_counts(stats.hub)
     return render(sys.stderr, [_tiers(stats.tiers), *(make_list(title, rows) for title, rows in lists.items())])
 
 
@@ -155,12 +174,20 @@ def _experts(stats: SessionStats) -> _Rows:
     if experts.load_seconds > 0:
         read += f" in {format_seconds(experts.load_seconds)}, {format_rate(experts.load_bytes / experts.load_seconds)}"
     yield "loads", read
+    if experts.hub_loads:
+        yield "of them from the Hub", f"{experts.hub_loads}, {format_bytes(experts.hub_bytes)}"
     for tier in experts.tiers:
         if tier.tier != "cpu":
             rate = "" if tier.hit_rate is None else f", {tier.hit_rate:.1%} there"
             yield f"requests on {tier.tier}", f"{tier.requests}{rate}"
             yield f"copies to {tier.tier}", f"{tier.loads}, {format_bytes(tier.load_bytes)}"
     yield "waited for them", format_seconds(stats.wait_seconds)
+
+
+def _hub_counts(counts: HubCounts) -> _Rows:
+    rate = f", {format_rate(counts.bytes / counts.seconds)}" if counts.seconds > 0 else ""
+    yield "fetched", f"{format_bytes(counts.bytes)} in {format_seconds(counts.seconds)}{rate}"
+    yield "requests", f"{counts.requests}, {format_count(counts.retries, 'retry', 'retries')}"
 
 
 def render_preparation(

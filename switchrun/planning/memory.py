@@ -19,8 +19,9 @@ from switchrun.units import MIB
 RUNTIME_BYTES = 440 * MIB
 #: What Python with the command line or another small program takes, before torch is imported.
 PYTHON_BYTES = 64 * MIB
-#: The part of `RUNTIME_BYTES` that only the first fill takes: kernels and thread stacks; 16 to 29 MiB measured.
-FIRST_RUN_BYTES = 40 * MIB
+#: The part of `RUNTIME_BYTES` that only the first fill takes: kernels and thread stacks; 16 to 29 MiB measured. The
+#: trial of the model's settings comes before: with beams, sessions had up to 403 MiB once they were open.
+FIRST_RUN_BYTES = 32 * MIB
 #: In bfloat16 oneDNN makes code for each shape of a product, and keeps that of so many shapes, as does torch's way to
 #: it. With AMX that is up to 0.75 MiB each: with their own 1,024 shapes, 300 tokens took 380 MiB that stayed.
 KEPT_KERNELS = 128

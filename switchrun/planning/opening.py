@@ -6,7 +6,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -65,14 +65,17 @@ def plan_model(
     input_tokens: int = 24,
     disk_bandwidth: str | float | None = None,
     hub_output_tokens: int | None = None,
+    headers_only: bool = False,
     warn: Callable[[str], None] | None = None,
+    on_download: Callable[[int, int], None] | None = None,
 ) -> PlannedModel:
     """Open a checkpoint's headers and plan for it.
 
     The disk's bandwidth, for the estimate, is in bytes per second or like `1.8GB/s`, or `measure` to read experts for
     half a second; None is what was last measured on that disk, else an assumption. `hub_output_tokens` is how many
-    tokens are expected of a fill that reads from the Hub, if fewer than it may generate; `warn` gets warnings, from any
-    thread.
+    tokens are expected of a fill that reads from the Hub, if fewer than it may generate. With `headers_only` no weights
+    are downloaded, whatever the options say, but the plan counts them. `warn` gets warnings, from any thread; for the
+    last see `open_model`.
 
     Raises:
         SwitchrunError: One of its kinds; see `switchrun.errors`.
@@ -82,7 +85,8 @@ def plan_model(
     libraries = RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES
     own_bytes = max(0, ram.rss_bytes() - libraries)
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)
-    checkpoint, hub = open_model(options, warn)
+    way = HubWay.RANGES if headers_only else HubWay(options.hub)
+    checkpoint, hub = open_model(options, warn, on_download, way)
     with ExitStack() as stack:
         if hub is not None:
             stack.callback(hub.close)
@@ -100,7 +104,7 @@ def plan_model(
             output_tokens=options.max_new_tokens,
             bandwidth=Bandwidth(rate, "given") if rate else disk_of(checkpoint, options.folder),
             stored_share=min(1.0, len(kept.files) / len(checkpoint.experts)),
-            hub=None if hub is None else _hub_state(checkpoint, options, kept, hub.traffic.bytes),
+            hub=None if hub is None else _hub_state(checkpoint, options, kept, hub),
             hub_output_tokens=hub_output_tokens,
         )
         stack.pop_all()
@@ -108,17 +112,21 @@ def plan_model(
 
 
 def open_model(
-    options: OpenOptions, warn: Callable[[str], None] | None = None
+    options: OpenOptions,
+    warn: Callable[[str], None] | None = None,
+    on_download: Callable[[int, int], None] | None = None,
+    way: HubWay | None = None,
 ) -> tuple[SwitchCheckpoint, HubRanges | None]:
     """Open a checkpoint's headers, and what reads its weights from the Hub, which the caller closes; None if local.
 
-    `warn` gets warnings, from any thread.
+    `warn` gets warnings, `on_download` the bytes so far and in all while files are downloaded; both from any thread.
+    `way` takes the place of that of the options.
 
     Raises:
         SwitchrunError: Those of `open_checkpoint`.
     """
     model = None if options.model is None else str(options.model)
-    way, cache_dir = HubWay(options.hub), options.folder / "index"
+    way, cache_dir = way or HubWay(options.hub), options.folder / "index"
     if hub_id(model) is None:
         return open_checkpoint(model, cache_dir=cache_dir, way=way), None
     from switchrun.checkpoint.remote import HubRanges
@@ -128,7 +136,7 @@ def open_model(
 
     with ExitStack() as stack:
         ranges = stack.enter_context(HubRanges(on_wait=on_wait))
-        checkpoint = open_checkpoint(model, cache_dir=cache_dir, way=way, ranges=ranges)
+        checkpoint = open_checkpoint(model, cache_dir=cache_dir, way=way, ranges=ranges, on_bytes=on_download)
         if checkpoint.hub is None:
             return checkpoint, None
         stack.pop_all()
@@ -166,7 +174,17 @@ def find_kept(checkpoint: SwitchCheckpoint, options: OpenOptions) -> KeptExperts
     return KeptExperts(files, stores[0].file_bytes if stores else 0)
 
 
-def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: KeptExperts, index_bytes: int) -> HubState:
+def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: KeptExperts, hub: HubRanges) -> HubState:
+    from switchrun.checkpoint.hub import cache_folder
+    from switchrun.checkpoint.hub_ways import download_bytes
+
+    downloaded = 0 if checkpoint.hub is None else download_bytes(checkpoint.hub, HubWay(options.hub))
+    if downloaded:
+        folder = cache_folder() or options.folder
+        return HubState(
+            str(folder), disks.free_bytes(folder), network=network_of(options), download_bytes=downloaded,
+            index_bytes=hub.traffic.bytes,
+        )  # fmt: skip
     dense = DenseFile(options.folder, checkpoint)
     return HubState(
         folder=str(options.folder.absolute()),
@@ -177,7 +195,7 @@ def _hub_state(checkpoint: SwitchCheckpoint, options: OpenOptions, kept: KeptExp
         file_bytes=kept.file_bytes,
         limit_bytes=options.limit_bytes,
         network=network_of(options),
-        index_bytes=index_bytes,
+        index_bytes=hub.traffic.bytes,
     )
 
 
@@ -234,7 +252,7 @@ def plan(
     hub: str = "auto",
     network_bandwidth: str | float | None = None,
 ) -> Plan:
-    """Return which weights of a model would go where and what a fill would cost, from its headers alone.
+    """Return which weights of a model would go where and what a fill would cost; no weights are read or downloaded.
 
     The arguments are those of `OpenOptions` and `plan_model`; `output_tokens` is `max_new_tokens` there.
 
@@ -254,5 +272,6 @@ def plan(
         hub=hub,
         network_bandwidth=network_bandwidth,
     )
-    with closing(plan_model(options, input_tokens=input_tokens, disk_bandwidth=disk_bandwidth)) as planned:
-        return planned.plan
+    planned = plan_model(options, input_tokens=input_tokens, disk_bandwidth=disk_bandwidth, headers_only=True)
+    planned.close()
+    return planned.plan

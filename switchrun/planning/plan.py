@@ -149,17 +149,19 @@ class HubState:
         kept_experts: How many experts are there, with `kept_bytes`.
         kept_dense_bytes: What the dense weights take there; 0 if they are still to be fetched.
         file_bytes: What keeping one more expert takes; `limit_bytes` is what all may take, None as much as they need.
+        download_bytes: What is downloaded before anything is read, since that is the way to open it; 0 if it is not.
         network: How fast the Hub is.
         index_bytes: Headers that were fetched to make the plan.
     """
 
     folder: str
     free_bytes: int
-    kept_experts: int
-    kept_bytes: int
-    kept_dense_bytes: int
-    file_bytes: int
+    kept_experts: int = 0
+    kept_bytes: int = 0
+    kept_dense_bytes: int = 0
+    file_bytes: int = 0
     limit_bytes: int | None = None
+    download_bytes: int = 0
     network: Bandwidth = ASSUMED_NETWORK
     index_bytes: int = 0
 
@@ -169,16 +171,19 @@ class HubCost:
     """What a fill of one batch is expected to bring from the Hub, if tokens are routed evenly to the experts.
 
     Attributes:
+        downloads: Whether all of the model is to be downloaded, before anything is read.
         output_tokens: Tokens that are expected to be generated for each input.
         index_bytes: Headers that were fetched to make the plan; 0 where they were known.
         dense_bytes: Dense weights that are still to be fetched, once for ever.
-        expert_loads: Experts that are fetched, each once; `expert_bytes` is what they take as stored.
+        expert_loads: Experts that are fetched, each once; `expert_bytes` is what they take as stored. All of them, if
+            the model is to be downloaded.
         kept_share: The share of the model's experts that is kept in `folder`; `kept_bytes` is what is kept there, dense
             weights too.
         disk_bytes: What keeping what is fetched will take there; `free_bytes` is what is free.
         seconds: `fetch_bytes` ÷ bandwidth. Computing is mostly hidden behind it.
     """
 
+    downloads: bool
     output_tokens: int
     index_bytes: int
     dense_bytes: int
@@ -217,7 +222,8 @@ class Plan:
         minimum_cpu_bytes: The smallest `--cpu-memory` that works for this model, dtype and batch.
         resident_cpu_bytes: The `--cpu-memory` from which on every weight stays in memory.
         estimate: What a fill is expected to cost.
-        hub: What it is expected to bring from the Hub; None if the weights are in local files.
+        hub: What it is expected to bring from the Hub, or what a download takes; None if the weights are in local
+            files.
     """
 
     model_id: str

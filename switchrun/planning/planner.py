@@ -118,10 +118,14 @@ def make_plan(
     disk = TierUse(DISK, None, dense_bytes=sum(each.bytes for each in placements if each.tier == DISK))
     layers = Counter((tier, stack) for (stack, _), tier in computing.items())
     cost, fetched = None, 0.0
-    if hub is None:
+    if hub is not None:
+        cost = hub_cost(checkpoint, hub, batch_size, input_tokens, hub_output_tokens or output_tokens)
+        if cost.disk_bytes > cost.free_bytes:
+            need, free = format_bytes(cost.disk_bytes), format_bytes(cost.free_bytes)
+            notes += (f"{hub.folder} has {free} free, keeping what comes from the Hub takes {need}",)
+    if hub is None or cost is None or cost.downloads:
         slow = [replace(disk, expert_bytes=stored)]
     else:
-        cost = hub_cost(checkpoint, hub, batch_size, input_tokens, hub_output_tokens or output_tokens)
         left = 1 - cost.kept_share
         fetched = left * _used_experts(checkpoint, batch_size, input_tokens, output_tokens)
         stored_share = 1.0  # what is read from disk is what is kept
@@ -381,7 +385,11 @@ def hub_cost(
     more = round(fetched * hub.file_bytes)
     if hub.limit_bytes is not None:
         more = min(more, max(0, hub.limit_bytes - hub.kept_bytes))
+    if hub.download_bytes:
+        dense = min(dense, hub.download_bytes)
+        fetched, expert_bytes, more = total, hub.download_bytes - dense, hub.download_bytes - dense
     return HubCost(
+        downloads=hub.download_bytes > 0,
         output_tokens=output_tokens,
         index_bytes=hub.index_bytes,
         dense_bytes=dense,

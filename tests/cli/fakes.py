@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import switchrun.cli.fill
 from switchrun.errors import BudgetError, InputError
@@ -29,10 +30,13 @@ from switchrun.model.records import (
 from switchrun.model.sentinels import check_sentinels
 from switchrun.model.tokenizer import Encoded
 from switchrun.planning.options import OpenOptions
+from switchrun.planning.plan import HubCost
 
 REPAIR = "num_decoder_layers is 12, but there are 15 decoder blocks"
 #: The answer to every sentinel.
 WORD = "wörd\n[x]"
+#: What the plan says of the Hub; tests put something in its place.
+HUB_COST: HubCost | None = None
 UNUSED = "gpu:0 is not used: a layer with experts needs 1234 MiB there, 512 MiB is allowed"
 
 
@@ -48,6 +52,8 @@ class FakePlan:
     """What `fill` asks of a plan."""
 
     notes: tuple[str, ...] = (UNUSED,)
+    model_id: str = "google/switch-c-2048"
+    hub: HubCost | None = None
 
 
 class FakeSession:
@@ -56,12 +62,19 @@ class FakeSession:
     A text with `TOO LONG` is refused by `encode`; one with `CRASH`, `OOM` or `BUDGET` makes `fill` fail.
     """
 
-    def __init__(self, opening: OpenOptions, progress: ProgressCallback | None, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        opening: OpenOptions,
+        progress: ProgressCallback | None,
+        warn: Callable[[str], None],
+        on_plan: Callable[[Any], None],
+    ) -> None:
         self.opening = opening
         self.progress = progress
         self.warn = warn
         self.checkpoint = FakeCheckpoint()
-        self.plan = FakePlan()
+        self.plan = FakePlan(hub=HUB_COST)
+        on_plan(self.plan)
         self.batches: list[list[str]] = []
         self.options: list[GenerationOptions] = []
         self.closed = False

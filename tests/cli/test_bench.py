@@ -20,9 +20,11 @@ STAGE = {
     "expert_layer_seconds": 1.5,
     "counters": {
         "requests": 4, "hits": 1, "loads": 3, "load_bytes": 3000, "load_seconds": 0.5, "wait_seconds": 1.0,
+        "hub_loads": 0, "hub_bytes": 0,
     },
     "gpus": {
         "requests": 0, "hits": 0, "loads": 0, "load_bytes": 0, "load_seconds": 0.0, "wait_seconds": 0.0,
+        "hub_loads": 0, "hub_bytes": 0,
     },
 }  # fmt: skip
 FILL = {
@@ -31,6 +33,7 @@ FILL = {
     "stages": {"encoder": STAGE, "decoder": STAGE},
     "output_ids": [[0, 5, 6, 7]],
     "io_read_bytes": 6000,
+    "hub": None,
     "peak_rss_bytes": 10**9,
     "peak_gpu_bytes": None,
 }
@@ -49,7 +52,7 @@ def answer() -> dict[str, Any]:
     }
     return {
         "open_seconds": 1.0, "open_io_read_bytes": 1000, "plan": PLAN, "fills": [fill], "timeline": [[0.1, 10**6]],
-        "warnings": [],
+        "warnings": [], "open_hub": None,
     }  # fmt: skip
 
 
@@ -82,6 +85,27 @@ def test_lists_make_cells(invoke: Invoke, children: list[dict[str, Any]]) -> Non
     for record in records:
         validate(record, "bench")
     assert "cell 8 of 8" in done.stderr
+
+
+def test_what_came_from_the_hub(
+    invoke: Invoke, children: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = answer()
+    stage = STAGE | {"counters": STAGE["counters"] | {"hub_loads": 2, "hub_bytes": 2000}}  # type: ignore[operator]
+    hub = {"bytes": 4100, "requests": 9, "retries": 1}
+    given["fills"][0] |= {"stages": {"encoder": stage, "decoder": stage}, "hub": hub}
+    monkeypatch.setattr(
+        runner, "run_child", lambda *_: given | {"open_hub": {"bytes": 77, "requests": 3, "retries": 0}}
+    )
+    record = json.loads(invoke(*"bench --repeats 1 --hub ranges --format jsonl -q".split()).stdout)
+    validate(record, "bench")
+    assert record["knobs"]["hub"] == "ranges"
+    names = ("open_hub_bytes", "hub_loads", "hub_bytes", "hub_requests", "hub_retries", "encoder_bytes_per_second")
+    assert [record["metrics"][name]["median"] for name in names] == [77, 4, 4100, 9, 1, 500]
+    table = invoke(*"bench --repeats 1 --format table -q".split()).stdout
+    assert "requests to the Hub" in table
+    monkeypatch.setattr(runner, "run_child", lambda *_: answer())
+    assert "Hub" not in invoke(*"bench --repeats 1 --format table -q".split()).stdout
 
 
 def test_the_arithmetic_of_a_record(invoke: Invoke, children: list[dict[str, Any]]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from switchrun.model.records import GenerationOptions
 from switchrun.planning.options import OpenOptions
+from switchrun.planning.plan import HubCost
 from switchrun.units import GIB
 from tests.cli.conftest import Invoke
 from tests.cli.fakes import REPAIR, UNUSED
@@ -198,6 +200,39 @@ def test_a_bug_is_one_line(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> N
     )
     monkeypatch.setenv("SWITCHRUN_DEBUG", "1")
     assert "Traceback" in invoke("fill", "-q", "CRASH <extra_id_0>").stderr
+
+
+HUB_COST = HubCost(
+    downloads=False,
+    output_tokens=12,
+    index_bytes=53_000_000,
+    dense_bytes=2 * GIB,
+    expert_loads=180,
+    expert_bytes=9 * GIB,
+    kept_share=0.0,
+    kept_bytes=0,
+    folder="/home/me/offload",
+    disk_bytes=11 * GIB,
+    free_bytes=100 * GIB,
+    bandwidth_bytes_per_second=12.5e6,
+    bandwidth_source="assumed",
+    seconds=11 * GIB / 12.5e6,
+)
+
+
+def test_much_from_the_hub_is_announced(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = (
+        "google/switch-c-2048: about 11 GiB from the Hub, 15 min 45 s at 12.50 MB/s (assumed); kept in /home/me/offload"
+    )
+    monkeypatch.setattr("tests.cli.fakes.HUB_COST", HUB_COST)
+    outcome = invoke("fill", GOOD)
+    assert (outcome.code, outcome.stdout) == (0, ANSWER)
+    assert outcome.stderr.startswith(f"switchrun: {line}\n")
+    assert invoke("fill", GOOD, "-q").stderr == ""
+    monkeypatch.setattr("tests.cli.fakes.HUB_COST", replace(HUB_COST, bandwidth_source="measured"))
+    assert "12.50 MB/s; kept" in invoke("fill", GOOD).stderr
+    monkeypatch.setattr("tests.cli.fakes.HUB_COST", replace(HUB_COST, dense_bytes=0, expert_bytes=999_999_999))
+    assert "from the Hub" not in invoke("fill", GOOD).stderr
 
 
 def test_a_terminal_sees_progress_and_it_is_erased(invoke: Invoke) -> None:

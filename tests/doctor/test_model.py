@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from switchrun.checkpoint import hub
+from switchrun.checkpoint.remote import HubRanges
 from switchrun.doctor.check import Check
 from switchrun.doctor.machine_checks import check_model, open_model
 from switchrun.planning import Budgets
@@ -65,11 +66,11 @@ def test_a_hub_model_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.Monke
     def must_not(*_: Any) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(hub, "find_snapshot", must_not)
+    monkeypatch.setattr(HubRanges, "list_files", must_not)
     monkeypatch.setattr(hub, "cached_snapshot", lambda repo, revision: None)
     found = check("org/tiny@main", tmp_path)
     assert (found.status, found.exit_code) == ("warn", 0)
-    assert found.finding == "org/tiny@main is not in the Hub's local cache"
+    assert found.finding == "org/tiny is not in the Hub's local cache"
     assert "hf download org/tiny" in (found.hint or "")
 
 

@@ -102,3 +102,31 @@ def test_bytes_are_not_drawn_where_nobody_looks(clock: list[float]) -> None:
     pipe = io.StringIO()
     ByteProgress(pipe, "verify")(0, 0)
     assert pipe.getvalue() == ""
+
+
+def test_what_comes_from_the_hub(clock: list[float]) -> None:
+    stream = _Terminal()
+    line = SessionProgress(stream)
+    line.expected_hub_bytes = 11 * 2**30
+    line(Progress("fetch", 2**20, 2 * 2**30, 0, 5 * 2**20))
+    clock[0] += 8
+    line(Progress("fetch", 2**30, 2 * 2**30, 0, 2**30))
+    line(Progress("open", 2**30, 2 * 2**30, 0, 2 * 2**30))
+    line(Progress("encode", 1, 15, 0, 2 * 2**30))
+    clock[0] += 100
+    line(Progress("encode", 2, 15, 3 * 2**30, 3 * 2**30))
+    line(Progress("decode", 1, 64, 3 * 2**30, 3 * 2**30))
+    clock[0] += 10
+    line(Progress("decode", 2, 64, 4 * 2**30, 3 * 2**30))  # all of it was kept
+    clock[0] += 10
+    line(Progress("decode", 3, 64, 5 * 2**30, 12 * 2**30))  # more than was expected
+    assert stream.getvalue().split(ERASE)[1:] == [
+        "fetch: 1 MiB of 2 GiB",
+        "fetch: 1 GiB of 2 GiB, 0.13 GB/s, 8.04 s left",
+        "open: 1 GiB of 2 GiB",
+        "encode: 1 of 15 layers, 0 B read",
+        "encode: 2 of 15 layers, 3 GiB of ~11 GiB fetched, 10.74 MB/s, 13 min 20 s left",
+        "decode: 1 of 64 tokens, 3 GiB read",
+        "decode: 2 of 64 tokens, 4 GiB read, 0.11 GB/s",
+        "decode: 3 of 64 tokens, 12 GiB fetched, 0.48 GB/s",
+    ]

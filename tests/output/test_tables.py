@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 
 from switchrun.dtypes import Dtype, Precision
-from switchrun.model.records import ExpertCounts, MemoryPeak, SessionStats
+from switchrun.model.records import ExpertCounts, HubCounts, MemoryPeak, SessionStats
 from switchrun.output.consoles import make_list, make_table, render
 from switchrun.output.tables import render_plan, render_stats
-from switchrun.planning.plan import CPU, DISK, Estimate, Placement, Plan, TierUse, gpu_tier
+from switchrun.planning.plan import CPU, DISK, HUB, Estimate, HubCost, Placement, Plan, TierUse, gpu_tier
 from switchrun.units import GIB, MIB
 
 EVERY = "used for every generated token"
@@ -86,8 +87,38 @@ def test_a_plan_is_silent_of_what_there_is_none_of(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     estimate = replace(PLAN.estimate, gpu_expert_loads=0, gpu_load_bytes=0)
     text = render_plan(replace(PLAN, repairs=(), notes=(), estimate=estimate))
-    for title in ("Repairs", "Notes", "copied to GPUs"):
+    for title in ("Repairs", "Notes", "copied to GPUs", "Hub"):
         assert title not in text
+
+
+def test_a_plan_says_what_the_hub_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "__stdout__", io.StringIO())
+    tiers = (
+        *PLAN.tiers[:-1],
+        TierUse(DISK, None, 0, expert_bytes=5 * GIB),
+        TierUse(HUB, None, 2 * GIB, 0, 0, 2926 * GIB),
+    )
+    cost = HubCost(
+        False, 12, 53_000_000, 2 * GIB, 500, 24 * GIB, 0.0017, 5 * GIB, "/data/offload", 26 * GIB, 900 * GIB,
+        12.5e6, "given", 2233.4,
+    )  # fmt: skip
+    text = render_plan(replace(PLAN, tiers=tiers, hub=cost))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(\S.*)$", text[text.index("From the Hub") :], flags=re.MULTILINE))
+    assert rows == {
+        "index": "50.5 MiB read for this plan",
+        "dense weights to fetch, once": "2 GiB",
+        "experts to fetch": "24 GiB, 500 experts",
+        "kept already": "5 GiB, 0.2% of the experts",
+        "kept in": "/data/offload",
+        "disk needed there": "26 GiB of 900 GiB free",
+        "network": "12.50 MB/s (given)",
+        "fetching takes": "37 min 13 s",
+    }
+    assert re.search(r"^hub +2 GiB +2.86 TiB", text, flags=re.MULTILINE)
+    fresh = render_plan(replace(PLAN, tiers=tiers, hub=replace(cost, index_bytes=0, kept_bytes=0, kept_share=0.0)))
+    assert re.search(r"^index +known$", fresh, flags=re.MULTILINE)
+    assert re.search(r"^kept already +nothing$", fresh, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("columns", ["40", "120"])
@@ -113,6 +144,19 @@ def test_colours_only_on_a_terminal_that_wants_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "__stdout__", io.StringIO())
     monkeypatch.setenv("FORCE_COLOR", "1")
     assert "\x1b" not in render_plan(PLAN)
+
+
+def test_statistics_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    experts = replace(STATS.experts, hub_loads=120, hub_bytes=6 * GIB)
+    text = render_stats(replace(STATS, experts=experts, hub=HubCounts(8 * GIB, 1234, 1, 640.0)))
+    for name, figure in (
+        ("of them from the Hub", "120, 6 GiB"),
+        ("fetched", "8 GiB in 10 min 40 s, 13.42 MB/s"),
+        ("requests", "1234, 1 retry"),
+    ):
+        assert re.search(rf"^{name} +{figure}$", text, flags=re.MULTILINE), text
+    assert "Hub" not in render_stats(STATS)
 
 
 def test_statistics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +22,13 @@ from switchrun.planning.opening import PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
 from switchrun.store import expert_path, model_name, open_checkpoint_store, store_folder
+from switchrun.store.dense_file import DenseFile
 from tests.conftest import validate
 from tests.planning.made_up import made_up_checkpoint
 
 PLENTY = 1 << 50
 REPO = "google/switch-tiny"
-STATE = HubState("offload", 10**12, 0, 0, 0, 5000)
+STATE = HubState("offload", 10**12, file_bytes=5000)
 
 
 def on_hub(**geometry: Any) -> SwitchCheckpoint:
@@ -41,7 +43,7 @@ def on_hub(**geometry: Any) -> SwitchCheckpoint:
     forms = ((next(iter(experts.values())), len(experts)),)
     return replace(
         local, id=REPO, revision="c" * 40, dense=moved, experts=experts, expert_forms=forms,
-        hub=RemoteRepo(REPO, "c" * 40, (file,)),
+        hub=RemoteRepo(REPO, "c" * 40, (file, RemoteFile(REPO, "c" * 40, "config.json", 100, "1" * 40))),
     )  # fmt: skip
 
 
@@ -119,6 +121,13 @@ def test_fewer_tokens_may_be_expected_than_memory_is_reserved_for() -> None:
     assert short.hub is not None
     assert (short.hub.output_tokens, long.hub.output_tokens) == (12, 64)
     assert long.hub.expert_bytes > short.hub.expert_bytes
+
+
+def test_a_disk_that_is_too_small_is_a_note() -> None:
+    checkpoint = on_hub()
+    assert planned(checkpoint).notes == ()
+    (note,) = planned(checkpoint, hub=replace(STATE, free_bytes=1 << 20)).notes
+    assert re.fullmatch(r"offload has 1 MiB free, keeping what comes from the Hub takes 1.\d+ MiB", note)
 
 
 def test_a_limit_bounds_what_is_kept() -> None:
@@ -210,6 +219,24 @@ def test_it_is_closed_where_nobody_needs_it(opened: Callable[[SwitchCheckpoint],
     assert made.is_closed
 
 
+def test_a_plan_downloads_nothing_and_says_what_a_download_takes(
+    opened: Callable[[SwitchCheckpoint], Opened], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    made = opened(on_hub())
+    plan = switchrun.plan(REPO, offload_folder="offload", hub="download")
+    assert made.way is HubWay.RANGES
+    cost = plan.hub
+    assert cost is not None
+    assert cost.downloads
+    assert (cost.fetch_bytes, cost.disk_bytes, cost.kept_share) == (PLENTY + 100, PLENTY + 100, 0)
+    assert cost.folder == str(tmp_path / "hub")
+    assert plan.estimate == make_plan(on_hub(), Budgets(PLENTY)).estimate
+    assert [use.tier for use in plan.tiers] == ["cpu", "disk"]
+    assert len(plan.notes) == 1  # no disk is that large
+    validate(json.loads(json.dumps(plan.as_record())), "plan")
+
+
 def test_nothing_reads_from_the_hub_for_a_local_model() -> None:
     assert plan_model(OpenOptions()).hub is None
 
@@ -253,25 +280,33 @@ def test_what_the_offload_folder_keeps(opened: Callable[[SwitchCheckpoint], Open
     for key in list(checkpoint.experts)[:4]:
         expert_path(folder, key).parent.mkdir(parents=True, exist_ok=True)
         expert_path(folder, key).write_bytes(b"x" * 100)
-    dense = store_folder("offload", model_name(checkpoint), "dense")
-    dense.mkdir()
-    (dense / "dense.partial").write_bytes(b"x" * 70)
     cost = open_plan().plan.hub
     assert cost is not None
     assert (cost.kept_share, cost.kept_bytes) == (4 / len(checkpoint.experts), 400)
     assert cost.dense_bytes > 0
     assert cost.folder == str(Path("offload").absolute())
-    assert cost.free_bytes == disks.free_bytes(Path())
-    (dense / "dense.safetensors").write_bytes(b"x" * 70)
+    assert cost.free_bytes == pytest.approx(disks.free_bytes(Path()), rel=0.01)
+    dense = DenseFile("offload", checkpoint)
+    with dense.writing() as writer:
+        assert writer is not None
+        for name in list(dense.tensors)[1:]:
+            writer.finish(name)
+        half = open_plan().plan.hub
+        assert half is not None
+        assert half.dense_bytes == cost.dense_bytes
+        writer.finish(next(iter(dense.tensors)))
+        writer.complete()
     cost = open_plan().plan.hub
     assert cost is not None
-    assert (cost.dense_bytes, cost.kept_bytes) == (0, 470)
-    # In a packed dtype, what is kept as stored does not count.
+    assert (cost.dense_bytes, cost.kept_bytes) == (0, 400 + dense.file_bytes)
+    # In a packed dtype, what is kept as stored is not fetched again either, and what is fetched is kept packed.
     store = open_checkpoint_store("offload", checkpoint, "int8")
-    store.write(ExpertKey("encoder", 1, 0), bytes(store.layout.nbytes))
+    for key in list(checkpoint.experts)[3:5]:
+        store.write(key, bytes(store.layout.nbytes))
     cost = open_plan(dtype="int8").plan.hub
     assert cost is not None
-    assert (cost.kept_share, cost.kept_bytes) == (1 / len(checkpoint.experts), store.file_bytes + 70)
+    assert cost.kept_share == 5 / len(checkpoint.experts)
+    assert cost.kept_bytes == 300 + 2 * store.file_bytes + dense.file_bytes
     assert cost.disk_bytes == pytest.approx(cost.expert_loads * store.file_bytes, rel=0.1)
 
 

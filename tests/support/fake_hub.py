@@ -70,7 +70,7 @@ class Fault:
 
 @dataclass
 class Request:
-    """One request as it was answered; `sent` counts bytes of the body."""
+    """One request as it was answered; `sent` counts bytes of the body, `seconds` what the answer took."""
 
     origin: Origin
     method: str
@@ -79,6 +79,7 @@ class Request:
     authorized: bool = False
     status: int = 0
     sent: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -359,6 +360,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        start = time.monotonic()
         self.hub.closing.wait(self.hub.latency_seconds)
         match = _RANGE.fullmatch(self.headers.get("Range", ""))
         self.entry = Request(
@@ -371,6 +373,12 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub._lock:
             self.hub.log.append(self.entry)
         self._fault = self.hub.fault(self.entry)
+        try:
+            self._respond()
+        finally:
+            self.entry.seconds = time.monotonic() - start
+
+    def _respond(self) -> None:
         if self._fault.silent:
             self._break()
         elif self._fault.status:
@@ -569,7 +577,8 @@ def main() -> None:
         sys.stdin.read()
         seen = [(each.origin, each.method) for each in hub.requests()]
         counts = {f"{origin} {method}": seen.count((origin, method)) for origin, method in sorted(set(seen))}
-        _say({"sent": hub.sent("cdn"), "requests": counts})
+        cdn = hub.requests("cdn")
+        _say({"sent": hub.sent("cdn"), "seconds": sum(each.seconds for each in cdn), "requests": counts})
 
 
 def _say(value: Any) -> None:
