@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.hub import choose_files
@@ -114,9 +115,10 @@ def test_an_installation_leaves_the_demos_fingerprint(
     assert open_checkpoint(None).fingerprint != before, "trained again"
 
 
-def test_a_download_leaves_a_commits_fingerprint(folder: Path) -> None:
+def test_a_download_leaves_a_commits_fingerprint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the Hub's cache has no links, so that nothing but the commit says what files hold."""
     snapshot = put_into_cache(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(snapshot.parents[2]))
     first = open_checkpoint("org/tiny", download=False).fingerprint
     touch_all(snapshot)
     assert open_checkpoint("org/tiny", download=False).fingerprint == first

@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
-from switchrun.store import store_folder
+from switchrun.checkpoint import open_checkpoint
+from switchrun.store import model_name, store_folder
+from tests.checkpoint.test_locate import COMMIT, put_into_cache
 from tests.cli.conftest import Invoke
 from tests.conftest import RunSwitchrun, validate
 from tests.store.conftest import LAYOUT, data_of, flip, key, open_store
+from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
 HUB = "google/switch-base-8@0123abc"
 
@@ -181,6 +186,19 @@ def test_clear_asks_on_a_terminal(invoke: Invoke, offload: Path, answer: bytes, 
 )
 def test_clear_of_a_part(invoke: Invoke, offload: Path, options: list[str], left: int) -> None:
     assert invoke("offload", "clear", "--yes", *options).code == 0
+    assert experts(offload) == left
+
+
+@pytest.mark.parametrize(("revision", "left"), [("main", 6), (COMMIT, 6), ("v1", 7)])
+def test_a_revision_of_a_model_that_is_here(
+    invoke: Invoke, offload: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str, left: int
+) -> None:
+    snapshot = put_into_cache(save_checkpoint(random_model(tiny_config()), tmp_path / "m"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(snapshot.parents[2]))
+    name = model_name(open_checkpoint("org/tiny", download=False))
+    assert re.fullmatch("org/tiny@[0-9a-f]{12}", name)
+    open_store(offload, model=name).write(key(0), data_of(0))
+    assert invoke("offload", "clear", "--yes", "--model", f"org/tiny@{revision}").code == 0
     assert experts(offload) == left
 
 
