@@ -16,7 +16,7 @@ from switchrun.experts.module import RoutingContext
 from switchrun.experts.reader import FileReader
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.experts.ways import reading_way
-from switchrun.machine import disks, ram
+from switchrun.machine import disks, network, ram
 from switchrun.model.build import build_model, open_cache
 from switchrun.model.dense import DenseWeights, drop_weights, input_device, place_dense_weights
 from switchrun.model.generate import RawOutput, generate_batch
@@ -104,6 +104,8 @@ class Engine:
             place_dense_weights(self.model, weights, plan.device_map, note_read)
             for number in plan.gpus:
                 self._add_gpu_cache(number)
+            self._hub = planned.hub
+            self._before = None if self._hub is None else self._hub.traffic
             self._stack = stack.pop_all()
 
     def _add_gpu_cache(self, number: int) -> None:
@@ -196,7 +198,10 @@ class Engine:
             self._stack.close()
 
     def _remember_bandwidth(self) -> None:
-        """Keep how fast the disk was, for the estimates of `switchrun plan`."""
+        """Keep how fast the disk was, and the Hub, for the estimates of `switchrun plan`."""
+        if self._hub is not None and self._before is not None:
+            now = self._hub.traffic
+            network.remember_bandwidth(now.bytes - self._before.bytes, now.seconds - self._before.seconds)
         if self.plan.precision.packed is not None:
             return  # these may have been read from another disk
         counters = self.cache.counters()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from xxhash import xxh3_64
 
+from switchrun.checkpoint.names import scales_of
 from switchrun.checkpoint.types import SwitchCheckpoint, TensorSlice
 from switchrun.errors import StorageError
 from switchrun.machine.files import open_regular, read_regular
@@ -44,13 +45,17 @@ class DenseFormat:
     def __init__(self, layout: Layout, identity: str) -> None:
         self.layout = layout
         self._identity = identity
-        self._names = [part.name for part in layout.parts]
+        self._places = {part.name: part for part in layout.parts}
         self.header_bytes = -(-(8 + len(self._text({}))) // _PAGE) * _PAGE
 
     @property
     def file_bytes(self) -> int:
         """Length of the file."""
         return self.header_bytes + self.layout.nbytes
+
+    def offset(self, name: str) -> int:
+        """Return where a part begins in the file."""
+        return self.header_bytes + self._places[name].offset
 
     def header(self, checksums: Mapping[str, int]) -> bytes:
         """Return all that comes before the data; spaces fill it up, which the format allows."""
@@ -59,7 +64,7 @@ class DenseFormat:
 
     def _text(self, checksums: Mapping[str, int]) -> bytes:
         # Of a fixed length, and first: so `inspect` knows their place.
-        digits = "".join(f"{checksums.get(name, 0):0{_DIGITS}x}" for name in self._names)
+        digits = "".join(f"{checksums.get(name, 0):0{_DIGITS}x}" for name in self._places)
         header: dict[str, object] = {"__metadata__": {_CHECKSUM: digits, "store": self._identity}}
         for part in self.layout.tensors:
             header[part.name] = {
@@ -89,7 +94,7 @@ class DenseFormat:
             os.close(file)
         begin = 8 + len(f'{{"__metadata__":{{"{_CHECKSUM}":"')
         checksums = {}
-        for number, name in enumerate(self._names):
+        for number, name in enumerate(self._places):
             digits = got[begin + number * _DIGITS : begin + (number + 1) * _DIGITS]
             checksums[name] = int(digits, 16) if _HEX.fullmatch(digits) else 0
         if size != self.file_bytes or got != self.header(checksums):
@@ -98,8 +103,8 @@ class DenseFormat:
 
     def chunks(self, file: int, name: str) -> Iterator[bytes]:
         """Yield the bytes of a part of an open file."""
-        at = self.header_bytes + self.layout[name].offset
-        end = at + self.layout[name].nbytes
+        at = self.offset(name)
+        end = at + self._places[name].nbytes
         while at < end:
             chunk = os.pread(file, min(_CHUNK_BYTES, end - at), at)
             if not chunk:
@@ -124,8 +129,10 @@ class DenseFile:
 
     def __init__(self, offload: str | Path, checkpoint: SwitchCheckpoint) -> None:
         model = model_name(checkpoint)
+        self._dense = checkpoint.dense
+        scales = {scales_of(name): each.scales for name, each in checkpoint.dense.items() if each.scales is not None}
         # In an order that only names decide: the file is the same whichever way the model is stored.
-        self.tensors: Mapping[str, TensorSlice] = dict(sorted(checkpoint.dense.items()))
+        self.tensors: Mapping[str, TensorSlice] = dict(sorted({**checkpoint.dense, **scales}.items()))
         layout = Layout.of((name, each.dtype, _as_it_lies(each)) for name, each in self.tensors.items())
         self.folder = store_folder(offload, model, DENSE_FOLDER)
         self._manifest = Manifest(model, checkpoint.fingerprint, DENSE_FOLDER, layout)
@@ -143,18 +150,20 @@ class DenseFile:
             checksums = self.format.inspect(self.folder)
         except (DamagedFileError, OSError):
             return None
-        begin, layout = self.format.header_bytes, self.format.layout
-        return {
-            name: replace(
+
+        def kept(name: str) -> TensorSlice:
+            tensor = self.tensors[name]
+            return replace(
                 tensor,
                 file=self.folder / DENSE_FILE,
-                offset=begin + layout[name].offset,
+                offset=self.format.offset(name),
+                scales=None if tensor.scales is None else kept(scales_of(name)),
                 header_bytes=0,
                 crc=None,
                 xxh3=checksums[name],
             )
-            for name, tensor in self.tensors.items()
-        }
+
+        return {name: kept(name) for name in self._dense}
 
     @contextmanager
     def writing(self) -> Iterator[DenseWriter | None]:
@@ -245,7 +254,7 @@ class DenseWriter:
 
     def write(self, name: str, position: int, data: memoryview) -> None:
         """Write bytes of a tensor from `position` on; OSError if that fails."""
-        at = self._format.header_bytes + self._format.layout[name].offset + position
+        at = self._format.offset(name) + position
         while data:
             count = os.pwrite(self._partial, data, at)
             data, at = data[count:], at + count
