@@ -48,7 +48,7 @@ _OTHER_VARIABLES = {
         "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",
     },
     "The Hub": {
-        "HF_HOME": "where downloads are kept, by default `~/.cache/huggingface`. For `--hub download` name a large disk.",
+        "HF_HOME": "where downloads are kept, by default `~/.cache/huggingface`. For `--hub download`, a large disk.",
         "HF_HUB_CACHE": "the same, for downloaded models alone.",
         "HF_TOKEN": "your token, for gated and private models.",
         "HF_HUB_OFFLINE": "`1` uses only what is on this machine.",

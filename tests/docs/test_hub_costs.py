@@ -13,7 +13,7 @@ from tests.planning.made_up import made_up_checkpoint
 
 MBIT = (16, 100, 1000)
 HEAD = "| model | all of it | index | dense | experts of a sentence | " + " | ".join(f"{n} Mbit/s" for n in MBIT) + " |"
-#: As large as the Hub's shards are at most; what is read of each, and what a tensor takes there, in front and at the end.
+#: The Hub's shards at most; what is read of each at both ends; what a tensor takes there.
 SHARD_BYTES, READ_BYTES, TENSOR_BYTES = 10**10, 144 * KIB, 240
 
 
