@@ -48,11 +48,12 @@ _OTHER_VARIABLES = {
         "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",
     },
     "The Hub": {
-        "HF_HOME": "where downloads are kept, by default `~/.cache/huggingface`. Name a large disk.",
+        "HF_HOME": "where downloads are kept, by default `~/.cache/huggingface`. For `--hub download`, a large disk.",
         "HF_HUB_CACHE": "the same, for downloaded models alone.",
         "HF_TOKEN": "your token, for gated and private models.",
-        "HF_HUB_OFFLINE": "`1` uses only what is in the local cache.",
-        "HTTPS_PROXY": "a proxy for downloads.",
+        "HF_HUB_OFFLINE": "`1` uses only what is on this machine.",
+        "HF_ENDPOINT": "the address of a mirror, instead of https://huggingface.co.",
+        "HTTPS_PROXY": "a proxy for the Hub.",
     },
     "The terminal": {
         "NO_COLOR": "no colours in tables.",

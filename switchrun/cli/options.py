@@ -77,7 +77,7 @@ OffloadLimit = Annotated[
         envvar="SWITCHRUN_OFFLOAD_LIMIT",
         metavar="SIZE",
         show_default="no limit",
-        help="What the experts that --dtype int8 and nf4 keep there may take, like 200GB; those used last stay.",
+        help="What the experts of a dtype that are kept there may take, like 200GB; those used last stay.",
     ),
 ]
 DeviceMap = Annotated[

@@ -57,7 +57,8 @@ def _model(plan: Plan) -> _Rows:
     yield "model", plan.model_id
     if plan.revision:
         yield "revision", plan.revision
-    yield "folder", plan.path if plan.hub is None else f"{plan.path} (its weights stay on the Hub)"
+    local = plan.hub is None or plan.hub.downloads
+    yield "folder", plan.path if local else f"{plan.path} (its weights stay on the Hub)"
     yield "size", format_bytes(plan.total_bytes)
     yield "experts", f"{plan.num_experts} of {format_bytes(plan.expert_bytes)}"
     computed = "" if plan.dtype == plan.precision.compute.value else f"computed in {plan.precision.compute.value}, "

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.test_locate import COMMIT, put_into_cache
-from tests.conftest import RunSwitchrun
+from tests.conftest import RunSwitchrun, validate
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from tests.support.fake_hub import FakeHub
 
 
 @pytest.fixture
@@ -71,3 +72,30 @@ def test_a_tokenizer_that_is_not_there(source: str, code: int, message: str, run
     done = run_switchrun(["fill", "the <extra_id_0> sat", "--tokenizer", source])
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert message in done.stderr
+
+
+def test_plan_and_fill_by_range(tmp_path: Path, run_switchrun: RunSwitchrun) -> None:
+    folder = save_checkpoint(random_model(tiny_config(d_model=64, d_ff=128, num_experts=6)), tmp_path / "m")
+    save_tiny_tokenizer(folder)
+    local = run_switchrun(["fill", "the <extra_id_0> sat", "--model", str(folder), "--max-new-tokens", "4"])
+    with FakeHub() as hub:
+        hub.add("org/tiny", folder)
+        env = hub.environment() | {"SWITCHRUN_MODEL": "org/tiny", "SWITCHRUN_OFFLOAD_FOLDER": "kept"}
+        # Small enough to be downloaded, which plan only counts.
+        record = json.loads(run_switchrun(["plan", "--format", "json"], env=env).stdout)
+        assert record["hub"]["downloads"]
+        assert hub.sent("cdn") < record["total_bytes"] / 2
+        env["SWITCHRUN_HUB"] = "ranges"
+        record = json.loads(run_switchrun(["plan", "--format", "json"], env=env).stdout)
+        validate(record, "plan")
+        cost = record["hub"]
+        assert (cost["downloads"], cost["index_bytes"], cost["kept_share"]) == (False, 0, 0)
+        fill = ["fill", "the <extra_id_0> sat", "--max-new-tokens", "4", "--stats"]
+        done = run_switchrun(fill, env=env)
+        assert (done.returncode, done.stdout) == (0, local.stdout)
+        assert "of them from the Hub" in done.stderr
+        assert json.loads(run_switchrun(["plan", "--format", "json"], env=env).stdout)["hub"]["kept_share"] > 0
+        sent = hub.sent("cdn")
+        done = run_switchrun(fill, env=env)
+        assert (done.stdout, hub.sent("cdn")) == (local.stdout, sent)
+        assert "of them from the Hub" not in done.stderr
