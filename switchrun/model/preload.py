@@ -14,13 +14,16 @@ from switchrun.experts.reader import FileReader
 from switchrun.experts.ways import known_way
 from switchrun.planning import Plan, memory
 from switchrun.planning.device_map import tier_of
+from switchrun.store.layout import ALIGNMENT
 
 
 class Landing:
     """A tensor on its way into whole pages of its own, which may be touched first; reading begins at once."""
 
     def __init__(self, reader: FileReader, tensor: TensorSlice, touch: bool = False) -> None:
-        read = reader.segment(tensor.file, tensor.offset - tensor.header_bytes, tensor.nbytes + tensor.header_bytes)
+        # With its header, and a little more, so that it lies where products can use it.
+        before = min(-(-tensor.header_bytes // ALIGNMENT) * ALIGNMENT, tensor.offset)
+        read = reader.segment(tensor.file, tensor.offset - before, before + tensor.nbytes)
         self.position = tensor.offset - read.offset
         # Read once: huge pages would cost more than they save.
         self.buffer = Buffers(1, -(-read.length // mmap.PAGESIZE) * mmap.PAGESIZE, huge=False)[0]
