@@ -87,6 +87,7 @@ def complete_checkpoint(checkpoint: SwitchCheckpoint, scratch: Path) -> Path:
 
 def _write_copies(checkpoint: SwitchCheckpoint, names: list[str], path: Path) -> None:
     shared = checkpoint.dense[_SHARED]
+    assert isinstance(shared.file, Path)
     with open(shared.file, "rb") as file:
         data = os.pread(file.fileno(), shared.nbytes, shared.offset)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -81,8 +81,8 @@ class Decoder:
 
     def __init__(self, folder: Path) -> None:
         self.checkpoint = open_checkpoint(str(folder))
-        some = next(iter(self.checkpoint.experts.values()))
-        self.way = known_way(some.wi.file) or Way()
+        some, file = next(iter(self.checkpoint.experts.values())), self.checkpoint.experts_file
+        self.way = (known_way(file) if file else None) or Way()
         self.reader = FileReader(True, self.way)
         config = self.checkpoint.config
         self.d_model, self.d_ff = config["d_model"], config["d_ff"]

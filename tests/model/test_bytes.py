@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from switchrun import GenerationOptions, Session
-from switchrun.checkpoint.types import ExpertKey
+from switchrun.checkpoint.types import ExpertKey, TensorSlice
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec
@@ -26,6 +26,11 @@ TEXTS = (
     "<extra_id_0> and salt , <extra_id_1> with the red cat and the blue dog <extra_id_2> beer <extra_id_3> mat",
 )
 STEPS = 6
+
+
+def with_headers(tensors: Iterable[TensorSlice]) -> int:
+    """Bytes of tensors, each with the header before it where its file has one."""
+    return sum(tensor.header_bytes + tensor.nbytes for tensor in tensors)
 
 
 @contextmanager
@@ -86,7 +91,8 @@ def test_each_routed_expert_is_loaded_once_and_nothing_else(
         result = session.fill(TEXTS, GenerationOptions(max_new_tokens=STEPS))[0]
         assert result.experts.requests == requests
         assert result.experts.loads == len(needed)
-        assert result.experts.load_bytes == len(needed) * session.checkpoint.expert_bytes
+        parts = [tensor for key in needed for tensor in session.checkpoint.experts[key]]
+        assert result.experts.load_bytes == with_headers(parts)
         again = session.fill(TEXTS, GenerationOptions(max_new_tokens=STEPS))[0]
         assert (again.experts.loads, again.experts.hit_rate) == (0, 1.0)
 
@@ -136,7 +142,8 @@ def test_opening_reads_dense_weights_and_headers_only(
     with open_with_slots(tmp_path, 2) as session:
         total = bytes_read_by_process() - before
         checkpoint = session.checkpoint
-    dense = sum(tensor.nbytes for tensor in checkpoint.dense.values())
+    # With its header, a dense weight is read from a multiple of 64 on.
+    dense = sum(-(-tensor.header_bytes // 64) * 64 + tensor.nbytes for tensor in checkpoint.dense.values())
     experts = len(checkpoint.experts) * checkpoint.expert_bytes
     assert sum(end - start for _, start, end in read) == dense
     for slices in checkpoint.experts.values():

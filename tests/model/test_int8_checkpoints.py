@@ -68,7 +68,8 @@ def test_the_same_as_when_we_quantise(tmp_path: Path, container: str, stored: st
             assert fill(session) == expected
             assert torch.equal(logits_of(session.engine.model, session), reference)
             experts = session.stats().experts
-            assert experts.load_bytes == experts.loads * EXPERT_BYTES
+            headers = experts.load_bytes - experts.loads * EXPERT_BYTES
+            assert (headers == 0) if container == "safetensors" else (0 < headers <= experts.loads * 4 * 256)
     assert not experts_in(tmp_path / "own")
 
 

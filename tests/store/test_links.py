@@ -246,7 +246,7 @@ def test_what_is_no_manifest_is_refused(offload, kind):
     path = place_of(offload, "manifest")
     path.unlink()
     make, words = KINDS.get(kind, (Path.mkdir, "it is a folder, not a file"))
-    words = "a file of its kind 65536 at most" if kind == "sparse" else words
+    words = "a file of its kind 4194304 at most" if kind == "sparse" else words
     make(path)
     for read_only in (True, False):
         with pytest.raises(CorruptCheckpointError, match=words) as refused:
