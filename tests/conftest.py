@@ -69,6 +69,8 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
         variables["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    if "huggingface_hub" in sys.modules:  # which has read another environment
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return dict(os.environ)
 
 

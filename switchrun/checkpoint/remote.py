@@ -200,10 +200,8 @@ class HubRanges:
         self.read_into(file, offset, memoryview(data))
         return bytes(data)
 
-    def read_into(self, file: RemoteFile, offset: int, into: memoryview) -> float:
-        """Fill `into` with the file's bytes from `offset`; return the seconds in which its answers had not yet begun.
-
-        Blocks; after an error `into` holds anything.
+    def read_into(self, file: RemoteFile, offset: int, into: memoryview) -> None:
+        """Fill `into` with the file's bytes from `offset`. Blocks; after an error `into` holds anything.
 
         What breaks is gone on with at the byte that was reached, and each byte renews the patience.
 
@@ -221,20 +219,19 @@ class HubRanges:
         with self._lock:
             self._traffic.begin()
         try:
-            return self._read_all(file, offset, view)
+            self._read_all(file, offset, view)
         finally:
             with self._lock:
                 self._traffic.end()
 
-    def _read_all(self, file: RemoteFile, offset: int, view: memoryview) -> float:
+    def _read_all(self, file: RemoteFile, offset: int, view: memoryview) -> None:
         done = failures = 0
-        waited = 0.0
         refused: _Url | None = None
         while done < len(view):
             url = self._url(file, refused)
             part = _Part(file, offset + done, view[done:])
             try:
-                waited += self._receive(url, part)
+                self._receive(url, part)
             except _RefusedError as error:
                 # Not every refusal is an expired URL: one fresh URL, then its words.
                 if refused is not None:
@@ -247,14 +244,11 @@ class HubRanges:
                 failures += 1
                 self._pause(str(file), failures, error)
             done += part.filled
-        return waited
 
     # One attempt at a range.
 
-    def _receive(self, url: _Url, part: _Part) -> float:
-        start = time.monotonic()
+    def _receive(self, url: _Url, part: _Part) -> None:
         response = self._open(url, part)
-        waited = time.monotonic() - start
         try:
             with self._interruptible(response):
                 _check_answer(response, part)
@@ -273,7 +267,6 @@ class HubRanges:
         if part.filled < len(part.view):
             self._check_open()
             raise _PassingError("the answer ended early")
-        return waited
 
     def _open(self, url: _Url, part: _Part) -> Any:
         from huggingface_hub import get_session

@@ -113,13 +113,14 @@ class PooledReader(Reader):
 
     def __init__(self, threads: int, name: str) -> None:
         self._outstanding = 0
+        #: Pieces that are being read, and those that wait for a thread.
+        self.pieces = 0
         self._idle = threading.Condition()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
 
-    @property
     @abstractmethod
-    def piece_bytes(self) -> int:
-        """Into pieces of what size segments are cut."""
+    def _piece_bytes(self, nbytes: int) -> int:
+        """Into pieces of what size a segment of so many bytes is cut."""
 
     @abstractmethod
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
@@ -133,18 +134,19 @@ class PooledReader(Reader):
         new: bool = False,
     ) -> int:
         """See `Reader.submit`."""
-        pieces = [piece for segment in segments for piece in _cut(segment, self.piece_bytes)]
+        pieces = [piece for segment in segments for piece in _cut(segment, self._piece_bytes(segment.needed))]
         pending = _Pending(len(pieces), partial(self._end, done))
         submitted = 0
         with self._idle:
             self._outstanding += 1
+            self.pieces += len(pieces)
         try:
             for piece in pieces:
                 self._pool.submit(self._read, piece, buffer, new, pending)
                 submitted += 1
         except BaseException as error:
             for _ in pieces[submitted:]:
-                pending.finish(error)
+                self._finish(pending, error)
             raise
         return sum(piece.length for piece in pieces)
 
@@ -169,9 +171,14 @@ class PooledReader(Reader):
                     touch(target)
                 self._read_piece(piece, target)
         except BaseException as error:  # handed to the thread that waits for the expert
-            pending.finish(error)
+            self._finish(pending, error)
         else:
-            pending.finish(None)
+            self._finish(pending, None)
+
+    def _finish(self, pending: _Pending, error: BaseException | None) -> None:
+        with self._idle:
+            self.pieces -= 1
+        pending.finish(error)
 
     def close(self, drop: bool = False) -> None:
         """See `Reader.close`."""
@@ -192,9 +199,7 @@ class FileReader(PooledReader):
         self._files = OpenFiles()
         super().__init__(self._way.threads, "switchrun-reader")
 
-    @property
-    def piece_bytes(self) -> int:
-        """See `PooledReader`."""
+    def _piece_bytes(self, nbytes: int) -> int:  # noqa: ARG002 - however long it is
         return self._way.chunk_bytes
 
     @property

@@ -24,40 +24,56 @@ from tests.support.fake_hub import FakeHub, Fault
 ID = "google/switch-tiny"
 
 
-def simulate(pace: Pace, latency: float, per_connection: float, line: float, pieces: int = 2000) -> None:
-    """Let a link deliver pieces: each connection carries so much, and the line so much in all."""
-    now = 0.0
-    for _ in range(pieces):
-        rate = min(per_connection, line / pace.connections)
-        seconds = latency + pace.piece_bytes / rate
-        now += seconds / pace.connections
-        pace.note(pace.piece_bytes, latency, seconds, now)
+def simulate(pace: Pace, latency: float, per_connection: float, line: float) -> None:
+    """Let a link deliver pieces of 8 MiB: each connection carries so much, and the line so much in all."""
+    now, size = 0.0, 8 * MIB
+    for _ in range(1000):
+        each = 1 / (latency + size / per_connection)
+        now += 1 / min(pace.connections * each, line / size)
+        pace.note(size, now)
 
 
 @pytest.mark.parametrize(
-    ("latency", "per_connection", "line", "piece_mib", "connections"),
+    ("latency", "per_connection", "line", "connections"),
     [
-        (0.0, 100e6, 100e6, 8, 8),  # a line that few connections fill
-        (0.05, 12.5e6, 100e6, 8, 8),  # eight connections fill it just so
-        (0.05, 12.5e6, 10e9, 8, 32),  # a storage that limits each connection
-        (0.05, 12.5e6, 200e6, 8, 16),
-        (0.2, 50e6, 400e6, 64, 8),  # far away: pieces grow
-        (0.001, 1e6, 1e6, 8, 8),
+        (0.0, 100e6, 100e6, 8),  # a line that one connection fills
+        (0.05, 12.5e6, 95e6, 8),  # eight just so
+        (0.05, 12.5e6, 200e6, 16),
+        (0.05, 12.5e6, 10e9, 32),  # a storage that limits each
+        (0.2, 50e6, 1000e6, 32),  # far away
+        (0.001, 1e6, 1e6, 8),
     ],
 )
-def test_pace(latency: float, per_connection: float, line: float, piece_mib: int, connections: int) -> None:
+def test_pace(latency: float, per_connection: float, line: float, connections: int) -> None:
     pace = Pace()
     simulate(pace, latency, per_connection, line)
-    assert (pace.piece_bytes, pace.connections) == (piece_mib * MIB, connections)
+    assert pace.connections == connections
 
 
 def test_a_pause_is_no_slow_read() -> None:
     pace = Pace()
-    pace.note(8 * MIB, 0.0, 0.1, now=0.1)
+    for now in (0.1, 0.2, 0.3):
+        pace.note(8 * MIB, now)
     pace.restart()
-    for number in range(17):
-        pace.note(8 * MIB, 0.0, 0.1, now=1000 + number / 80)
+    for number in range(24):
+        pace.note(8 * MIB, 1000 + number / 80)
     assert pace.connections == 16
+    for number in range(48):
+        pace.note(8 * MIB, 2000 + number / 80)
+    assert pace.connections == 8
+
+
+@pytest.mark.parametrize(
+    ("mib", "others", "pieces"),
+    [(51, 0, 8), (51, 7, 7), (51, 100, 7), (8, 0, 4), (1, 0, 1), (200, 0, 25)],
+)
+def test_an_expert_alone_uses_all_connections(mib: int, others: int, pieces: int) -> None:
+    with HubRanges() as ranges:
+        reader = HubReader(ranges)
+        reader.pieces = others
+        size = reader._piece_bytes(mib * MIB)
+        assert -(-mib * MIB // size) == pieces
+        reader.close()
 
 
 @pytest.fixture

@@ -78,20 +78,27 @@ def weights_requests(hub: FakeHub) -> Counter[tuple[str, tuple[int, int] | None]
     return Counter((each.path.partition("?")[0], each.range) for each in hub.requests("cdn", "GET"))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "nf4"])
+STORED = {
+    "safetensors": (torch.float32, {"container": "safetensors", "sharded": True}),
+    "torch": (torch.bfloat16, {"container": "torch", "sharded": True}),
+    "transposed": (torch.float32, {"container": "torch", "transposed": True}),
+}
+QUICK = {("safetensors", "bf16"), ("torch", "int8"), ("transposed", "fp32"), ("torch", "nf4")}
+
+
 @pytest.mark.parametrize(
-    ("stored", "how"),
+    ("stored", "dtype"),
     [
-        (torch.float32, {"container": "safetensors", "sharded": True}),
-        (torch.bfloat16, {"container": "torch", "sharded": True}),
-        (torch.float32, {"container": "torch", "transposed": True}),
+        pytest.param(stored, dtype, marks=() if (stored, dtype) in QUICK else pytest.mark.slow)
+        for stored in STORED
+        for dtype in ("fp32", "bf16", "int8", "nf4")
     ],
-    ids=["safetensors", "torch", "transposed"],
 )
 def test_same_tokens_and_each_byte_once(
-    hub: FakeHub, model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, how: Any, dtype: str
+    hub: FakeHub, model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, stored: str, dtype: str
 ) -> None:
-    folder = model(stored, **how)
+    weights, how = STORED[stored]
+    folder = model(weights, **how)
     hub.add(ID, folder)
     expected = local_ids(folder, dtype=dtype)
     routed = []
