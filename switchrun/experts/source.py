@@ -90,11 +90,14 @@ class ExpertSource:
     def load(self, key: ExpertKey) -> Load:
         """Decide from where an expert will be read: the store if it has it, else the checkpoint."""
         slices = self.slices[key]
-        kept = self._kept.get(form_of(slices))
+        kept = self._store_of(slices)
         stored = None if kept is None or key in self._failed else kept.expect(key)
         if stored is None:
             return Load(key, plan_reads(slices, self.direct))
         return Load(key, ReadPlan((stored_read(stored, self.direct),), _kept_positions(slices)), store=kept)
+
+    def _store_of(self, slices: ExpertSlices) -> ExpertStore | None:
+        return self._kept.get(form_of(slices)) if self._kept else None
 
     def weights(self, load: Load, buffer: Buffer) -> ExpertWeights:
         """Return views of what was read into a buffer, once it is verified, and kept if it came from the Hub.
@@ -110,7 +113,7 @@ class ExpertSource:
         else:
             for tensor, position in zip(slices.ranges, load.plan.positions, strict=True):
                 check_range(tensor, buffer.data, position)
-            kept = self._kept.get(form_of(slices))
+            kept = self._store_of(slices)
             if kept is not None and kept.writable:
                 kept.write(load.key, *_in_layout(slices, load.plan, buffer))
             self._failed.discard(load.key)
