@@ -320,6 +320,7 @@ BROKEN_ANSWERS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("origin", "method", "fault"),
     # A HEAD has no body. Where huggingface_hub itself downloads, a stall is waited for by its own time limit.

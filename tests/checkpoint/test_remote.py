@@ -228,7 +228,8 @@ def test_an_unreachable_hub_fails_each_that_waits_for_it(hub: FakeHub, ranges: H
     assert ranges.read(weights, 0, 10) == WEIGHTS[:10]
 
 
-def test_nobody_there() -> None:
+def test_nobody_there(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.use(monkeypatch, endpoint="http://127.0.0.1:9")
     with HubRanges(PATIENCE) as ranges, pytest.raises(NetworkError, match="could not be reached"):
         ranges.read(RemoteFile("a/b", "c" * 40, "weights.bin", 10, "hash"), 0, 10)
 

@@ -52,6 +52,7 @@ def test_a_snapshot_that_lacks_its_weights(snapshot: Path, run_switchrun: RunSwi
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("source", ["org/tiny", "org/tiny@main", f"org/tiny@{COMMIT}"])
 def test_a_tokenizer_from_the_cache(source: str, snapshot: Path, tmp_path: Path, run_switchrun: RunSwitchrun) -> None:
     model = save_checkpoint(random_model(tiny_config()), tmp_path / "without")

@@ -91,6 +91,7 @@ assert len(runs) == 1
 """
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "script", [ONCE, STAND_INS, FALLS_BACK, OWN_FAULT], ids=["once", "stand-ins", "falls-back", "own-fault"]
 )

@@ -73,6 +73,7 @@ def thinned(cases: list[Any]) -> list[Any]:
     return [pytest.param(*case, marks=pytest.mark.slow if at % 3 else ()) for at, case in enumerate(cases)]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("stored", "shared", "tied"),
     thinned(

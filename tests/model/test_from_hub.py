@@ -411,6 +411,7 @@ def test_two_processes_fetch_dense_weights_once(hub: FakeHub, model: Callable[..
     assert len(kept()) == len(set(kept()))
 
 
+@pytest.mark.slow
 def test_kill_loses_only_what_was_in_flight(hub: FakeHub, model: Callable[..., Path]) -> None:
     hub.add(ID, model())
     # While dense weights are fetched.

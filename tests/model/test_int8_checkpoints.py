@@ -52,6 +52,7 @@ MIXTURES: dict[str, Keep] = {
 }
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("container", ["safetensors", "torch", "torch, transposed"])
 @pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16"])
 def test_the_same_as_when_we_quantise(tmp_path: Path, container: str, stored: str) -> None:
@@ -95,6 +96,7 @@ def test_any_mixture_of_plain_and_int8(tmp_path: Path, kept: str) -> None:
     assert bool(experts_in(tmp_path / "own")) == (kept == "all experts")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("device_map", MAPS)
 def test_routers_and_a_head_in_int8(tmp_path: Path, tied: bool, device_map: Any) -> None:

@@ -57,6 +57,7 @@ def test_which_layers_are_int8(tmp_path: Path, dtype: str) -> None:
             assert torch.equal(there[f"{owner}.SCB"], scb)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", ["int8", "nf4"])
 @pytest.mark.parametrize("stored", ["fp32", "bf16", "fp16"])
 def test_the_same_numbers_on_every_tier(tmp_path: Path, dtype: str, stored: str) -> None:

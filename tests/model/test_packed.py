@@ -75,6 +75,7 @@ def fill(session: Session) -> list[list[int]]:
     return [list(result.output_ids) for result in session.fill(TEXTS, OPTIONS)]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("slots", [1, 2, 5, None])
 @pytest.mark.parametrize("transposed", [False, True])

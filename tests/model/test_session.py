@@ -255,6 +255,7 @@ def test_a_second_thread_is_refused_at_once(folder: Path) -> None:
         assert [result.text for result in results] == [result.text for result in session.fill(TEXTS, SHORT)]
 
 
+@pytest.mark.slow
 def test_what_the_caller_had_in_memory_is_not_the_libraries_fault() -> None:
     code = (
         "data = bytearray(1536 << 20); data[::4096] = bytes(len(data[::4096]));"

@@ -367,7 +367,7 @@ def run_mutations(original: Path, folder: Path, every: int, start: int = 0) -> d
 
 
 def test_some_mutations(original: Path, tmp_path: Path) -> None:
-    counts = run_mutations(original, tmp_path, every=101)
+    counts = run_mutations(original, tmp_path, every=211)
     assert counts["answered alike"]
     assert counts["refused"]
 
