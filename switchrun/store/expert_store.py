@@ -42,7 +42,7 @@ Warn = Callable[[str], None]
 
 
 class ExpertStore:
-    """Finds, writes and checks stored experts. Everything in it can be made again from the checkpoint.
+    """Finds, writes and checks stored experts. What is in it can be made, or fetched from the Hub, again.
 
     So whatever goes wrong with the disk costs time and no more: `find` then returns None and `write` False. Only a
     folder that belongs to something else is refused.
