@@ -103,8 +103,8 @@ def free_bytes(path: Path) -> int:
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return what is there of a path: itself, or the nearest one above it."""
-    return next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
+    """Return what is there of a path: itself, or the nearest one above it. A link to nothing is not there."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))  # noqa: PTH110 - never raises
 
 
 def is_sparse(path: Path) -> bool:

@@ -45,3 +45,10 @@ def test_what_is_measured_is_kept_by_it_or_not_at_all() -> None:
     assert disks.known_bandwidth(Path("/mnt/net/other")) == 1e9
     assert disks.known_bandwidth(Path("/mnt/layer/a")) is None
     assert disks.known_bandwidth(Path("/home/a")) is None
+
+
+def test_a_link_to_nothing_is_not_there(tmp_path: Path) -> None:
+    link = tmp_path / "offload"
+    link.symlink_to(tmp_path / "nowhere" / "deep")
+    assert disks.nearest_folder(link) == tmp_path
+    assert disks.free_bytes(link) > 0
