@@ -99,12 +99,14 @@ def filesystem_id(path: Path) -> str | None:
 
 def free_bytes(path: Path) -> int:
     """Return what the filesystem has free on which a path lies, or would lie if it was made."""
-    return shutil.disk_usage(nearest_folder(path)).free
+    place = nearest_folder(path)
+    # A link to nothing: whoever writes there says so.
+    return shutil.disk_usage(place if place.exists() else place.absolute().parent).free
 
 
 def nearest_folder(path: Path) -> Path:
-    """Return what is there of a path: itself, or the nearest one above it. A link to nothing is not there."""
-    return next(each for each in (path, *path.absolute().parents) if os.path.exists(each))  # noqa: PTH110 - never raises
+    """Return what is there of a path: itself, or the nearest one above it."""
+    return next(each for each in (path, *path.absolute().parents) if os.path.lexists(each))
 
 
 def is_sparse(path: Path) -> bool:
