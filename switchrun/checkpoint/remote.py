@@ -40,6 +40,8 @@ _LONGEST_TOLD_SECONDS = 3600.0
 #: Of a refusal's body, what is read and what is shown.
 _EXCERPT_BYTES = 4096
 _EXCERPT_CHARACTERS = 300
+#: And for how long more of it is waited for.
+_EXCERPT_SECONDS = 2.0
 #: How often `ask_all` looks what is done.
 _POLL_SECONDS = 0.01
 _CHECK = "check the connection, HTTPS_PROXY and HF_TOKEN"
@@ -535,10 +537,10 @@ def _range_of(response: Any, part: _Part) -> tuple[int, int, int]:
 
 
 def _excerpt(response: Any) -> str:
-    data = b""
+    data, end = b"", time.monotonic() + _EXCERPT_SECONDS
     for chunk in response.iter_raw():
         data += chunk
-        if len(data) >= _EXCERPT_BYTES:
+        if len(data) >= _EXCERPT_BYTES or time.monotonic() > end:
             break
     return printable(data[:_EXCERPT_BYTES].decode("utf-8", "replace"), _EXCERPT_CHARACTERS)
 

@@ -270,6 +270,18 @@ def test_not_every_refusal_is_an_expired_url(hub: FakeHub, ranges: HubRanges, we
     assert len(hub.requests("hub", "HEAD")) == 2
 
 
+def test_a_refusal_that_comes_slowly_is_not_waited_for(
+    hub: FakeHub, ranges: HubRanges, weights: RemoteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_EXCERPT_SECONDS", 0.1)
+    hub.bandwidth = 100
+    hub.fail(Fault(status=403, body=b"no" * 1000), times=None)
+    begun = time.monotonic()
+    with pytest.raises(NetworkError, match="refused: 403 Forbidden: nono"):
+        ranges.read(weights, 0, 10)
+    assert time.monotonic() - begun < 5
+
+
 def test_urls_may_expire_more_than_once_in_a_read(hub: FakeHub, ranges: HubRanges, weights: RemoteFile) -> None:
     for _ in range(3):
         hub.fail(Fault(status=403))
