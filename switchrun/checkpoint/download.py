@@ -73,6 +73,9 @@ class _Progress:
         progress = self
 
         class Bar(tqdm):
+            # Else tqdm starts a thread for each class, which would never end.
+            monitor_interval = 0
+
             def __init__(self, *args: Any, **options: Any) -> None:
                 # Files that are deduplicated have two; the other one is of bytes on the network.
                 self._counts = not str(options.get("name")).endswith(".transfer")

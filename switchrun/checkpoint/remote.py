@@ -24,6 +24,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
+from switchrun.checkpoint.files import plausible
 from switchrun.checkpoint.hub import explain, is_storage
 from switchrun.checkpoint.types import RemoteFile, RemoteRepo
 from switchrun.errors import CorruptCheckpointError, ModelError, NetworkError, SwitchrunError, printable
@@ -32,9 +33,15 @@ T = TypeVar("T")
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _RATE_LIMIT_RESET = re.compile(r";\s*t\s*=\s*(\d+)")
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_HASH = re.compile(r"[0-9A-Za-z]{1,128}", re.ASCII)
+#: However long a server asks to wait, it is asked again after that.
+_LONGEST_TOLD_SECONDS = 3600.0
 #: Of a refusal's body, what is read and what is shown.
 _EXCERPT_BYTES = 4096
 _EXCERPT_CHARACTERS = 300
+#: And for how long more of it is waited for.
+_EXCERPT_SECONDS = 2.0
 #: How often `ask_all` looks what is done.
 _POLL_SECONDS = 0.01
 _CHECK = "check the connection, HTTPS_PROXY and HF_TOKEN"
@@ -93,7 +100,8 @@ class HubRanges:
 
     Args:
         patience: When to give up.
-        on_wait: Called, from some thread, with the seconds that the Hub asks to wait when its rate limit is reached.
+        on_wait: Called, from some thread, with the seconds that the Hub asks to wait: its rate limit is reached, or it
+            is down for longer than is waited without a word.
     """
 
     def __init__(self, patience: Patience | None = None, on_wait: Callable[[float], None] | None = None) -> None:
@@ -157,13 +165,18 @@ class HubRanges:
             return HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=timeout)
 
         info = self._result(self._start(lambda: self._ask(repo, repo, revision, ask, attempts)))
+        # Names of folders are made of it.
+        if not _matches(_COMMIT, info.sha):
+            raise NetworkError(f"{repo}: the Hub lists it without its commit", _CHECK)
         files = []
         for file in info.siblings or ():
             content = file.lfs.sha256 if file.lfs else file.blob_id
-            if file.size is None or not content or not info.sha:
+            if not _is_name(file.rfilename):
+                raise NetworkError(f"{repo}: the Hub lists a file under what is no name", _CHECK)
+            if not plausible((file.size,)) or not _matches(_HASH, content):
                 raise NetworkError(f"{repo}: the Hub lists {file.rfilename} without its size or hash", _CHECK)
             files.append(RemoteFile(repo, info.sha, file.rfilename, file.size, content))
-        return RemoteRepo(repo, info.sha or "", tuple(files))
+        return RemoteRepo(repo, info.sha, tuple(files))
 
     def ask_all(self, questions: Mapping[RemoteFile, Callable[[], object]], threads: int = 8) -> None:
         """Have huggingface_hub do something with each file, such as download it, until it is done.
@@ -367,7 +380,7 @@ class HubRanges:
             raise NetworkError(f"{what}: the Hub could not be reached: {error}", _CHECK) from error
         self._count_retry()
         seconds = self._patience.wait(failures) if error.seconds is None else error.seconds
-        if error.limited:
+        if error.limited or seconds > self._patience.longest_wait_seconds:
             with self._lock:
                 until = time.monotonic() + seconds
                 # Several threads are told the same.
@@ -524,10 +537,10 @@ def _range_of(response: Any, part: _Part) -> tuple[int, int, int]:
 
 
 def _excerpt(response: Any) -> str:
-    data = b""
+    data, end = b"", time.monotonic() + _EXCERPT_SECONDS
     for chunk in response.iter_raw():
         data += chunk
-        if len(data) >= _EXCERPT_BYTES:
+        if len(data) >= _EXCERPT_BYTES or time.monotonic() > end:
             break
     return printable(data[:_EXCERPT_BYTES].decode("utf-8", "replace"), _EXCERPT_CHARACTERS)
 
@@ -560,14 +573,19 @@ def _passing_status(response: Any) -> _PassingError | None:
 
 
 def _told_wait(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by an answer's headers; None if they say nothing."""
+    """Seconds to wait by an answer's headers, an hour at most; None if they say nothing."""
     told = headers.get("Retry-After", "").strip()
-    if told.isdecimal():
-        return float(told)
-    with contextlib.suppress(ValueError):
-        return max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0)
     reset = _RATE_LIMIT_RESET.search(headers.get("RateLimit", ""))
-    return float(reset[1]) if reset else None
+    seconds: float | None = None
+    if told.isdecimal():
+        seconds = float(told)
+    else:
+        # Dates can be any number of years away.
+        with contextlib.suppress(ValueError, OverflowError):
+            seconds = max(parsedate_to_datetime(told).timestamp() - time.time(), 0.0)
+    if seconds is None and reset is not None:
+        seconds = float(reset[1])
+    return None if seconds is None else min(seconds, _LONGEST_TOLD_SECONDS)
 
 
 def _explained(what: str, repo: str, revision: str | None, error: Exception) -> SwitchrunError:
@@ -575,6 +593,10 @@ def _explained(what: str, repo: str, revision: str | None, error: Exception) -> 
 
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__
+    if isinstance(error, errors.OfflineModeIsEnabled) and what != repo:
+        return NetworkError(
+            f"{what}: what is needed of it is not kept on this machine, and HF_HUB_OFFLINE is set", "unset it once"
+        )
     known = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.OfflineModeIsEnabled)
     if isinstance(error, known) or is_storage(error):  # A gated repository is one that was not found, too.
         return explain(repo, revision, error)
@@ -592,6 +614,18 @@ def _changed(file: RemoteFile) -> CorruptCheckpointError:
         f"{file}: the file on the Hub is not the one that commit {file.commit[:8]} names: its size or hash differs",
         "if HF_ENDPOINT names a mirror, try without it",
     )
+
+
+def _matches(pattern: re.Pattern[str], value: object) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+def _is_name(value: object) -> bool:
+    """Whether it is text that a file can be called by, here and in an address."""
+    try:
+        return isinstance(value, str) and "\0" not in value and bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _words(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,6 @@ import typer
 
 from switchrun.cli import options
 from switchrun.cli.streams import confirmed, report, report_lines, write_answer
-from switchrun.dtypes import PackedDtype
 from switchrun.errors import CorruptCheckpointError, StorageError, SwitchrunError, UsageError, command, printable
 from switchrun.machine import folders
 from switchrun.output.progress import ByteProgress
@@ -35,7 +35,28 @@ Model = Annotated[
         help="Only this model's experts. demo is the demo model's, a folder of that name ./demo.",
     ),
 ]
-Dtype = Annotated[PackedDtype | None, typer.Option("--dtype", show_default="all", help="Only experts in this dtype.")]
+#: What kept weights are called; a number follows where a model stores experts of one dtype in several forms.
+_KINDS = ("int8", "nf4", "fp32", "fp16", "bf16", "dense")
+_KIND = re.compile(rf"({'|'.join(_KINDS)})(n[0-9]+)?", re.ASCII)
+
+
+def _kind(name: str) -> str:
+    if not _KIND.fullmatch(name):
+        kinds = ", ".join(map(repr, _KINDS))
+        raise UsageError(f"--dtype: {printable(repr(name), 100)} is not one of {kinds}")
+    return name
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        parser=_kind,
+        metavar=f"<{'|'.join(_KINDS)}>",
+        show_default="all",
+        help="Only experts in this dtype, or the dense weights of models of the Hub.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -151,11 +172,11 @@ def _confirmed(question: str) -> bool:
     return confirmed(question)
 
 
-def _chosen(place: Path, model: str | None, dtype: PackedDtype | None) -> list[StoreInfo]:
+def _chosen(place: Path, model: str | None, dtype: str | None) -> list[StoreInfo]:
     """Return the stores of a model and a dtype. The model itself need not be there any more."""
     from switchrun.store import list_stores
 
-    stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype.value]
+    stores = [info for info in list_stores(place) if dtype is None or info.folder.name == dtype]
     if model is None:
         return stores
     return [info for info in stores if _is_of(info, place, model)] or _chosen_by_revision(stores, place, model)

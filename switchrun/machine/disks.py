@@ -99,7 +99,9 @@ def filesystem_id(path: Path) -> str | None:
 
 def free_bytes(path: Path) -> int:
     """Return what the filesystem has free on which a path lies, or would lie if it was made."""
-    return shutil.disk_usage(nearest_folder(path)).free
+    place = nearest_folder(path)
+    # A link to nothing: whoever writes there says so.
+    return shutil.disk_usage(place if place.exists() else place.absolute().parent).free
 
 
 def nearest_folder(path: Path) -> Path:

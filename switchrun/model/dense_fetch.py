@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from threading import Lock
 
+from switchrun.checkpoint.hub import is_offline
 from switchrun.checkpoint.range_check import check_checksum, check_header
 from switchrun.checkpoint.remote import HubRanges
 from switchrun.checkpoint.types import RemoteFile, TensorSlice
+from switchrun.errors import NetworkError
 from switchrun.planning.opening import PlannedModel
 from switchrun.store.dense_file import DenseFile, DenseWriter
-from switchrun.units import MIB
+from switchrun.units import MIB, format_bytes
 
 #: As experts are read at first; the file's disk is no limit.
 _THREADS, _PIECE_BYTES = 8, 8 * MIB
@@ -78,6 +80,12 @@ class _Fetch:
         """Fetch all; blocks. Whatever is raised, reads under way are broken off, and what is complete stays."""
         total = self._writer.total_bytes
         done = total - sum(piece.length for piece in self._pieces)
+        if self._pieces and is_offline():
+            file, missing = self._pieces[0].tensor.file, format_bytes(total - done)
+            raise NetworkError(
+                f"{file}: {missing} of dense weights are not on this machine, and HF_HUB_OFFLINE is set",
+                "unset it once",
+            )
         self._writer.check_room(total - done)
         on_bytes(done, total)
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="switchrun-dense") as pool:

@@ -132,7 +132,7 @@ def open_model(
     from switchrun.checkpoint.remote import HubRanges
 
     def on_wait(seconds: float) -> None:
-        (warn or _log.warning)(f"the Hub asks to wait {format_seconds(seconds)} (its rate limit)")
+        (warn or _log.warning)(f"the Hub asks to wait {format_seconds(seconds)}")
 
     with ExitStack() as stack:
         ranges = stack.enter_context(HubRanges(on_wait=on_wait))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -167,7 +169,7 @@ class DenseFile:
 
     @contextmanager
     def writing(self) -> Iterator[DenseWriter | None]:
-        """Yield what writes the file, or None while another process does.
+        """Yield what writes the file, or None while another process does, or if it is there.
 
         Raises:
             StorageError: The folder cannot be written.
@@ -178,7 +180,8 @@ class DenseFile:
             if not has_manifest(self.folder):
                 self._manifest.write(self.folder)
             with opened(self.folder) as folder:
-                if not _lock(folder):
+                # Another process may have ended between its caller's look and the lock.
+                if not _lock(folder) or self.slices() is not None:
                     yield None
                     return
                 with DenseWriter(self, folder) as writer:
@@ -206,6 +209,8 @@ class DenseWriter:
         self._numbers = {name: number for number, name in enumerate(file.tensors)}
         self._lock = threading.Lock()
         flags = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        for each in (PARTIAL_FILE, JOURNAL):
+            _remove_unless_own(each, folder)
         self._partial = os.open(PARTIAL_FILE, flags | os.O_RDWR, 0o666, dir_fd=folder)
         try:
             os.ftruncate(self._partial, file.format.file_bytes)
@@ -221,8 +226,10 @@ class DenseWriter:
         """Return the checksums of tensors that the journal names and whose bytes have them."""
         try:
             text = read_regular(JOURNAL, _MOST_JOURNAL_BYTES, os.O_NOFOLLOW, dir_fd=self._folder)
-        except FileNotFoundError:
-            return {}
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EFBIG):
+                raise
+            return {}  # What has another size than a journal can have is none.
         names = list(self._numbers)
         lines = [(int(number), int(digits, 16)) for number, digits in _LINE.findall(text)]
         stated = {names[number]: checksum for number, checksum in lines if number < len(names)}
@@ -289,6 +296,14 @@ class DenseWriter:
 
 def _as_it_lies(tensor: TensorSlice) -> tuple[int, ...]:
     return tensor.shape[::-1] if tensor.transposed else tensor.shape
+
+
+def _remove_unless_own(name: str, folder: int) -> None:
+    """Delete what is in the place of a file but is a link, a FIFO and the like, or has another name as well."""
+    with contextlib.suppress(FileNotFoundError):
+        status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.unlink(name, dir_fd=folder)
 
 
 def _lock(folder: int) -> bool:

@@ -163,6 +163,14 @@ def test_which_way(
         assert len(hub.requests()) == 1
 
 
+def test_a_download_leaves_no_threads(hub: FakeHub, by_range: Open, folder: Path) -> None:
+    hub.add(REPO, folder)
+    before = set(threading.enumerate())
+    by_range(way=HubWay.DOWNLOAD)
+    left = {each.name for each in set(threading.enumerate()) - before}
+    assert "tqdm_monitor" not in left
+
+
 def test_progress_of_a_download(
     hub: FakeHub, ranges: HubRanges, by_range: Open, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

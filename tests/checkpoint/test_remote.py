@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -270,6 +271,18 @@ def test_not_every_refusal_is_an_expired_url(hub: FakeHub, ranges: HubRanges, we
     assert len(hub.requests("hub", "HEAD")) == 2
 
 
+def test_a_refusal_that_comes_slowly_is_not_waited_for(
+    hub: FakeHub, ranges: HubRanges, weights: RemoteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_EXCERPT_SECONDS", 0.1)
+    hub.bandwidth = 100
+    hub.fail(Fault(status=403, body=b"no" * 1000), times=None)
+    begun = time.monotonic()
+    with pytest.raises(NetworkError, match="refused: 403 Forbidden: nono"):
+        ranges.read(weights, 0, 10)
+    assert time.monotonic() - begun < 5
+
+
 def test_urls_may_expire_more_than_once_in_a_read(hub: FakeHub, ranges: HubRanges, weights: RemoteFile) -> None:
     for _ in range(3):
         hub.fail(Fault(status=403))
@@ -289,6 +302,16 @@ def test_it_waits_as_it_is_told_and_says_so(hub: FakeHub) -> None:
         begun = time.monotonic()
         assert ranges.read(weights, 0, 10) == WEIGHTS[:10]
         assert 1 <= time.monotonic() - begun < 2
+    assert waits == [1]
+
+
+def test_a_long_wait_is_said_whatever_the_reason(hub: FakeHub) -> None:
+    waits: list[float] = []
+    patience = replace(PATIENCE, longest_wait_seconds=0.5)
+    with HubRanges(patience, waits.append) as ranges:
+        weights = file_of(ranges, "weights.bin")
+        hub.fail(Fault(status=503, headers={"Retry-After": "1"}))
+        assert ranges.read(weights, 0, 10) == WEIGHTS[:10]
     assert waits == [1]
 
 
@@ -330,6 +353,9 @@ def test_a_limit_that_is_reached_holds_for_all_files(hub: FakeHub, ranges: HubRa
         ({"RateLimit": '"resolvers";r=0;t=9'}, 9),
         ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
         ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "9" * 400}, 3600),
+        ({"Retry-After": "Fri, 31 Dec 9999 23:59:59 GMT"}, 3600),
+        ({"RateLimit": "r=0;t=" + "9" * 400}, 3600),
         ({}, None),
     ],
 )
@@ -427,6 +453,36 @@ def test_refusals_are_in_the_words_of_a_download(
     assert ranges.traffic.retries == 0
 
 
+SOUND = {"id": "a/b", "sha": "a" * 40, "siblings": [{"rfilename": "x.bin", "size": 1, "blobId": "b" * 40}]}
+
+
+@pytest.mark.parametrize(
+    ("listed", "of_file", "words"),
+    [
+        ({"sha": None}, {}, "without its commit"),
+        ({"sha": 5}, {}, "without its commit"),
+        ({"sha": "../../../x"}, {}, "without its commit"),
+        ({}, {"rfilename": 7}, "what is no name"),
+        ({}, {"rfilename": "x\0.bin"}, "what is no name"),
+        ({}, {"rfilename": "\ud800.bin"}, "what is no name"),
+        ({}, {"size": "1"}, "without its size or hash"),
+        ({}, {"size": -1}, "without its size or hash"),
+        ({}, {"size": 10**30}, "without its size or hash"),
+        ({}, {"blobId": 5}, "without its size or hash"),
+        ({}, {"blobId": "../../x"}, "without its size or hash"),
+    ],
+)
+def test_listings_that_make_no_sense(
+    hub: FakeHub, ranges: HubRanges, listed: dict[str, object], of_file: dict[str, object], words: str
+) -> None:
+    (file,) = SOUND["siblings"]
+    answer = {**SOUND, "siblings": [{**file, **of_file}], **listed}  # type: ignore[dict-item]
+    headers = {"Content-Type": "application/json"}
+    hub.fail(Fault(status=200, headers=headers, body=json.dumps(answer).encode()), origin="hub")
+    with pytest.raises(NetworkError, match=words):
+        ranges.list_files("a/b")
+
+
 def test_other_refusals_of_the_hub(hub: FakeHub, ranges: HubRanges, weights: RemoteFile) -> None:
     with pytest.raises(CorruptCheckpointError, match="gone from the Hub"):
         ranges.read(replace(weights, name="none.bin"), 0, 1)
@@ -441,7 +497,7 @@ def test_other_refusals_of_the_hub(hub: FakeHub, ranges: HubRanges, weights: Rem
         Fault(
             status=200,
             headers={"Content-Type": "application/json"},
-            body=b'{"id": "a/b", "siblings": [{"rfilename": "x.bin"}]}',
+            body=b'{"id": "a/b", "sha": "%s", "siblings": [{"rfilename": "x.bin"}]}' % (b"a" * 40),
         ),
         origin="hub",
     )

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_clear_asks_on_a_terminal(invoke: Invoke, offload: Path, answer: bytes, 
 def test_clear_of_a_part(invoke: Invoke, offload: Path, options: list[str], left: int) -> None:
     assert invoke("offload", "clear", "--yes", *options).code == 0
     assert experts(offload) == left
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32n2", "dense"])
+def test_clear_of_what_came_from_the_hub(invoke: Invoke, offload: Path, kind: str) -> None:
+    shutil.copytree(next(offload.glob("*/nf4")), offload / "x-0123456789ab" / kind)
+    found = invoke("offload", "clear", "--yes", "--dtype", kind)
+    assert found.code == 0
+    assert not list(offload.glob(f"*/{kind}"))
+    assert experts(offload) == 6
+
+
+def test_a_dtype_that_is_none(invoke: Invoke, offload: Path) -> None:
+    for name in ("int", "int8x", "", "..", "dense/.."):
+        assert "is not one of 'int8', 'nf4'" in invoke("offload", "clear", "--yes", "--dtype", name).stderr
+    assert experts(offload) == 6
 
 
 @pytest.mark.parametrize(("revision", "left"), [("main", 6), (COMMIT, 6), ("v1", 7)])

@@ -45,3 +45,10 @@ def test_what_is_measured_is_kept_by_it_or_not_at_all() -> None:
     assert disks.known_bandwidth(Path("/mnt/net/other")) == 1e9
     assert disks.known_bandwidth(Path("/mnt/layer/a")) is None
     assert disks.known_bandwidth(Path("/home/a")) is None
+
+
+def test_room_at_a_link_to_nothing_is_that_beside_it(tmp_path: Path) -> None:
+    link = tmp_path / "offload"
+    link.symlink_to(tmp_path / "nowhere" / "deep")
+    assert disks.free_bytes(link) > 0
+    assert disks.free_bytes(link / "below") > 0

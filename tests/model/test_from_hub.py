@@ -197,8 +197,15 @@ def test_without_a_network_what_is_missing_is_named(
     for path in Path("offload").glob("*/fp32/encoder.1/*.safetensors"):
         path.unlink()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with open_hub() as session, pytest.raises(NetworkError, match=r"HF_HUB_OFFLINE is set"):
+    words = (
+        r"switch-tiny/model\.safetensors: what is needed of it is not kept on this machine, and HF_HUB_OFFLINE is set"
+    )
+    with open_hub() as session, pytest.raises(NetworkError, match=words):
         session.fill(TEXTS[:1])
+    next(Path("offload").glob("*/dense/dense.safetensors")).unlink()
+    words = r"model\.safetensors: .* of dense weights are not on this machine, and HF_HUB_OFFLINE is set"
+    with pytest.raises(NetworkError, match=words), open_hub():
+        pass
 
 
 def test_a_session_goes_on_after_the_hub_has_failed(hub: FakeHub, model: Callable[..., Path]) -> None:
@@ -317,6 +324,58 @@ def test_a_full_disk_is_one_warning(
     assert warning.endswith(
         "No space left on device; no more experts are stored there, so they will be fetched from the Hub again"
     )
+
+
+def _fifo(path: Path, _: Path) -> None:
+    os.mkfifo(path)
+
+
+def _link(path: Path, victim: Path) -> None:
+    path.symlink_to(victim)
+
+
+def _other_name(path: Path, victim: Path) -> None:
+    os.link(victim, path)
+
+
+def _huge(path: Path, _: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("name", [dense_file.PARTIAL_FILE, dense_file.JOURNAL])
+@pytest.mark.parametrize("make", [_fifo, _link, _other_name, _huge])
+def test_what_is_in_the_place_of_a_stopped_fetch(
+    hub: FakeHub, model: Callable[..., Path], tmp_path: Path, make: Callable[[Path, Path], None], name: str
+) -> None:
+    hub.add(ID, model())
+    with open_hub():
+        pass
+    (path,) = Path("offload").glob("*/dense/dense.safetensors")
+    path.unlink()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    make(path.with_name(name), victim)
+    with open_hub():
+        pass
+    assert victim.read_text() == "precious"
+    assert sorted(each.name for each in path.parent.iterdir()) == ["dense.safetensors", "manifest.json"]
+
+
+def test_dense_weights_that_came_before_the_lock_are_not_fetched_again(
+    hub: FakeHub, model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(ID, model())
+    with open_hub():
+        pass
+    before = hub.sent("cdn")
+    looks, look = iter([True]), dense_file.DenseFile.slices
+    # As if another process had ended just after the first look, here after that of the plan.
+    monkeypatch.setattr("switchrun.planning.opening._hub_state", lambda *_: None)
+    monkeypatch.setattr(dense_file.DenseFile, "slices", lambda self: None if next(looks, False) else look(self))
+    with open_hub():
+        pass
+    assert hub.sent("cdn") == before
 
 
 def test_dense_weights_without_room_are_refused(

@@ -247,7 +247,7 @@ def test_the_user_hears_of_the_rate_limit(opened: Callable[[SwitchCheckpoint], O
     open_plan(warn=said.append)
     assert made.ranges is not None
     made.ranges._on_wait(287.0)  # type: ignore[misc]
-    assert said == ["the Hub asks to wait 4 min 47 s (its rate limit)"]
+    assert said == ["the Hub asks to wait 4 min 47 s"]
 
 
 def test_how_fast_the_network_is(opened: Callable[[SwitchCheckpoint], Opened], monkeypatch: pytest.MonkeyPatch) -> None:
