@@ -32,7 +32,7 @@ def cell_record(head: Record, answers: Sequence[Any]) -> Record:
     metrics: dict[str, Summary | None] = {
         "open_seconds": summarise([answer["open_seconds"] for answer in answers]),
         "open_io_read_bytes": summarise([answer["open_io_read_bytes"] for answer in answers]),
-        "open_hub_bytes": summarise([_hub(answer["open_hub"])["bytes"] for answer in answers]),
+        "open_hub_bytes": summarise([_hub(answer.get("open_hub"))["bytes"] for answer in answers]),
         **{name: summarise([row[name] for row in rows]) for name in rows[0]},
     }
     return {
@@ -71,8 +71,8 @@ def fill_metrics(fill: Any, knobs: Record, plan: Record) -> dict[str, float | No
         "gpu_load_bytes": gpus["load_bytes"] if gpus["requests"] else None,
         "expert_loads": counters["loads"],
         "load_bytes": counters["load_bytes"],
-        "hub_loads": counters["hub_loads"] if fill["hub"] else None,
-        **{f"hub_{name}": count for name, count in _hub(fill["hub"]).items()},
+        "hub_loads": counters["hub_loads"] if fill.get("hub") else None,
+        **{f"hub_{name}": count for name, count in _hub(fill.get("hub")).items()},
         "distinct_expert_bytes": used * plan["expert_bytes"],
         "io_read_bytes": fill["io_read_bytes"],
         "wait_seconds": counters["wait_seconds"],
@@ -84,7 +84,7 @@ def fill_metrics(fill: Any, knobs: Record, plan: Record) -> dict[str, float | No
     for stage in _STAGES:
         times = fill["stages"][stage]
         read = times["counters"]["load_bytes"]
-        achieved = divide((read - times["counters"]["hub_bytes"]) or None, times["seconds"])
+        achieved = divide((read - times["counters"].get("hub_bytes", 0)) or None, times["seconds"])
         raw = max((way[stage] for way in fill["raw"] if way[stage]), default=None)
         row |= {
             f"{stage}_seconds": times["seconds"],

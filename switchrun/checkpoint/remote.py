@@ -37,6 +37,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _HASH = re.compile(r"[0-9A-Za-z]{1,128}", re.ASCII)
 #: However long a server asks to wait, it is asked again after that.
 _LONGEST_TOLD_SECONDS = 3600.0
+#: After so long without an answer, its reason is said.
+_SILENT_SECONDS = 3.0
 #: Of a refusal's body, what is read and what is shown.
 _EXCERPT_BYTES = 4096
 _EXCERPT_CHARACTERS = 300
@@ -59,7 +61,7 @@ class Patience:
     """
 
     connect_seconds: float = 10.0
-    stall_seconds: float = 20.0
+    stall_seconds: float = 10.0
     attempts: int = 6
     first_wait_seconds: float = 0.5
     longest_wait_seconds: float = 8.0
@@ -102,11 +104,18 @@ class HubRanges:
         patience: When to give up.
         on_wait: Called, from some thread, with the seconds that the Hub asks to wait: its rate limit is reached, or it
             is down for longer than is waited without a word.
+        on_silence: Called likewise with a reason, when nothing has come for some seconds and it is tried again.
     """
 
-    def __init__(self, patience: Patience | None = None, on_wait: Callable[[float], None] | None = None) -> None:
+    def __init__(
+        self,
+        patience: Patience | None = None,
+        on_wait: Callable[[float], None] | None = None,
+        on_silence: Callable[[str], None] | None = None,
+    ) -> None:
         self._patience = patience or Patience()
         self._on_wait = on_wait
+        self._on_silence = on_silence
         self._lock = threading.RLock()
         self._stopped = threading.Event()
         # All below is guarded by the lock.
@@ -114,6 +123,7 @@ class HubRanges:
         self._running: set[Future[Any]] = set()
         self._sockets: set[socket.socket] = set()
         self._not_before = 0.0
+        self._answered = time.monotonic()
         self._traffic = _Counters()
 
     def __enter__(self) -> HubRanges:
@@ -137,7 +147,7 @@ class HubRanges:
     def reopened(self) -> HubRanges:
         """Return one that goes on where this one was closed: with its URLs, its counts and what it knows of waiting."""
         with self._lock:
-            other = HubRanges(self._patience, self._on_wait)
+            other = HubRanges(self._patience, self._on_wait, self._on_silence)
             other._lock, other._traffic, other._not_before = self._lock, self._traffic, self._not_before
             done = {file: url for file, url in self._urls.items() if url.done() and not url.cancelled()}
             other._urls = {file: url for file, url in done.items() if url.exception() is None}
@@ -230,6 +240,7 @@ class HubRanges:
                 f"{file}: the file is truncated: it has {file.size} bytes, not {offset + len(view)} or more"
             )
         with self._lock:
+            self._begin_to_wait()
             self._traffic.begin()
         try:
             self._read_all(file, offset, view)
@@ -269,6 +280,7 @@ class HubRanges:
                     part.add(chunk)
                     with self._lock:
                         self._traffic.bytes += len(chunk)
+                        self._answered = time.monotonic()
         except (SwitchrunError, _RefusedError, _PassingError):
             raise
         except Exception as error:
@@ -358,13 +370,16 @@ class HubRanges:
     def _ask(
         self, what: str, repo: str, revision: str | None, question: Callable[[], T], attempts: int | None = None
     ) -> T:
+        self._begin_to_wait()
         failures = 0
         while True:
             self._sleep(self._not_before - time.monotonic())
             with self._lock:
                 self._traffic.resolves += 1
             try:
-                return question()
+                answer = question()
+                self._answered = time.monotonic()
+                return answer
             except Exception as error:
                 passing = _passing(error)
                 if passing is None:
@@ -379,6 +394,7 @@ class HubRanges:
         if failures >= (attempts or self._patience.attempts):
             raise NetworkError(f"{what}: the Hub could not be reached: {error}", _CHECK) from error
         self._count_retry()
+        self._say_silence(error)
         seconds = self._patience.wait(failures) if error.seconds is None else error.seconds
         if error.limited or seconds > self._patience.longest_wait_seconds:
             with self._lock:
@@ -389,6 +405,18 @@ class HubRanges:
             if self._on_wait is not None and not said:
                 self._on_wait(seconds)
         self._sleep(seconds)
+
+    def _begin_to_wait(self) -> None:
+        if not self._traffic.reading:
+            self._answered = time.monotonic()
+
+    def _say_silence(self, error: _PassingError) -> None:
+        with self._lock:
+            silent = error.seconds is None and time.monotonic() - self._answered > _SILENT_SECONDS
+            if silent:
+                self._answered = time.monotonic()  # not said again at once, by this thread or another
+        if silent and self._on_silence is not None:
+            self._on_silence(str(error))
 
     def _sleep(self, seconds: float) -> None:
         if self._stopped.wait(max(seconds, 0.0)):
@@ -472,6 +500,11 @@ class _Counters:
         self._reads = 0
         self._since = 0.0
         self._seconds = 0.0
+
+    @property
+    def reading(self) -> bool:
+        """Whether a read is under way."""
+        return self._reads > 0
 
     def begin(self) -> None:
         if not self._reads:

@@ -134,8 +134,11 @@ def open_model(
     def on_wait(seconds: float) -> None:
         (warn or _log.warning)(f"the Hub asks to wait {format_seconds(seconds)}")
 
+    def on_silence(reason: str) -> None:
+        (warn or _log.warning)(f"the Hub does not answer ({reason}); trying again")
+
     with ExitStack() as stack:
-        ranges = stack.enter_context(HubRanges(on_wait=on_wait))
+        ranges = stack.enter_context(HubRanges(on_wait=on_wait, on_silence=on_silence))
         checkpoint = open_checkpoint(model, cache_dir=cache_dir, way=way, ranges=ranges, on_bytes=on_download)
         if checkpoint.hub is None:
             return checkpoint, None

@@ -186,10 +186,13 @@ class DenseFile:
                     return
                 with DenseWriter(self, folder) as writer:
                     yield writer
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.folder} was deleted while it was written", "run it again") from error
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             raise StorageError(
                 f"{self.folder} cannot be written: {error.strerror or error}",
-                "make room, or name another folder with --offload-folder",
+                f"{'make room' if full else 'clear it'}, or name another folder with --offload-folder",
             ) from error
 
 
@@ -209,7 +212,7 @@ class DenseWriter:
         self._numbers = {name: number for number, name in enumerate(file.tensors)}
         self._lock = threading.Lock()
         flags = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        for each in (PARTIAL_FILE, JOURNAL):
+        for each in (PARTIAL_FILE, JOURNAL, DENSE_FILE):
             _remove_unless_own(each, folder)
         self._partial = os.open(PARTIAL_FILE, flags | os.O_RDWR, 0o666, dir_fd=folder)
         try:

@@ -642,3 +642,20 @@ def test_others_go_on_when_one_is_closed(hub: FakeHub, ranges: HubRanges, weight
         with pytest.raises(HubClosedError):
             ended.result()
         assert read.result() == WEIGHTS[:200_000]
+
+
+def test_silence_is_said_once(hub: FakeHub, weights: RemoteFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "_SILENT_SECONDS", 0.2)
+    said: list[str] = []
+    patience = Patience(stall_seconds=0.3, attempts=4, first_wait_seconds=0.01)
+    with HubRanges(patience, on_silence=said.append) as ranges:
+        hub.fail(Fault(after=100), times=1)
+        ranges.read(weights, 0, 1000)
+        assert said == []  # a connection that breaks is gone on with
+        time.sleep(0.3)
+        hub.fail(Fault(after=100), times=1)
+        ranges.read(weights, 0, 1000)
+        assert said == []  # nobody waited meanwhile
+        hub.fail(Fault(after=0, then="stall"), times=1)
+        ranges.read(weights, 0, 1000)
+        assert len(said) == 1
