@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.checkpoint.hub import cache_of, is_cached
+from switchrun.checkpoint.index import CONFIG
 from switchrun.checkpoint.remote import HubRanges
 from switchrun.checkpoint.types import RemoteFile, RemoteRepo
 from switchrun.errors import ModelError
+from switchrun.machine.disks import free_bytes
 from switchrun.units import format_bytes
-
-_CONFIG = "config.json"
 
 
 def download(
@@ -42,11 +41,11 @@ def download(
     _check_space(repo.id, sum(file.size for file in fetched))
     progress = _Progress(sum(file.size for file in fetched), on_bytes)
     ranges.ask_all({file: partial(_download, file, progress) for file in missing})
-    noted = try_to_load_from_cache(repo.id, _CONFIG, revision=revision)
+    noted = try_to_load_from_cache(repo.id, CONFIG, revision=revision)
     if not isinstance(noted, str) or Path(noted).parent != folder:
         # By the branch and not the commit: huggingface_hub then notes it, which is how it is found offline.
-        config = RemoteFile(repo.id, repo.commit, _CONFIG, 0, "")
-        ranges.ask_all({config: partial(hf_hub_download, repo.id, _CONFIG, revision=revision)})
+        config = RemoteFile(repo.id, repo.commit, CONFIG, 0, "")
+        ranges.ask_all({config: partial(hf_hub_download, repo.id, CONFIG, revision=revision)})
     return folder
 
 
@@ -99,10 +98,7 @@ class _Progress:
 def _check_space(repo: str, missing: int) -> None:
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(Path(constants.HF_HUB_CACHE))
     if missing > free:
         raise ModelError(
             f"{repo} needs another {format_bytes(missing)} on disk; {constants.HF_HUB_CACHE} has {format_bytes(free)}",

@@ -50,14 +50,9 @@ def find_model(
     """
     hub.require_cache(repo)
     kept = find_kept(repo, revision, listings)
-    try:
-        # What is here needs no Hub, which is asked once whether it has something newer.
-        listed = ranges.list_files(repo, revision, attempts=1 if kept else _ATTEMPTS)
-    except HubClosedError:
-        raise
-    except (ModelError, NetworkError):
-        if kept is None:
-            raise
+    listed = _list(repo, revision, ranges, optional=kept is not None)
+    if listed is None:
+        assert kept is not None
         return kept
     _note(listings, listed)
     missing, weights = _choose(listed, way)
@@ -69,15 +64,24 @@ def find_settings(repo: str, revision: str | None, ranges: HubRanges) -> Path:
     """Return the folder of a model's configuration and tokenizer, downloading those; errors are as above."""
     hub.require_cache(repo)
     kept = hub.cached_snapshot(repo, revision)
+    listed = _list(repo, revision, ranges, optional=kept is not None)
+    if listed is None:
+        assert kept is not None
+        return kept
+    return download(listed, revision, [file for file in listed.files if hub.is_setting(file.name)], ranges)
+
+
+def _list(repo: str, revision: str | None, ranges: HubRanges, *, optional: bool) -> RemoteRepo | None:
+    """Ask what a repository holds; None if there is no answer, and what is on this machine will do without one."""
     try:
-        listed = ranges.list_files(repo, revision, attempts=1 if kept else _ATTEMPTS)
+        # What is here needs no Hub, which is asked once whether it has something newer.
+        return ranges.list_files(repo, revision, attempts=1 if optional else _ATTEMPTS)
     except HubClosedError:
         raise
     except (ModelError, NetworkError):
-        if kept is None:
+        if not optional:
             raise
-        return kept
-    return download(listed, revision, [file for file in listed.files if hub.is_setting(file.name)], ranges)
+        return None
 
 
 def find_kept(repo: str, revision: str | None, listings: Path) -> tuple[Path, RemoteRepo | None] | None:

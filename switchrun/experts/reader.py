@@ -25,6 +25,10 @@ PAGE = 4096
 MOST_OPEN_FILES = 64
 
 
+#: Called when reads have ended, with their first error.
+Done = Callable[[BaseException | None], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Way:
     """A way to read: so many threads, pieces of so many bytes, past the page cache or through it.
@@ -57,13 +61,7 @@ class Reader(ABC):
     """Reads segments into memory."""
 
     @abstractmethod
-    def submit(
-        self,
-        segments: Sequence[Segment],
-        buffer: memoryview,
-        done: Callable[[BaseException | None], None],
-        new: bool = False,
-    ) -> int:
+    def submit(self, segments: Sequence[Segment], buffer: memoryview, done: Done, new: bool = False) -> int:
         """Start reading segments into a buffer; return the bytes that will be read.
 
         The buffer must stay untouched until `done` is called: once, on a reader thread, with None or the first error,
@@ -126,13 +124,7 @@ class PooledReader(Reader):
     def _read_piece(self, piece: Segment, target: memoryview) -> None:
         """Read one piece; blocks."""
 
-    def submit(
-        self,
-        segments: Sequence[Segment],
-        buffer: memoryview,
-        done: Callable[[BaseException | None], None],
-        new: bool = False,
-    ) -> int:
+    def submit(self, segments: Sequence[Segment], buffer: memoryview, done: Done, new: bool = False) -> int:
         """See `Reader.submit`."""
         pieces = [piece for segment in segments for piece in _cut(segment, self._piece_bytes(segment.needed))]
         pending = _Pending(len(pieces), partial(self._end, done))
@@ -155,7 +147,7 @@ class PooledReader(Reader):
         with self._idle:
             self._idle.wait_for(lambda: self._outstanding == 0)
 
-    def _end(self, done: Callable[[BaseException | None], None], error: BaseException | None) -> None:
+    def _end(self, done: Done, error: BaseException | None) -> None:
         try:
             done(error)
         finally:
@@ -263,7 +255,7 @@ def _settle(end: Future[None], error: BaseException | None) -> None:
 class _Pending:
     """Counts down the pieces of one submission."""
 
-    def __init__(self, pieces: int, done: Callable[[BaseException | None], None]) -> None:
+    def __init__(self, pieces: int, done: Done) -> None:
         self._left = pieces
         self._done = done
         self._error: BaseException | None = None
@@ -386,13 +378,7 @@ class SplitReader(Reader):
         """Of the files of this machine."""
         return self._local.reads_past_page_cache
 
-    def submit(
-        self,
-        segments: Sequence[Segment],
-        buffer: memoryview,
-        done: Callable[[BaseException | None], None],
-        new: bool = False,
-    ) -> int:
+    def submit(self, segments: Sequence[Segment], buffer: memoryview, done: Done, new: bool = False) -> int:
         """See `Reader.submit`."""
         return self._of(segments[0].file).submit(segments, buffer, done, new)
 

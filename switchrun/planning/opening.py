@@ -215,8 +215,7 @@ def disk_of(checkpoint: SwitchCheckpoint, offload: Path) -> Bandwidth:
 
     That is the checkpoint's disk, or the offload folder's for a checkpoint on the Hub.
     """
-    file = next(iter(checkpoint.experts.values())).wi.file
-    measured = disks.known_bandwidth(file if isinstance(file, Path) else offload)
+    measured = disks.known_bandwidth(checkpoint.experts_file or offload)
     return Bandwidth(measured, "measured") if measured else ASSUMED_BANDWIDTH
 
 

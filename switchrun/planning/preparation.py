@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import NamedTuple, cast
 
 from switchrun.checkpoint.types import ExpertKey, Stack, SwitchCheckpoint
 from switchrun.errors import BudgetError, StorageError, UsageError
+from switchrun.machine import disks
 from switchrun.planning.memory import buffer_for, index_bytes
 from switchrun.planning.plan import Bandwidth, SparseLayer
 from switchrun.store import ExpertStore, Layout
@@ -183,8 +183,6 @@ def make_preparation(
         fitting = max(0, limit_bytes - taken) // store.file_bytes
         left_out = max(0, len(todo) - fitting)
         del todo[fitting:]
-    # The folder, or the nearest one above it that is there.
-    place = next(path for path in (store.folder.absolute(), *store.folder.absolute().parents) if path.is_dir())
     return Preparation(
         todo=tuple(todo),
         stored=tuple(stored),
@@ -192,7 +190,7 @@ def make_preparation(
         left_out=left_out,
         file_bytes=store.file_bytes,
         read_bytes=checkpoint.expert_bytes,
-        free_bytes=shutil.disk_usage(place).free,
+        free_bytes=disks.free_bytes(store.folder),
     )
 
 
