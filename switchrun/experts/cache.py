@@ -154,7 +154,7 @@ class ExpertCache:
         except BaseException as failure:  # handed to the model's thread
             outcome = failure
             with contextlib.suppress(Exception):  # whatever goes wrong here, somebody waits for the arrival
-                if self._format.give_up(load, failure):
+                if load.give_up(failure):
                     outcome = None
                     for segment in load.plan.segments:
                         self._reader.forget(segment.file)

@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
-from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffer
-from switchrun.experts.source import DamagedExpertError, ExpertSource, Load, ReadPlan, stored_read
+from switchrun.experts.source import ExpertSource, Load, StoreReads
 from switchrun.kernels.matrices import (
     TORCH_DTYPES,
     ExpertWeights,
@@ -43,10 +42,6 @@ class Format(ABC):
     @abstractmethod
     def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
         """Convert what was read into a staging buffer into a slot; blocks while it computes."""
-
-    def give_up(self, load: Load, error: BaseException) -> bool:
-        """Note that an expert could not be brought in; whether there is another way to it."""
-        return self._source.give_up(load, error)
 
 
 class PlainFormat(Format):
@@ -97,45 +92,30 @@ class PackedFormat(Format):
     def __init__(self, source: ExpertSource, store: ExpertStore, writer: BackgroundWriter | None) -> None:
         super().__init__(source)
         self._store = store
+        self._reads = StoreReads(store, source.direct)
         self._writer = writer
         self._layout = store.layout
-        #: Experts that the store has failed to give; it is not asked for them until they have been packed again.
-        self._failed: set[ExpertKey] = set()
 
     def load(self, key: ExpertKey) -> Load:
         """Read what the store has, and else the source."""
-        stored = None if key in self._failed else self._store.expect(key)
-        if stored is None:
-            return super().load(key)
-        return Load(key, ReadPlan((stored_read(stored, self._source.direct),), ()), store=self._store)
+        return self._reads.load(key) or super().load(key)
 
     def place(self, load: Load, slot: Buffer) -> ExpertWeights:
         """Verify an expert's checksum, at each read: a file may be damaged at any time."""
-        if not self._store.verify(load.key, self._packed(slot)):
-            raise DamagedExpertError("its bytes do not match its checksum")
+        self._reads.verify(load.key, slot)
         return self._views(load.key, slot)
 
     def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
         """Pack, and have the result stored if a buffer is free for it."""
         weights = self._views(load.key, slot)
         quantise(self._source.weights(load, staging), weights)
-        self._failed.discard(load.key)
+        self._reads.renew(load.key)
         self._clear_padding(slot)
         if self._writer is None:
             self._store.write(load.key, self._packed(slot))
         else:
             self._writer.offer(load.key, self._packed(slot))
         return weights
-
-    def give_up(self, load: Load, error: BaseException) -> bool:
-        """Take from the source what the store could not give."""
-        if load.store is not self._store:
-            return super().give_up(load, error)
-        if not isinstance(error, CorruptCheckpointError | DamagedExpertError):
-            return False
-        self._failed.add(load.key)
-        self._store.discard(load.key, str(error))
-        return True
 
     def _views(self, key: ExpertKey, slot: Buffer) -> ExpertWeights:
         return packed_views(slot, self._layout, self._store.manifest.dtype, self._source.slices[key].wi.shape)

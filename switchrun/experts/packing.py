@@ -184,7 +184,7 @@ class _Job:
                 self._reader.read(load.plan.segments, self._plain.data)
                 return self._source.weights(load, self._plain)
             except (CorruptCheckpointError, DamagedExpertError) as error:
-                if not self._source.give_up(load, error):
+                if not load.give_up(error):
                     raise
                 self._reader.forget(load.plan.segments[0].file)
 

@@ -34,16 +34,53 @@ class Load:
     key: ExpertKey
     plan: ReadPlan
     staged: bool = False
-    store: ExpertStore | None = None
+    store: StoreReads | None = None
 
     @property
     def from_hub(self) -> bool:
         """Whether it is read over the network."""
         return isinstance(self.plan.segments[0].file, RemoteFile)
 
+    def give_up(self, error: BaseException) -> bool:
+        """Note that the expert could not be brought in; whether there is another way to it."""
+        return self.store is not None and self.store.give_up(self.key, error)
+
 
 class DamagedExpertError(Exception):
     """What was read from the store is not what was written there."""
+
+
+class StoreReads:
+    """A store as experts are read from it: for what it has failed to give, it is not asked until that is renewed."""
+
+    def __init__(self, store: ExpertStore, direct: bool) -> None:
+        self.store = store
+        self._direct = direct
+        self._failed: set[ExpertKey] = set()
+
+    def load(self, key: ExpertKey, positions: tuple[int, ...] = ()) -> Load | None:
+        """Decide to read an expert, which has its ranges at these positions; None if the store lacks it."""
+        stored = None if key in self._failed else self.store.expect(key)
+        if stored is None:
+            return None
+        return Load(key, ReadPlan((stored_read(stored, self._direct),), positions), store=self)
+
+    def verify(self, key: ExpertKey, buffer: Buffer) -> None:
+        """Raise DamagedExpertError unless the expert was read to the buffer's start: a file may be damaged any time."""
+        if not self.store.verify(key, buffer.data[: self.store.layout.nbytes]):
+            raise DamagedExpertError("its bytes do not match its checksum")
+
+    def give_up(self, key: ExpertKey, error: BaseException) -> bool:
+        """Discard what the store could not give; False if that is not what the error is about."""
+        if not isinstance(error, CorruptCheckpointError | DamagedExpertError):
+            return False
+        self._failed.add(key)
+        self.store.discard(key, str(error))
+        return True
+
+    def renew(self, key: ExpertKey) -> None:
+        """Note that an expert came another way, and may have been written again."""
+        self._failed.discard(key)
 
 
 class ExpertSource:
@@ -64,9 +101,7 @@ class ExpertSource:
     ) -> None:
         self.slices = slices
         self.direct = direct
-        self._kept = kept or {}
-        #: Experts that the store has failed to give; it is not asked for them until they have been read again.
-        self._failed: set[ExpertKey] = set()
+        self._kept = {form: StoreReads(store, direct) for form, store in (kept or {}).items()}
 
     @classmethod
     def open(
@@ -91,12 +126,10 @@ class ExpertSource:
         """Decide from where an expert will be read: the store if it has it, else the checkpoint."""
         slices = self.slices[key]
         kept = self._store_of(slices)
-        stored = None if kept is None or key in self._failed else kept.expect(key)
-        if stored is None:
-            return Load(key, plan_reads(slices, self.direct))
-        return Load(key, ReadPlan((stored_read(stored, self.direct),), _kept_positions(slices)), store=kept)
+        load = None if kept is None else kept.load(key, _kept_positions(slices))
+        return load or Load(key, plan_reads(slices, self.direct))
 
-    def _store_of(self, slices: ExpertSlices) -> ExpertStore | None:
+    def _store_of(self, slices: ExpertSlices) -> StoreReads | None:
         return self._kept.get(form_of(slices)) if self._kept else None
 
     def weights(self, load: Load, buffer: Buffer) -> ExpertWeights:
@@ -108,24 +141,16 @@ class ExpertSource:
         """
         slices = self.slices[load.key]
         if load.store is not None:
-            if not load.store.verify(load.key, buffer.data[: load.store.layout.nbytes]):
-                raise DamagedExpertError("its bytes do not match its checksum")
+            load.store.verify(load.key, buffer)
         else:
             for tensor, position in zip(slices.ranges, load.plan.positions, strict=True):
                 check_range(tensor, buffer.data, position)
             kept = self._store_of(slices)
-            if kept is not None and kept.writable:
-                kept.write(load.key, *_in_layout(slices, load.plan, buffer))
-            self._failed.discard(load.key)
+            if kept is not None:
+                if kept.store.writable:
+                    kept.store.write(load.key, *_in_layout(slices, load.plan, buffer))
+                kept.renew(load.key)
         return as_stored(slices, load.plan, buffer)
-
-    def give_up(self, load: Load, error: BaseException) -> bool:
-        """Note that the store could not give an expert; whether there is another way to it."""
-        if load.store is None or not isinstance(error, CorruptCheckpointError | DamagedExpertError):
-            return False
-        self._failed.add(load.key)
-        load.store.discard(load.key, str(error))
-        return True
 
 
 def stored_read(stored: StoredExpert, direct: bool) -> Segment:
