@@ -1,0 +1,277 @@
+"""Products in C: bf16, int8, nf4 and qmoe matrices that are unpacked in registers, on a few threads of our own.
+
+The sources are in `c/`; the package's build compiles them once for each path of a processor (`build_backend/`). The
+best one that the processor can run is loaded, or the one that `SWITCHRUN_KERNELS` names: `avx512`, `avx2`, `portable`,
+or `off`. ctypes lets go of the interpreter's lock while C runs. Every sum is in float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from switchrun.store.layout import nf4_sizes
+
+#: From the slowest to the fastest, which is the order of the bits of `native_paths`.
+PATHS = ("portable", "avx2", "avx512")
+_VARIABLE = "SWITCHRUN_KERNELS"
+#: Threads that may work on one product, the caller's among them.
+MOST_THREADS = 8
+#: A thread gets at least so many elements: starting one takes some 20 µs.
+_SHARE = 1 << 18
+_PANEL = 4  # native.h's: shares begin at a multiple of it
+
+_INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_PRODUCT = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "native_paths": (_INT, []),
+    "bf16_product": (None, [*_PRODUCT, _POINTER]),
+    "int8_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
+    "nf4_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
+    "qmoe_lanes": (_INT, []),
+    "qmoe_product": (
+        _INT,
+        [_POINTER, *[_INT] * 3, _POINTER, *[_INT] * 3, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER],
+    ),
+    "qmoe_unpack": (_INT, [_POINTER, *[_INT] * 3, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER]),
+    "qmoe_dictionary": (_INT, [_POINTER] * 3),
+    "qmoe_encode": (_INT, [_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER]),
+}
+#: Codewords of QMoE's dictionary.
+QMOE_WORDS = 1 << 16
+_WRONG = {1: "offsets that do not rise", 2: "a code beyond the dictionary", 3: "codes that do not fill it"}
+
+
+class DamagedMatrixError(ValueError):
+    """A QMoE matrix whose codes or offsets cannot be; nothing outside it was read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dictionary:
+    """QMoE's codewords: `table` decodes them, `next` encodes, `pairs` spells them (see c/qmoe_dictionary.c)."""
+
+    table: torch.Tensor
+    next: torch.Tensor
+    pairs: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QmoeMatrix:
+    """A ternary matrix as QMoE stores it: codes, where each row's begin, each row's minimum and maximum."""
+
+    codes: torch.Tensor
+    offsets: torch.Tensor
+    extremes: torch.Tensor
+    columns: int
+
+    def __post_init__(self) -> None:
+        rows = len(self.offsets) - 1
+        _check("codes", self.codes, (torch.int16, torch.uint16), (len(self.codes),))
+        _check("row offsets", self.offsets, (torch.int32,), (rows + 1,))
+        _check("row extremes", self.extremes, (torch.bfloat16,), (2 * rows,))
+        if rows < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.codes):
+            raise DamagedMatrixError(f"row offsets do not go from 0 to the {len(self.codes)} codes")
+
+
+def paths() -> tuple[str, ...]:
+    """Return the paths that are built and that this processor can run, the slowest first."""
+    portable = _library("portable")
+    if portable is None:
+        return ()
+    able = portable.native_paths()
+    return tuple(path for bit, path in enumerate(PATHS) if able >> bit & 1 and _library(path) is not None)
+
+
+def path() -> str | None:
+    """Return the path in use: the fastest, or the one `SWITCHRUN_KERNELS` names; None if there is none.
+
+    A `ValueError` if the one that is named cannot run here.
+    """
+    named, able = os.environ.get(_VARIABLE, ""), paths()
+    if named == "off":
+        return None
+    if named and named not in able:
+        raise ValueError(f"{_VARIABLE}={named}: this machine has {', '.join((*able, 'off'))}")
+    return named or (able[-1] if able else None)
+
+
+def available() -> bool:
+    """Return whether there is a path to use."""
+    return path() is not None
+
+
+def linear_bf16(x: torch.Tensor, weight: torch.Tensor, threads: int | None = None) -> torch.Tensor:
+    """Return `x @ weight.T` in float32; `x` `[tokens, in]`, `weight` bfloat16 `[out, in]`."""
+    _check("weight", weight, (torch.bfloat16,), (weight.shape[0], x.shape[-1]))
+    return _product("bf16_product", x, (weight.shape[0], weight.shape[1]), threads, weight)
+
+
+def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor, threads: int | None = None) -> torch.Tensor:
+    """Return `x @ weight.T` in float32; the matrix as `quantise_int8` writes it."""
+    _check("codes", codes, (torch.int8,), (codes.shape[0], x.shape[-1]))
+    _check("SCB", scb, (torch.float32,), (codes.shape[0],))
+    return _product("int8_product", x, (codes.shape[0], codes.shape[1]), threads, codes, scb / 127.0)
+
+
+def linear_nf4(
+    x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], threads: int | None = None
+) -> torch.Tensor:
+    """Return `x @ weight.T` in float32; a matrix `(out, in)` in bitsandbytes' plain layout, `absmax` bfloat16."""
+    codes, scales = nf4_sizes(*shape)
+    _check("codes", packed, (torch.uint8,), (codes,))
+    _check("absmax", absmax, (torch.bfloat16,), (scales,))
+    return _product("nf4_product", x, shape, threads, packed, absmax)
+
+
+def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None) -> torch.Tensor:
+    """Return `x @ weight.T` in float32; a `DamagedMatrixError` names the row that cannot be decoded."""
+    library, table = _loaded(), dictionary().table
+    tokens, columns, rows = x.shape[0], matrix.columns, len(matrix.offsets) - 1
+    _check("x", x, (x.dtype,), (tokens, columns), contiguous=False)
+    x = x.float()
+    if not x.isfinite().all():  # zeros are skipped, but zero times infinity is none
+        return torch.nn.functional.linear(x, unpack_qmoe(matrix).float())
+    lanes = library.qmoe_lanes()
+    if tokens == 1:
+        stride, given = 1, x.contiguous()
+    else:
+        stride = -(-tokens // lanes) * lanes
+        given = x.new_zeros(columns, stride)
+        given[:, :tokens] = x.T
+    y = torch.empty(tokens, rows)
+    held = (given, y, table, matrix.codes, matrix.offsets, matrix.extremes)
+    at = [tensor.data_ptr() for tensor in held]
+
+    def share(begin: int, end: int) -> None:
+        _fine(
+            library.qmoe_product(
+                at[0], tokens, columns, stride, at[1], rows, begin, end, at[2], QMOE_WORDS, at[3], len(matrix.codes),
+                *at[4:],
+            )
+        )  # fmt: skip
+
+    _split(rows, columns, threads, share)
+    return y
+
+
+def unpack_qmoe(matrix: QmoeMatrix) -> torch.Tensor:
+    """Return the whole matrix in bfloat16 `[out, in]`: to compare with, or for what needs a plain matrix."""
+    table, rows = dictionary().table, len(matrix.offsets) - 1
+    result = torch.empty(rows, matrix.columns, dtype=torch.bfloat16)
+    _fine(
+        _loaded().qmoe_unpack(
+            result.data_ptr(), matrix.columns, 0, rows, table.data_ptr(), QMOE_WORDS, matrix.codes.data_ptr(),
+            len(matrix.codes), matrix.offsets.data_ptr(), matrix.extremes.data_ptr(),
+        )
+    )  # fmt: skip
+    return result
+
+
+def encode_qmoe(digits: torch.Tensor, extremes: torch.Tensor) -> QmoeMatrix:
+    """Encode digits, uint8 `[out, in]` (0 zero, 1 the row's minimum, 2 its maximum), by the longest match."""
+    rows, columns = digits.shape
+    _check("digits", digits, (torch.uint8,), (rows, columns))
+    if columns % 2:
+        raise ValueError(f"QMoE encodes pairs, and a row has {columns} digits")
+    codes, offsets = torch.empty(rows * columns // 2, dtype=torch.int16), torch.empty(rows + 1, dtype=torch.int32)
+    following = dictionary().next
+    count = _loaded().qmoe_encode(
+        digits.data_ptr(), rows, columns, following.data_ptr(), codes.data_ptr(), offsets.data_ptr()
+    )
+    if count < 0:
+        raise ValueError("digits are 0, 1 and 2")
+    return QmoeMatrix(codes[:count].clone(), offsets, extremes, columns)
+
+
+@cache
+def dictionary() -> Dictionary:
+    """Build QMoE's dictionary, once in a process."""
+    made = Dictionary(
+        torch.empty(QMOE_WORDS, dtype=torch.uint32),
+        torch.empty(QMOE_WORDS + 1, 9, dtype=torch.int32),
+        torch.empty(QMOE_WORDS, dtype=torch.uint64),
+    )
+    error = _loaded().qmoe_dictionary(made.table.data_ptr(), made.pairs.data_ptr(), made.next.data_ptr())
+    if error:
+        raise MemoryError("no memory to build QMoE's dictionary")
+    return made
+
+
+def _product(
+    name: str, x: torch.Tensor, shape: tuple[int, int], threads: int | None, *parts: torch.Tensor
+) -> torch.Tensor:
+    rows, columns = shape
+    tokens = x.shape[0]
+    _check("x", x, (x.dtype,), (tokens, columns), contiguous=False)
+    function, x, y = getattr(_loaded(), name), x.float().contiguous(), torch.empty(tokens, rows)
+    given, result, rest = x.data_ptr(), y.data_ptr(), [part.data_ptr() for part in parts]
+
+    def share(begin: int, end: int) -> None:
+        function(given, tokens, columns, result, rows, begin, end, *rest)
+
+    _split(rows, columns, threads, share)
+    return y
+
+
+def _split(rows: int, columns: int, threads: int | None, share: Callable[[int, int], None]) -> None:
+    """Call `share` for ranges of rows, one of them on this thread; what any of them raises is raised here."""
+    most = min(MOST_THREADS, torch.get_num_threads() if threads is None else threads)
+    parts = max(1, min(most, rows * columns // _SHARE))
+    step = max(_PANEL, -(-rows // (parts * _PANEL)) * _PANEL)
+    starts = range(0, rows, step)
+    others: list[Future[None]] = [_helpers().submit(share, at, min(at + step, rows)) for at in starts[1:]]
+    try:
+        if rows:
+            share(0, min(step, rows))
+    finally:  # whatever happens here, they write into the result
+        errors = [other.exception() for other in others]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _fine(code: int) -> None:
+    if code:
+        raise DamagedMatrixError(f"row {code // 4} has {_WRONG[code % 4]}")
+
+
+def _check(
+    name: str, tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], contiguous: bool = True
+) -> None:
+    if tensor.dtype not in dtypes or tensor.shape != shape:
+        wanted = f"{dtypes[0]} {list(shape)}"
+        raise ValueError(f"{name} must be {wanted}, not {tensor.dtype} {list(tensor.shape)}")
+    if tensor.device.type != "cpu" or (contiguous and not tensor.is_contiguous()):
+        raise ValueError(f"{name} must be on the CPU and contiguous")
+
+
+def _loaded() -> ctypes.CDLL:
+    chosen = path()
+    library = _library(chosen) if chosen else None
+    if library is None:
+        raise RuntimeError("switchrun was built without its kernels")
+    return library
+
+
+@cache
+def _library(path: str) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(str(Path(__file__).with_name(f"_native_{path}.so")))
+    except OSError:
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(MOST_THREADS - 1, thread_name_prefix="switchrun-product")
