@@ -4,7 +4,10 @@
 INLINE void unpack(struct matrix m, int64_t first, int64_t count, float *values) {
     const int8_t *at = (const int8_t *)m.codes + first;
     int64_t c = 0;
-    for (; c + LANES <= count; c += LANES) store(values + c, from_int8(at + c));
+    for (; c + LANES <= count; c += LANES) {
+        prefetch(at + c);
+        store(values + c, from_int8(at + c));
+    }
     for (; c < count; c++) values[c] = at[c];
 }
 
@@ -12,11 +15,13 @@ INLINE float dot(struct matrix m, int64_t first, int64_t count, const float *x) 
     const int8_t *at = (const int8_t *)m.codes + first;
     V sums[4] = {fill(0), fill(0), fill(0), fill(0)};
     int64_t c = 0;
-    for (; c + 4 * LANES <= count; c += 4 * LANES)
+    for (; c + 4 * LANES <= count; c += 4 * LANES) {
+        prefetch(at + c);
         UNROLL for (int i = 0; i < 4; i++) {
             int64_t k = c + i * LANES;
             sums[i] = madd(from_int8(at + k), load(x + k), sums[i]);
         }
+    }
     for (; c + LANES <= count; c += LANES) sums[0] = madd(from_int8(at + c), load(x + c), sums[0]);
     float total = sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
     for (; c < count; c++) total += at[c] * x[c];

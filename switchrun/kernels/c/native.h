@@ -9,6 +9,7 @@
 
 #define INLINE static inline __attribute__((always_inline, unused))
 #define API __attribute__((visibility("default")))
+#define AHEAD 2048 /* bytes */
 #ifdef __clang__
 #define UNROLL _Pragma("unroll")
 #else
@@ -18,6 +19,8 @@
 INLINE uint16_t u16(const void *p) { uint16_t v; memcpy(&v, p, 2); return v; }
 INLINE uint32_t u32(const void *p) { uint32_t v; memcpy(&v, p, 4); return v; }
 INLINE float bf16(const void *p) { uint32_t bits = (uint32_t)u16(p) << 16; float v; memcpy(&v, &bits, 4); return v; }
+/* Ask for what will be read soon; an address beyond the matrix does no harm. The processor's own guess stops at a page. */
+INLINE void prefetch(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + AHEAD)); }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -81,8 +84,8 @@ struct matrix { const void *codes, *scales; };
 typedef void (*Unpack)(struct matrix, int64_t first, int64_t count, float *values);
 typedef float (*Dot)(struct matrix, int64_t first, int64_t count, const float *x);
 
-#define PANEL 4     /* rows unpacked at a time */
-#define CHUNK 1024  /* columns unpacked at a time: with as much of x, they stay in the first cache */
+#define PANEL 4    /* rows unpacked at a time */
+#define CHUNK 1088 /* columns unpacked at a time, at most: with as much of x, they stay in the first cache */
 
 /* Add the products of some unpacked rows and `count` tokens, a constant. */
 INLINE void tile(int count, const float *x, int64_t stride, int64_t width, float (*panel)[CHUNK], int64_t used,
@@ -92,11 +95,11 @@ INLINE void tile(int count, const float *x, int64_t stride, int64_t width, float
         UNROLL for (int t = 0; t < count; t++) sums[i][t] = fill(0);
     int64_t c = 0;
     for (; c + LANES <= width; c += LANES) {
-        V weight[PANEL];
-        UNROLL for (int i = 0; i < PANEL; i++) weight[i] = load(panel[i] + c);
-        UNROLL for (int t = 0; t < count; t++) {
-            V value = load(x + t * stride + c);
-            UNROLL for (int i = 0; i < PANEL; i++) sums[i][t] = madd(weight[i], value, sums[i][t]);
+        V values[TOKENS];
+        UNROLL for (int t = 0; t < count; t++) values[t] = load(x + t * stride + c);
+        UNROLL for (int i = 0; i < PANEL; i++) {
+            V weight = load(panel[i] + c);
+            UNROLL for (int t = 0; t < count; t++) sums[i][t] = madd(weight, values[t], sums[i][t]);
         }
     }
     UNROLL for (int t = 0; t < count; t++) {
@@ -116,14 +119,15 @@ INLINE void product(const float *x, int64_t tokens, int64_t columns, float *y, i
         for (int64_t row = begin; row < end; row++) y[row] = dot(weights, row * columns, columns, x);
         return;
     }
+    int64_t chunks = (columns + CHUNK - 1) / CHUNK, step = chunks ? (columns / chunks + 63) / 64 * 64 : 0;
     float panel[PANEL][CHUNK];
     memset(panel, 0, sizeof panel);
     for (int64_t row = begin; row < end; row += PANEL) {
         int64_t used = least(PANEL, end - row);
         for (int64_t t = 0; t < tokens; t++)
             for (int64_t i = 0; i < used; i++) y[t * rows + row + i] = 0;
-        for (int64_t c = 0; c < columns; c += CHUNK) {
-            int64_t width = least(CHUNK, columns - c), t = 0;
+        for (int64_t c = 0; c < columns; c += step) {
+            int64_t width = least(step, columns - c), t = 0;
             for (int64_t i = 0; i < used; i++) unpack(weights, (row + i) * columns + c, width, panel[i]);
             for (; t + TOKENS <= tokens; t += TOKENS)
                 tile(TOKENS, x + t * columns + c, columns, width, panel, used, y + t * rows + row, rows);

@@ -13,7 +13,7 @@ static const float VALUES[16] = {
 };
 
 INLINE float value_of(const uint8_t *codes, int64_t element) {
-    return VALUES[element & 1 ? codes[element / 2] & 15 : codes[element / 2] >> 4];
+    return VALUES[element & 1 ? codes[element >> 1] & 15 : codes[element >> 1] >> 4];
 }
 
 /* The values of LANES codes. A code is brought to the low bits of its lane; what lies above them is ignored. */
@@ -46,33 +46,36 @@ INLINE void unpack(struct matrix m, int64_t first, int64_t count, float *values)
     for (int64_t at = first, end = first + count; at < end;) {
         int64_t stop = least(end, (at / BLOCK + 1) * BLOCK);
         float scale = scale_of(m, at);
+        prefetch(codes + (at >> 1));
         for (; at < stop && at % LANES; at++) values[at - first] = value_of(codes, at) * scale;
-        for (; at + LANES <= stop; at += LANES) store(values + (at - first), mul(values_of(codes + at / 2), fill(scale)));
+        for (; at + LANES <= stop; at += LANES) store(values + (at - first), mul(values_of(codes + (at >> 1)), fill(scale)));
         for (; at < stop; at++) values[at - first] = value_of(codes, at) * scale;
     }
 }
 
-INLINE float dot(struct matrix m, int64_t first, int64_t count, const float *x) {
-    const uint8_t *codes = m.codes;
+/* The product of a part of a block, without its scale. */
+INLINE float part(const uint8_t *codes, int64_t at, int64_t stop, const float *x) {
     V sums = fill(0);
-    float total = 0;
-    for (int64_t at = first, end = first + count; at < end;) {
-        float scale = scale_of(m, at);
-        V part = fill(0);
-        if (at % BLOCK == 0 && end - at >= BLOCK) {
-            UNROLL for (int i = 0; i < BLOCK; i += LANES)
-                part = madd(values_of(codes + (at + i) / 2), load(x + (at - first) + i), part);
-            at += BLOCK;
-        } else {
-            int64_t stop = least(end, (at / BLOCK + 1) * BLOCK);
-            float rest = 0;
-            for (; at < stop && at % LANES; at++) rest += value_of(codes, at) * x[at - first];
-            for (; at + LANES <= stop; at += LANES) part = madd(values_of(codes + at / 2), load(x + (at - first)), part);
-            for (; at < stop; at++) rest += value_of(codes, at) * x[at - first];
-            total += rest * scale;
-        }
-        sums = madd(part, fill(scale), sums);
+    float rest = 0;
+    for (; at < stop && at % LANES; at++) rest += value_of(codes, at) * *x++;
+    for (; at + LANES <= stop; at += LANES, x += LANES) sums = madd(values_of(codes + (at >> 1)), load(x), sums);
+    for (; at < stop; at++) rest += value_of(codes, at) * *x++;
+    return rest + sum(sums);
+}
+
+INLINE float dot(struct matrix m, int64_t first, int64_t count, const float *x) {
+    int64_t end = first + count, whole = least(end, (first + BLOCK - 1) / BLOCK * BLOCK), last = end / BLOCK * BLOCK;
+    float total = first < whole ? part(m.codes, first, whole, x) * scale_of(m, first) : 0;
+    const uint8_t *codes = (const uint8_t *)m.codes + (whole >> 1), *scales = (const uint8_t *)m.scales + whole / BLOCK * 2;
+    x += whole - first;
+    V sums = fill(0);
+    for (int64_t at = whole; at < last; at += BLOCK, codes += BLOCK / 2, scales += 2, x += BLOCK) {
+        V block = mul(values_of(codes), load(x));
+        prefetch(codes);
+        UNROLL for (int i = LANES; i < BLOCK; i += LANES) block = madd(values_of(codes + i / 2), load(x + i), block);
+        sums = madd(block, fill(bf16(scales)), sums);
     }
+    if (whole < end && last < end) total += part(m.codes, last, end, x) * scale_of(m, last);
     return total + sum(sums);
 }
 
