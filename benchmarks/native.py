@@ -13,6 +13,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,11 +106,11 @@ def main() -> None:
                 torch.set_num_threads(threads)
                 if name not in given.formats:
                     continue
-                times = [
-                    least_ms(lambda x=torch.randn(tokens, given.columns): product(x, threads), given.seconds)
-                    for tokens in given.tokens
-                ]
-                print(f"{name:6} {path:9} {threads} thread" + " s"[threads > 1] + "".join(f"{ms:10.2f}" for ms in times))
+                row = f"{name:6} {path:9} {threads} thread{'s' if threads > 1 else ' '}"
+                for tokens in given.tokens:
+                    call = partial(product, torch.randn(tokens, given.columns), threads)
+                    row += f"{least_ms(call, given.seconds):10.2f}"
+                print(row)
 
 
 if __name__ == "__main__":

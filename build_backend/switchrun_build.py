@@ -31,7 +31,7 @@ from setuptools.build_meta import (  # noqa: F401 - hooks that are setuptools' o
 )
 
 KERNELS = Path(__file__).resolve().parent.parent / "switchrun" / "kernels"
-FLAGS = ["-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+FLAGS = ["-std=gnu11", "-O3", "-s", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 #: What a path's code may use, in the words of gcc and clang, and of zig, which else builds for this very processor.
 X86_PATHS = {
     "portable": ([], "baseline"),

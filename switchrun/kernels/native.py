@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "int8_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
     "nf4_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
     "qmoe_lanes": (_INT, []),
+    "qmoe_beside": (_INT, [_POINTER, *[_INT] * 3, _POINTER]),
     "qmoe_product": (
         _INT,
         [_POINTER, *[_INT] * 3, _POINTER, *[_INT] * 3, _POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER],
@@ -135,16 +136,13 @@ def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None)
     library, table = _loaded(), dictionary().table
     tokens, columns, rows = x.shape[0], matrix.columns, len(matrix.offsets) - 1
     _check("x", x, (x.dtype,), (tokens, columns), contiguous=False)
-    x = x.float()
-    if not x.isfinite().all():  # zeros are skipped, but zero times infinity is none
-        return torch.nn.functional.linear(x, unpack_qmoe(matrix).float())
+    x = x.float().contiguous()
     lanes = library.qmoe_lanes()
-    if tokens == 1:
-        stride, given = 1, x.contiguous()
-    else:
-        stride = -(-tokens // lanes) * lanes
-        given = x.new_zeros(columns, stride)
-        given[:, :tokens] = x.T
+    stride = 1 if tokens == 1 else -(-tokens // lanes) * lanes
+    given = torch.empty(columns, stride)
+    # In C, as torch's threads would go on waiting for work on the cores that ours need.
+    if not library.qmoe_beside(x.data_ptr(), tokens, columns, stride, given.data_ptr()):
+        return torch.nn.functional.linear(x, unpack_qmoe(matrix).float())
     y = torch.empty(tokens, rows)
     held = (given, y, table, matrix.codes, matrix.offsets, matrix.extremes)
     at = [tensor.data_ptr() for tensor in held]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,11 +27,11 @@ seeds = st.integers(0, 2**31)
 
 
 @pytest.fixture(params=native.PATHS, autouse=True)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param not in native.paths():
         pytest.skip("not a path of this processor")
     monkeypatch.setenv("SWITCHRUN_KERNELS", request.param)
-    yield request.param
+    return str(request.param)
 
 
 def random(seed: int, shape: tuple[int, ...], scale: float) -> torch.Tensor:
@@ -82,9 +81,7 @@ def test_nf4(rows: int, width: int, tokens: int, large: float, seed: int) -> Non
     packed = torch.randint(0, 256, (codes,), generator=generator, dtype=torch.uint8)
     absmax = random(seed, (blocks,), 1.0).abs().bfloat16()
     x = random(seed + 1, (tokens, width), large)
-    assert_close(
-        native.linear_nf4(x, packed, absmax, (rows, width)), x, nf4_by_hand(packed, absmax, (rows, width))
-    )
+    assert_close(native.linear_nf4(x, packed, absmax, (rows, width)), x, nf4_by_hand(packed, absmax, (rows, width)))
 
 
 def test_every_int8_and_bf16_value_is_widened_exactly() -> None:

@@ -73,10 +73,19 @@ INLINE V madd(V a, V b, V sum) { return a * b + sum; }
 INLINE float sum(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 INLINE void store(float *p, V a) { memcpy(p, &a, sizeof a); }
 INLINE V from_bf16(const void *p) {
-    const uint8_t *at = p;
-    return (V){bf16(at), bf16(at + 2), bf16(at + 4), bf16(at + 6)};
+    uint16_t v __attribute__((vector_size(8)));
+    uint32_t wide __attribute__((vector_size(16)));
+    memcpy(&v, p, sizeof v);
+    wide = __builtin_convertvector(v, __typeof__(wide)) << 16;
+    return (V)wide;
 }
-INLINE V from_int8(const void *p) { const int8_t *at = p; return (V){at[0], at[1], at[2], at[3]}; }
+INLINE V from_int8(const void *p) {
+    int8_t v __attribute__((vector_size(4)));
+    int32_t wide __attribute__((vector_size(16)));
+    memcpy(&v, p, sizeof v);
+    wide = __builtin_convertvector(v, __typeof__(wide));
+    return __builtin_convertvector(wide, V);
+}
 #endif
 
 /* A matrix of any format; its elements are numbered row after row. */

@@ -55,7 +55,7 @@ INLINE int row_of_some(int vectors, struct qmoe m, int64_t row, int64_t columns,
     if (!row_of(m, row, &at, &end, values)) return BAD_OFFSETS;
     for (; at < end; at++) {
         NEXT(entry);
-        for (int i = 0; i < 3 && DIGIT(entry, i); i++) {
+        UNROLL for (int i = 0; i < 3; i++) { /* without a branch: zeros are multiplied too */
             V value = fill(values[DIGIT(entry, i)]);
             const float *column = x + (place + PLACE(entry, i)) * stride;
             UNROLL for (int v = 0; v < vectors; v++) sums[v] = madd(value, load(column + v * LANES), sums[v]);
@@ -67,6 +67,22 @@ INLINE int row_of_some(int vectors, struct qmoe m, int64_t row, int64_t columns,
 }
 
 API int64_t qmoe_lanes(void) { return LANES; }
+
+/* Put tokens beside one another: `to` [columns, stride], zeros beside them. Returns whether all values are finite: the
+ * product skips zeros, but zero times infinity is none.
+ */
+API int64_t qmoe_beside(const float *x, int64_t tokens, int64_t columns, int64_t stride, float *to) {
+    float sum = 0;
+    for (int64_t c = 0; c < columns; c++) {
+        for (int64_t t = 0; t < tokens; t++) {
+            float value = x[t * columns + c];
+            sum += value * 0;
+            to[c * stride + t] = value;
+        }
+        for (int64_t t = tokens; t < stride; t++) to[c * stride + t] = 0;
+    }
+    return sum == 0;
+}
 
 /* y[tokens, rows] = x . W^T for rows begin..end. For one token `x` is [columns] and `stride` 1; for more it is
  * [columns, stride] with stride a multiple of LANES, zeros beside the tokens. A table entry's places are below its
