@@ -38,6 +38,8 @@ X86_PATHS = {
     "avx2": (["-mavx2", "-mfma"], "x86_64_v3"),
     "avx512": (["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma"], "x86_64_v4"),
 }
+#: Machines that PyPI has `ziglang` for, whatever the system.
+ZIG_MACHINES = ("x86_64", "amd64", "aarch64", "arm64")
 OTHER_PATHS: dict[str, tuple[list[str], str]] = {"portable": ([], "baseline")}
 
 
@@ -70,9 +72,15 @@ def compile_kernels(commands: list[list[str]], into: Path, more: tuple[str, ...]
     return False
 
 
-def _compiler_works() -> bool:
+def needs_zig() -> list[str]:
+    """Return what else must be installed to compile: zig, if no compiler works here and there is one to install.
+
+    pip gives up where it cannot install what a build asks for.
+    """
+    if platform.machine().lower() not in ZIG_MACHINES:
+        return []
     with tempfile.TemporaryDirectory() as folder:
-        return compile_kernels(compilers(), Path(folder))
+        return [] if compile_kernels(compilers(), Path(folder)) else ["ziglang"]
 
 
 def _build_in_place() -> bool:
@@ -88,12 +96,12 @@ def _build_in_place() -> bool:
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
     """Return what building needs besides setuptools: zig where no C compiler works."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *([] if _compiler_works() else ["ziglang"])]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *needs_zig()]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
     """Return what building needs besides setuptools: zig where no C compiler works."""
-    return [*build_meta.get_requires_for_build_editable(config_settings), *([] if _compiler_works() else ["ziglang"])]
+    return [*build_meta.get_requires_for_build_editable(config_settings), *needs_zig()]
 
 
 def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
@@ -104,13 +112,13 @@ def build_wheel(wheel_directory: str, config_settings: Any = None, metadata_dire
         given = settings.get("--build-option", [])
         options = [given] if isinstance(given, str) else list(given)
         settings["--build-option"] = [*options, f"--plat-name={platform_name}"]
-    return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
+    return str(build_meta.build_wheel(wheel_directory, settings, metadata_directory))
 
 
 def build_editable(wheel_directory: str, config_settings: Any = None, metadata_directory: str | None = None) -> str:
     """Compile in place, and build the wheel that points to this folder."""
     _build_in_place()
-    return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
+    return str(build_meta.build_editable(wheel_directory, config_settings, metadata_directory))
 
 
 if __name__ == "__main__":

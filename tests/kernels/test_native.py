@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -135,6 +137,14 @@ def test_paths_by_the_environment(path: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("SWITCHRUN_KERNELS", "mmx")
     with pytest.raises(ValueError, match="mmx"):
         native.path()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="not Linux on x86")
+def test_paths_are_those_that_the_system_names() -> None:
+    line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    flags = set(line.split(":")[1].split())
+    wanted = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+    assert set(native.paths()) == {"portable", *(path for path, needed in wanted.items() if needed <= flags)}
 
 
 # QMoE

@@ -119,7 +119,7 @@ API int64_t qmoe_unpack(uint16_t *matrix, int64_t columns, int64_t begin, int64_
         float unused[4];
         if (!row_of(m, row, &at, &stop, unused)) return row * 4 + BAD_OFFSETS;
         uint16_t *to = matrix + row * columns;
-        memset(to, 0, 2 * (size_t)columns);
+        if (columns) memset(to, 0, 2 * (size_t)columns);
         for (; at < stop; at++) {
             uint16_t code = u16((const uint8_t *)codes + 2 * at);
             if (code >= words) return row * 4 + BAD_CODE;
