@@ -29,7 +29,7 @@ def check_int8(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
     scales = _check_shape(index, scales_of(name), shape[:1])
     if scales.dtype != "F32":
         raise CorruptCheckpointError(f"{scales.file}: tensor {scales_of(name)} is stored as {scales.dtype}, not as F32")
-    return replace(tensor, scales=scales)
+    return replace(tensor, parts=(scales,))
 
 
 def _check_shape(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
@@ -61,7 +61,7 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
     def _slice(self, key: ExpertKey, matrix: str) -> TensorSlice:
         name = self._name(key, matrix)
         tensor = self._index[name]
-        return replace(tensor, scales=self._index[scales_of(name)]) if tensor.dtype == "I8" else tensor
+        return replace(tensor, parts=(self._index[scales_of(name)],)) if tensor.dtype == "I8" else tensor
 
     def _name(self, key: ExpertKey, matrix: str) -> str:
         stack, block, expert = key

@@ -71,7 +71,9 @@ class TensorSlice:
         shape: For a linear layer's weight `[out, in]`.
         transposed: A matrix whose bytes are in column-major order: the range holds `[in, out]`. Torch files keep
             strides, and conversions from JAX leave such matrices behind.
-        scales: Where the scales of a matrix in int8 lie (`SCB`, float32 `[out]`); None for any other tensor.
+        parts: What else belongs to a matrix in few bits: the scales of one in int8 (`SCB`, float32 `[out]`); of one in
+            `QMOE`, whose own range are its codes and whose shape is that of what they stand for, where each row's codes
+            begin (`row_off`, int32 `[out + 1]`) and each row's minimum and maximum (`ter_minmax`, bfloat16 `[2 out]`).
         header_bytes: So many bytes before the range must be the local header of a zip's entry, by which `offset` is
             right; whoever reads the range looks at them. 0 where there is none to look at.
         crc: CRC-32 of the range as a zip's directory states it; None if nothing does.
@@ -84,15 +86,15 @@ class TensorSlice:
     dtype: str
     shape: tuple[int, ...]
     transposed: bool = False
-    scales: TensorSlice | None = None
+    parts: tuple[TensorSlice, ...] = ()
     header_bytes: int = 0
     crc: int | None = None
     xxh3: int | None = None
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of the tensor and of its scales."""
-        return self.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        """Bytes of the tensor and of its parts."""
+        return self.nbytes + sum(part.nbytes for part in self.parts)
 
 
 class ExpertKey(NamedTuple):
@@ -111,13 +113,13 @@ class ExpertSlices(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both matrices as stored, with their scales."""
+        """Bytes of both matrices as stored, with their parts."""
         return self.wi.stored_bytes + self.wo.stored_bytes
 
     @property
     def ranges(self) -> tuple[TensorSlice, ...]:
-        """All that must be read: both matrices, then the scales of those in int8."""
-        return (self.wi, self.wo, *(each.scales for each in self if each.scales is not None))
+        """All that must be read: both matrices, then the parts of each."""
+        return (self.wi, self.wo, *self.wi.parts, *self.wo.parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -217,9 +217,10 @@ def as_stored(slices: ExpertSlices, plan: ReadPlan, buffer: Buffer) -> ExpertWei
 
     def matrix(stored: TensorSlice) -> torch.Tensor | Int8Matrix:
         weight = stored_view(buffer, at[id(stored)], stored)
-        if stored.scales is None:
+        if not stored.parts:
             return weight
-        return Int8Matrix(weight, stored_view(buffer, at[id(stored.scales)], stored.scales))
+        (scales,) = stored.parts
+        return Int8Matrix(weight, stored_view(buffer, at[id(scales)], scales))
 
     return ExpertWeights(matrix(slices.wi), matrix(slices.wo))
 

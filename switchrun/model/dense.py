@@ -68,7 +68,7 @@ class DenseWeights(Mapping[str, torch.Tensor]):
         source = self.aliases.get(name, name)
         stored = self.slices[source]
         tensor = self._read(stored, self._preload.take(source))
-        scales = None if stored.scales is None else self._read(stored.scales)
+        scales = self._read(stored.parts[0]) if stored.parts else None
         if scales_of(name) in self._weights:
             if scales is None:
                 codes, scales = _own(tensor.shape, torch.int8), torch.empty(tensor.shape[:1])

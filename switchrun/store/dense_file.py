@@ -132,7 +132,7 @@ class DenseFile:
     def __init__(self, offload: str | Path, checkpoint: SwitchCheckpoint) -> None:
         model = model_name(checkpoint)
         self._dense = checkpoint.dense
-        scales = {scales_of(name): each.scales for name, each in checkpoint.dense.items() if each.scales is not None}
+        scales = {scales_of(name): part for name, each in checkpoint.dense.items() for part in each.parts}
         # In an order that only names decide: the file is the same whichever way the model is stored.
         self.tensors: Mapping[str, TensorSlice] = dict(sorted({**checkpoint.dense, **scales}.items()))
         layout = Layout.of((name, each.dtype, _as_it_lies(each)) for name, each in self.tensors.items())
@@ -159,7 +159,7 @@ class DenseFile:
                 tensor,
                 file=self.folder / DENSE_FILE,
                 offset=self.format.offset(name),
-                scales=None if tensor.scales is None else kept(scales_of(name)),
+                parts=(kept(scales_of(name)),) if tensor.parts else (),
                 header_bytes=0,
                 crc=None,
                 xxh3=checksums[name],

@@ -169,7 +169,7 @@ def test_the_plan_has_the_bytes_that_are_stored_and_allocated(tmp_path: Path) ->
     save_in_int8(tmp_path / "model")
     checkpoint = open_checkpoint(str(tmp_path / "model"))
     plan = switchrun.plan(tmp_path / "model")
-    layouts = 2 * len(checkpoint.experts) + sum(tensor.scales is not None for tensor in checkpoint.dense.values())
+    layouts = 2 * len(checkpoint.experts) + sum(len(tensor.parts) for tensor in checkpoint.dense.values())
     header = int.from_bytes((tmp_path / "model" / "model.safetensors").read_bytes()[:8], "little")
     assert plan.total_bytes == (tmp_path / "model" / "model.safetensors").stat().st_size - 8 - header - layouts
     with Session.open(tmp_path / "model", offload_folder=tmp_path / "own") as session:
