@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from switchrun.kernels import native
+from switchrun.kernels import native, qmoe
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.kernels.nf4 import quantise_nf4
 from switchrun.store.layout import nf4_sizes
@@ -46,12 +46,12 @@ def processor() -> str:
     return f"{values.get('model name', 'unknown processor')} ({' '.join(flags)})"
 
 
-def ternary(rows: int, columns: int) -> native.QmoeMatrix:
+def ternary(rows: int, columns: int) -> qmoe.QmoeMatrix:
     """Return a random ternary matrix with 88.5 % zeros."""
     chance = torch.rand(rows, columns)
     digits = (chance > 0.885).to(torch.uint8) + (chance > 0.9425).to(torch.uint8)
     scale = torch.rand(rows, 1) * 0.1
-    return native.encode_qmoe(digits, torch.cat([-scale, scale], 1).flatten().bfloat16())
+    return qmoe.encode(digits, torch.cat([-scale, scale], 1).flatten().bfloat16())
 
 
 def formats(rows: int, columns: int, megabytes: float) -> Iterator[tuple[str, Linear]]:
@@ -78,7 +78,7 @@ def formats(rows: int, columns: int, megabytes: float) -> Iterator[tuple[str, Li
     packs = turns(packed)
     yield "nf4", lambda x, threads: native.linear_nf4(x, next(packs), rounded, (rows, columns), threads)
     words = itertools.cycle(
-        native.QmoeMatrix(part, sparse.offsets, sparse.extremes, columns)
+        qmoe.QmoeMatrix(part, sparse.offsets, sparse.extremes, columns)
         for part in itertools.islice(turns(sparse.codes), max(1, round(megabytes * 5e5 / len(sparse.codes))))
     )
     yield "qmoe", lambda x, threads: native.linear_qmoe(x, next(words), threads)

@@ -48,6 +48,11 @@ def mlp_prefix(stack: Stack, block: int) -> str:
     return f"{stack}.block.{block}.layer.{mlp_layer(stack)}.mlp"
 
 
+def expert_prefix(stack: Stack, block: int, expert: int) -> str:
+    """Return the canonical name of an expert: `encoder.block.3.layer.1.mlp.experts.expert_17`."""
+    return f"{mlp_prefix(stack, block)}.experts.expert_{expert}"
+
+
 def dense_tensors(
     config: Mapping[str, Any], sparse_blocks: Mapping[Stack, Sequence[int]], tied: bool
 ) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from switchrun.checkpoint.experts import Experts, gated
 from switchrun.checkpoint.files import NO_TURN, Weights
-from switchrun.checkpoint.names import GATED_NAME, ROUTER_NAME, STACKS, mlp_layer, mlp_prefix
+from switchrun.checkpoint.names import GATED_NAME, ROUTER_NAME, STACKS, expert_prefix, mlp_layer
 from switchrun.checkpoint.torch_file import read_numbers, read_torch
 from switchrun.checkpoint.types import (
     MOST_HEADER_BYTES,
@@ -99,7 +99,7 @@ def read_sizes(file: Weights, layers: Sequence[Layer], experts: int) -> list[arr
         return size
 
     names = (
-        (f"{_prefix(layer)}{expert}.{matrix}" for expert in range(experts) for matrix in ("wi", "wo"))
+        (f"{expert_prefix(*layer, expert)}.{matrix}" for expert in range(experts) for matrix in ("wi", "wo"))
         for layer in layers
     )
     return [array("I", map(of, each)) for each in names]
@@ -118,7 +118,7 @@ def read_part(
     places = _no_places()
     for expert in range(len(sizes) // 2):
         for number, (each, dtype) in enumerate(_TENSORS):
-            name = f"{_prefix(layer)}{expert}.{each}"
+            name = f"{expert_prefix(*layer, expert)}.{each}"
             tensor = tensors.get(name)
             if tensor is None:
                 if any(map(GATED_NAME.search, tensors)):
@@ -182,10 +182,6 @@ def _no_places() -> ExpertPlaces:
     return ExpertPlaces(offset, *others)
 
 
-def _prefix(layer: Layer) -> str:
-    return f"{mlp_prefix(*layer)}.experts.expert_"
-
-
 class QmoeExperts(Experts):
     """The experts of such a checkpoint, each made when it is asked for."""
 
@@ -201,8 +197,9 @@ class QmoeExperts(Experts):
     def __getitem__(self, key: ExpertKey) -> ExpertSlices:
         if key not in self:
             raise KeyError(key)
-        layer = self._layers[key.stack, key.block]
-        first = _EACH * (layer * self._num_experts + key.expert)
+        stack, block, expert = key
+        layer = self._layers[stack, block]
+        first = _EACH * (layer * self._num_experts + expert)
         wi, wo = (self._matrix(layer, first + 3 * number, shape) for number, shape in enumerate(self._shapes.values()))
         return ExpertSlices(wi, wo)
 
@@ -238,8 +235,7 @@ class QmoeExperts(Experts):
         sizes = self._places.nbytes
         whole = list(map(sum, zip(*(sizes[slot::_EACH] for slot in range(_EACH)), strict=True)))
         largest = whole.index(max(whole))
-        layer, expert = divmod(largest, self._num_experts)
-        return ((self[ExpertKey(*list(self._prefixes)[layer], expert)], len(whole)),)
+        return ((self[self._key(largest)], len(whole)),)
 
     def _check(self, slot: int, least: int, most: int) -> None:
         """Check the bytes of one of the tensors in each expert."""
@@ -247,11 +243,15 @@ class QmoeExperts(Experts):
         if least <= min(sizes) and max(sizes) <= most:
             return
         number = next(number for number, size in enumerate(sizes) if not least <= size <= most)
-        layer, expert = divmod(number, self._num_experts)
+        key = self._key(number)
         each, dtype = _TENSORS[slot]
         itemsize = 4 if dtype == "I32" else 2
         limits = f"{least // itemsize}" if least == most else f"{least // itemsize} to {most // itemsize}"
         raise CorruptCheckpointError(
-            f"{self._files[layer]}: tensor {list(self._prefixes.values())[layer]}{expert}.{each} has the shape "
+            f"{self[key].wi.file}: tensor {expert_prefix(*key)}.{each} has the shape "
             f"[{sizes[number] // itemsize}]; by config.json it must be [{limits}]"
         )
+
+    def _key(self, number: int) -> ExpertKey:
+        layer, expert = divmod(number, self._num_experts)
+        return ExpertKey(*list(self._prefixes)[layer], expert)

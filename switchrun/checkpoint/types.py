@@ -140,9 +140,9 @@ class SwitchCheckpoint:
         stored_dtype: What the experts are stored in, `F32` if in several; `I8` if any linear layer is; `QMOE`.
         plain_dtype: What `--dtype auto` computes in: the `dtype` of config.json, else one that loses no stored bit.
         expert_forms: An expert of each form in which experts are stored (dtypes may differ), and how many have that
-            form; never empty. In `QMOE` each expert has its own size: the largest, and how many there are.
+            form; never empty. Of experts that QMoE compressed, all are of one form, whose expert is the largest.
+        experts_total_bytes: Bytes of all experts as stored, if those of one form differ; else None.
         generation: The checkpoint's own generation settings; see `switchrun.checkpoint.generation`.
-        experts_total_bytes: Bytes of all experts as stored; None if the forms say it.
         hub: What the repository holds, if weights are read from the Hub by byte range; None if they are in local files.
     """
 
@@ -158,8 +158,8 @@ class SwitchCheckpoint:
     stored_dtype: str
     plain_dtype: str
     expert_forms: tuple[tuple[ExpertSlices, int], ...]
-    generation: Mapping[str, Any] = field(default_factory=dict)
     experts_total_bytes: int | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
     hub: RemoteRepo | None = None
 
     @property
@@ -171,6 +171,16 @@ class SwitchCheckpoint:
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored; of the largest, if they differ."""
         return max(form.nbytes for form, _ in self.expert_forms)
+
+    @property
+    def mean_expert_bytes(self) -> float:
+        """Bytes of one expert as stored, on average."""
+        return self._experts_bytes / len(self.experts)
+
+    @property
+    def _experts_bytes(self) -> int:
+        total = self.experts_total_bytes
+        return sum(form.nbytes * count for form, count in self.expert_forms) if total is None else total
 
     @property
     def reads_int8_in_place(self) -> bool:
@@ -186,10 +196,7 @@ class SwitchCheckpoint:
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights as stored."""
-        experts = self.experts_total_bytes
-        if experts is None:
-            experts = sum(form.nbytes * count for form, count in self.expert_forms)
-        return experts + sum(tensor.stored_bytes for tensor in self.dense.values())
+        return self._experts_bytes + sum(tensor.stored_bytes for tensor in self.dense.values())
 
 
 class FileStamp(NamedTuple):

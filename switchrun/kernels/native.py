@@ -14,10 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from switchrun.store.layout import nf4_sizes
+
+if TYPE_CHECKING:
+    from switchrun.kernels.qmoe import QmoeMatrix
 
 #: From the slowest to the fastest, which is the order of the bits of `native_paths`.
 PATHS = ("portable", "avx2", "avx512")
@@ -54,6 +58,11 @@ class DamagedMatrixError(ValueError):
     """A QMoE matrix whose codes or offsets cannot be; nothing outside it was read."""
 
 
+def damaged(row: int, wrong: int) -> DamagedMatrixError:
+    """The error to raise for a row: 1 is wrong with its offsets, 2 with a code, 3 with its length, as in c/qmoe.c."""
+    return DamagedMatrixError(f"row {row} has {_WRONG[wrong]}")
+
+
 @dataclass(frozen=True, slots=True)
 class Dictionary:
     """QMoE's codewords: `table` decodes them, `next` encodes, `pairs` spells them (see c/qmoe_dictionary.c)."""
@@ -61,24 +70,6 @@ class Dictionary:
     table: torch.Tensor
     next: torch.Tensor
     pairs: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class QmoeMatrix:
-    """A ternary matrix as QMoE stores it: codes, where each row's begin, each row's minimum and maximum."""
-
-    codes: torch.Tensor
-    offsets: torch.Tensor
-    extremes: torch.Tensor
-    columns: int
-
-    def __post_init__(self) -> None:
-        rows = len(self.offsets) - 1
-        _check("codes", self.codes, (torch.int16, torch.uint16), (len(self.codes),))
-        _check("row offsets", self.offsets, (torch.int32,), (rows + 1,))
-        _check("row extremes", self.extremes, (torch.bfloat16,), (2 * rows,))
-        if rows < 0 or self.offsets[0] != 0 or self.offsets[-1] != len(self.codes):
-            raise DamagedMatrixError(f"row offsets do not go from 0 to the {len(self.codes)} codes")
 
 
 def paths() -> tuple[str, ...]:
@@ -134,15 +125,16 @@ def linear_nf4(
 def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None) -> torch.Tensor:
     """Return `x @ weight.T` in float32; a `DamagedMatrixError` names the row that cannot be decoded."""
     library, table = _loaded(), dictionary().table
-    tokens, columns, rows = x.shape[0], matrix.columns, len(matrix.offsets) - 1
+    tokens, columns, rows = x.shape[0], matrix.columns, matrix.rows
     _check("x", x, (x.dtype,), (tokens, columns), contiguous=False)
+    _check_qmoe(matrix)
     x = x.float().contiguous()
     lanes = library.qmoe_lanes()
     stride = 1 if tokens == 1 else -(-tokens // lanes) * lanes
     given = torch.empty(columns, stride)
     # In C, as torch's threads would go on waiting for work on the cores that ours need.
     if not library.qmoe_beside(x.data_ptr(), tokens, columns, stride, given.data_ptr()):
-        return torch.nn.functional.linear(x, unpack_qmoe(matrix).float())
+        return torch.nn.functional.linear(x, unpack_qmoe(matrix, 0, rows).float())
     y = torch.empty(tokens, rows)
     held = (given, y, table, matrix.codes, matrix.offsets, matrix.extremes)
     at = [tensor.data_ptr() for tensor in held]
@@ -159,21 +151,28 @@ def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None)
     return y
 
 
-def unpack_qmoe(matrix: QmoeMatrix) -> torch.Tensor:
-    """Return the whole matrix in bfloat16 `[out, in]`: to compare with, or for what needs a plain matrix."""
-    table, rows = dictionary().table, len(matrix.offsets) - 1
-    result = torch.empty(rows, matrix.columns, dtype=torch.bfloat16)
-    _fine(
-        _loaded().qmoe_unpack(
-            result.data_ptr(), matrix.columns, 0, rows, table.data_ptr(), QMOE_WORDS, matrix.codes.data_ptr(),
-            len(matrix.codes), matrix.offsets.data_ptr(), matrix.extremes.data_ptr(),
+def unpack_qmoe(matrix: QmoeMatrix, begin: int, end: int) -> torch.Tensor:
+    """Return rows `begin` to `end` in bfloat16 `[end - begin, in]`; a `DamagedMatrixError` names one that is bad."""
+    _check_qmoe(matrix)
+    table, columns = dictionary().table, matrix.columns
+    result = torch.empty(end - begin, columns, dtype=torch.bfloat16)
+    held = (result, table, matrix.codes, matrix.offsets, matrix.extremes)
+    at = [tensor.data_ptr() for tensor in held]
+
+    def share(first: int, last: int) -> None:
+        where = at[0] + 2 * columns * first
+        _fine(
+            _loaded().qmoe_unpack(
+                where, columns, begin + first, begin + last, at[1], QMOE_WORDS, at[2], len(matrix.codes), *at[3:]
+            )
         )
-    )  # fmt: skip
+
+    _split(end - begin, columns, None, share)
     return result
 
 
-def encode_qmoe(digits: torch.Tensor, extremes: torch.Tensor) -> QmoeMatrix:
-    """Encode digits, uint8 `[out, in]` (0 zero, 1 the row's minimum, 2 its maximum), by the longest match."""
+def encode_qmoe(digits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Encode digits, uint8 `[rows, in]` (0, 1 or 2), by the longest match; return codes and where each row's begin."""
     rows, columns = digits.shape
     _check("digits", digits, (torch.uint8,), (rows, columns))
     if columns % 2:
@@ -185,7 +184,13 @@ def encode_qmoe(digits: torch.Tensor, extremes: torch.Tensor) -> QmoeMatrix:
     )
     if count < 0:
         raise ValueError("digits are 0, 1 and 2")
-    return QmoeMatrix(codes[:count].clone(), offsets, extremes, columns)
+    return codes[:count].clone(), offsets
+
+
+def _check_qmoe(matrix: QmoeMatrix) -> None:
+    _check("codes", matrix.codes, (torch.int16,), (len(matrix.codes),))
+    _check("row offsets", matrix.offsets, (torch.int32,), (matrix.rows + 1,))
+    _check("row extremes", matrix.extremes, (torch.bfloat16,), (2 * matrix.rows,))
 
 
 @cache
@@ -237,7 +242,7 @@ def _split(rows: int, columns: int, threads: int | None, share: Callable[[int, i
 
 def _fine(code: int) -> None:
     if code:
-        raise DamagedMatrixError(f"row {code // 4} has {_WRONG[code % 4]}")
+        raise damaged(code // 4, code % 4)
 
 
 def _check(

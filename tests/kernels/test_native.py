@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from switchrun.kernels import native
+from switchrun.kernels import native, qmoe
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.kernels.nf4 import NF4_VALUES
+from switchrun.kernels.qmoe import QmoeMatrix
 from switchrun.store.layout import nf4_sizes
 
 pytestmark = pytest.mark.skipif(not native.paths(), reason="built without kernels")
@@ -104,8 +105,8 @@ def test_what_is_not_finite_is_so_as_in_torch(tokens: int, value: float) -> None
     x[tokens // 2, 3] = value
     weight[2] = 0
     wanted = x @ weight.float().T
-    matrix = native.encode_qmoe(torch.tensor([1] * 70 + [0] * 70).view(2, 70).to(torch.uint8), extremes(2))
-    dense = native.unpack_qmoe(matrix)
+    matrix = qmoe.encode(torch.tensor([1] * 70 + [0] * 70).view(2, 70).to(torch.uint8), extremes(2))
+    dense = qmoe.decode(matrix)
     for result, expected in (
         (native.linear_bf16(x, weight), wanted),
         (native.linear_int8(x, weight.to(torch.int8), torch.full((8,), 127.0)), wanted),
@@ -190,9 +191,9 @@ def test_dictionary_is_what_another_construction_gives() -> None:
 @given(sizes, st.integers(0, 150), st.sampled_from([0.0, 0.5, 0.885, 0.99, 1.0]), seeds)
 def test_decoding_what_was_encoded(rows: int, half: int, zeros: float, seed: int) -> None:
     digits = ternary(seed, rows, 2 * half, zeros)
-    matrix = native.encode_qmoe(digits, extremes(rows))
+    matrix = qmoe.encode(digits, extremes(rows))
     values = torch.cat([torch.zeros(rows, 1), extremes(rows).float().view(rows, 2)], 1)
-    assert torch.equal(native.unpack_qmoe(matrix).float(), values.gather(1, digits.long()))
+    assert torch.equal(qmoe.decode(matrix).float(), values.gather(1, digits.long()))
 
 
 @small
@@ -203,14 +204,14 @@ def test_qmoe(rows: int, half: int, tokens: int, zeros: float, large: float, see
     digits[0][digits[0] == 1] = 0  # a row without negatives has the minimum 0
     values = extremes(rows)
     values[0] = 0
-    matrix = native.encode_qmoe(digits, values)
-    assert_close(native.linear_qmoe(x, matrix), x, native.unpack_qmoe(matrix))
+    matrix = qmoe.encode(digits, values)
+    assert_close(native.linear_qmoe(x, matrix), x, qmoe.decode(matrix))
 
 
 @small
 @given(st.data(), st.sampled_from([1, 3, 40]), seeds)
 def test_damaged_qmoe_is_named_or_computed_and_nothing_else(data: st.DataObject, tokens: int, seed: int) -> None:
-    matrix = native.encode_qmoe(ternary(seed, 12, 90, 0.885), extremes(12))
+    matrix = qmoe.encode(ternary(seed, 12, 90, 0.885), extremes(12))
     codes, offsets = matrix.codes.clone(), matrix.offsets.clone()
     for _ in range(data.draw(st.integers(1, 3))):
         if data.draw(st.booleans()):
@@ -218,9 +219,9 @@ def test_damaged_qmoe_is_named_or_computed_and_nothing_else(data: st.DataObject,
         else:
             offsets[data.draw(st.integers(1, 11))] = data.draw(st.integers(-(2**31), 2**31 - 1))
     x = torch.ones(tokens, 90)
-    damaged = native.QmoeMatrix(codes, offsets, matrix.extremes, 90)
+    damaged = QmoeMatrix(codes, offsets, matrix.extremes, 90)
     try:
-        dense = native.unpack_qmoe(damaged)
+        dense = qmoe.decode(damaged)
     except native.DamagedMatrixError as error:
         with pytest.raises(native.DamagedMatrixError, match=str(error)):
             native.linear_qmoe(x, damaged)
@@ -229,18 +230,18 @@ def test_damaged_qmoe_is_named_or_computed_and_nothing_else(data: st.DataObject,
 
 
 def test_damage_by_kind() -> None:
-    matrix = native.encode_qmoe(ternary(0, 4, 64, 0.885), extremes(4))
+    matrix = qmoe.encode(ternary(0, 4, 64, 0.885), extremes(4))
     offsets = matrix.offsets.clone()
     offsets[2] = offsets[3] + 1
     with pytest.raises(native.DamagedMatrixError, match=r"row 1 has codes that do not fill it"):
-        native.unpack_qmoe(native.QmoeMatrix(matrix.codes, offsets, matrix.extremes, 64))
+        qmoe.decode(QmoeMatrix(matrix.codes, offsets, matrix.extremes, 64))
     offsets[1], offsets[2] = matrix.offsets[1], 0
     with pytest.raises(native.DamagedMatrixError, match=r"row 1 has offsets that do not rise"):
-        native.unpack_qmoe(native.QmoeMatrix(matrix.codes, offsets, matrix.extremes, 64))
+        qmoe.decode(QmoeMatrix(matrix.codes, offsets, matrix.extremes, 64))
     offsets[-1] += 1
     with pytest.raises(native.DamagedMatrixError, match="row offsets"):
-        native.QmoeMatrix(matrix.codes, offsets, matrix.extremes, 64)
+        qmoe.linear_qmoe(torch.ones(1, 64), QmoeMatrix(matrix.codes, offsets, matrix.extremes, 64))
     with pytest.raises(ValueError, match="pairs"):
-        native.encode_qmoe(torch.zeros(1, 3, dtype=torch.uint8), extremes(1))
+        qmoe.encode(torch.zeros(1, 3, dtype=torch.uint8), extremes(1))
     with pytest.raises(ValueError, match="0, 1 and 2"):
-        native.encode_qmoe(torch.full((1, 4), 3, dtype=torch.uint8), extremes(1))
+        qmoe.encode(torch.full((1, 4), 3, dtype=torch.uint8), extremes(1))

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
-from switchrun.kernels import native
+from switchrun.kernels import qmoe
 from tests.support.checkpoints import oracle_state, random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 
 #: Which rows of a ternary matrix are unlike the others: no value below zero, none above, or nothing but zeros.
@@ -122,7 +122,7 @@ def save_twin(model: SwitchTransformersForConditionalGeneration, folder: Path) -
     return save_tiny_tokenizer(folder, model.config.vocab_size)
 
 
-def encode(weight: torch.Tensor) -> native.QmoeMatrix:
+def encode(weight: torch.Tensor) -> qmoe.QmoeMatrix:
     """Encode a matrix of three values a row, as QMoE does: what is the row's minimum is 1, its maximum 2.
 
     So zeros are 1 in a row without negatives, and 2 in one without positives or with nothing but zeros.
@@ -132,7 +132,7 @@ def encode(weight: torch.Tensor) -> native.QmoeMatrix:
     digits = torch.zeros_like(weight, dtype=torch.uint8)
     digits[weight == least.unsqueeze(1)] = 1
     digits[weight == most.unsqueeze(1)] = 2
-    return native.encode_qmoe(digits, torch.stack([least, most], 1).flatten())
+    return qmoe.encode(digits, torch.stack([least, most], 1).flatten())
 
 
 def rewrite(path: Path, change: Any) -> None:

@@ -110,7 +110,7 @@ API int64_t qmoe_product(const float *x, int64_t tokens, int64_t columns, int64_
     return 0;
 }
 
-/* The matrix as bfloat16 [rows, columns]; errors as above. */
+/* Rows begin..end as bfloat16 [end - begin, columns]; errors as above. */
 API int64_t qmoe_unpack(uint16_t *matrix, int64_t columns, int64_t begin, int64_t end, const uint32_t *table,
                         int64_t words, const void *codes, int64_t count, const void *offsets, const void *extremes) {
     struct qmoe m = {table, words, codes, count, offsets, extremes};
@@ -118,7 +118,7 @@ API int64_t qmoe_unpack(uint16_t *matrix, int64_t columns, int64_t begin, int64_
         int64_t at, stop, place = 0;
         float unused[4];
         if (!row_of(m, row, &at, &stop, unused)) return row * 4 + BAD_OFFSETS;
-        uint16_t *to = matrix + row * columns;
+        uint16_t *to = matrix + (row - begin) * columns;
         if (columns) memset(to, 0, 2 * (size_t)columns);
         for (; at < stop; at++) {
             uint16_t code = u16((const uint8_t *)codes + 2 * at);
