@@ -256,7 +256,9 @@ def _read_places(source: _Source, dense: Index, pool: Executor) -> ExpertPlaces:
         with source.open(wanted[number], experts * qmoe.ENTRIES_PER_EXPERT) as file:
             return qmoe.read_part(file, layers[number], sizes[number], turn)
 
-    return qmoe.joined(pool.map(read, range(len(layers))))
+    # On a disk there is little to wait for, and each part that is parsed takes 40 MB.
+    run = map if source.remote is None else pool.map
+    return qmoe.joined(run(read, range(len(layers))))
 
 
 def _read_weights(file: Weights, name: str, turn: Lock) -> dict[str, TensorSlice]:
