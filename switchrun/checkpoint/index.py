@@ -254,9 +254,13 @@ def _read_places(source: _Source, dense: Index, pool: Executor) -> ExpertPlaces:
 
     def read(number: int) -> ExpertPlaces:
         with source.open(wanted[number], experts * qmoe.ENTRIES_PER_EXPERT) as file:
-            return qmoe.read_part(file, layers[number], sizes[number], turn)
+            for place in (0, file.size - 1):
+                file.read(place, 1)  # What is on the Hub is fetched now, as much as parsing needs.
+            with turn:  # which takes 40 MB
+                return qmoe.read_part(file, layers[number], sizes[number])
 
-    return qmoe.joined(pool.map(read, range(len(layers))))
+    run = map if source.remote is None else pool.map  # Threads have memory of their own, and a disk keeps none waiting.
+    return qmoe.joined(run(read, range(len(layers))))
 
 
 def _read_weights(file: Weights, name: str, turn: Lock) -> dict[str, TensorSlice]:

@@ -10,12 +10,11 @@ import base64
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from operator import add, sub
 from typing import Any
 
 from switchrun.checkpoint.experts import Experts, gated
-from switchrun.checkpoint.files import NO_TURN, Weights
+from switchrun.checkpoint.files import Weights
 from switchrun.checkpoint.names import GATED_NAME, ROUTER_NAME, STACKS, expert_prefix, mlp_layer
 from switchrun.checkpoint.torch_file import read_numbers, read_torch
 from switchrun.checkpoint.types import (
@@ -105,16 +104,14 @@ def read_sizes(file: Weights, layers: Sequence[Layer], experts: int) -> list[arr
     return [array("I", map(of, each)) for each in names]
 
 
-def read_part(
-    file: Weights, layer: Layer, sizes: Sequence[int], turn: AbstractContextManager[object] = NO_TURN
-) -> ExpertPlaces:
-    """Read where the experts of one layer lie in their file; `turn` is as for `read_torch`.
+def read_part(file: Weights, layer: Layer, sizes: Sequence[int]) -> ExpertPlaces:
+    """Read where the experts of one layer lie in their file.
 
     Raises:
         CorruptCheckpointError: The file is damaged, or a tensor is missing or not what it must be.
         ModelError: The experts are gated.
     """
-    tensors = read_torch(file, turn)
+    tensors = read_torch(file)
     places = _no_places()
     for expert in range(len(sizes) // 2):
         for number, (each, dtype) in enumerate(_TENSORS):
