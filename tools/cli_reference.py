@@ -62,6 +62,8 @@ _OTHER_VARIABLES = {
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
     "Processors": {
+        "SWITCHRUN_KERNELS": "the path of switchrun's own kernels: `avx512`, `avx2` or `portable`; by default the best "
+        "that the processor has. `off` multiplies by torch alone: slowly.",
         "OMP_NUM_THREADS": "how many threads torch computes with; by default one a core.",
         "CUDA_VISIBLE_DEVICES": "the GPUs to use, as for any program.",
     },

@@ -86,7 +86,7 @@ def test_product(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatc
     for kernels in (native.path(), "off"):
         monkeypatch.setenv("SWITCHRUN_KERNELS", str(kernels))
         result = matrix.product(x)
-        assert result.dtype == dtype and result.shape == (2, tokens, 300)
+        assert (result.dtype, result.shape) == (dtype, (2, tokens, 300))
         torch.testing.assert_close(result.double(), wanted, rtol=8e-3 if dtype is torch.bfloat16 else 1e-4, atol=1e-4)
 
 
