@@ -274,7 +274,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     d_model, d_ff, heads = int(c["d_model"]), int(c["d_ff"]), int(c["num_heads"])
     inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
-    narrow = item < 4 or precision.packed is not None or precision.qmoe
+    narrow = item < 4 or precision.few_bits
     positions = rows * tokens
     hidden, squared = positions * d_model, tokens * tokens
 
