@@ -1,7 +1,8 @@
 """`--synthetic`: checkpoints of real geometries without their weights, to try a machine before a download.
 
 They are sparse files of full size. Dense weights are real random bytes. Experts are holes, which read as zeros and cost
-no disk time, unless they are materialised: then they are random bytes too, and reading them is real.
+no disk time, unless they are materialised: then they are random bytes too, and reading them is real. In QMoE's format a
+hole is no matrix, so some experts are always real there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from switchrun.bench import synthetic_qmoe
 from switchrun.bench.raw_disk import drop_page_cache
+from switchrun.bench.torch_zip import StoredTensor
 from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
 from switchrun.errors import BudgetError, StorageError, UsageError
 from switchrun.machine.files import read_regular
@@ -37,13 +40,15 @@ _MARK = "synthetic.json"
 _MOST_MARK_BYTES = 64 * 1024
 #: Changes when what was made before would not do any more.
 _VERSION = 1
-_SPEC = re.compile(r"(?:switch-)?([\w-]+?)(?::experts=(\d+))?")
-_HINT = "write it like switch-c-2048, base-128 or switch-c-2048:experts=16"
+_SPEC = re.compile(r"(?:switch-)?([\w-]+?)(-qmoe)?(?::experts=(\d+))?")
+_HINT = "write it like switch-c-2048, base-128, switch-c-2048:experts=16 or switch-c-2048-qmoe"
+#: Real experts of each layer in QMoE's format, unless --materialize says how many.
+_QMOE_EXPERTS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """The measures of a Switch checkpoint stored in bf16; every MLP is sparse if `sparse_step` is 1."""
+    """The measures of a Switch checkpoint; every MLP is sparse if `sparse_step` is 1."""
 
     d_model: int
     d_ff: int
@@ -57,19 +62,28 @@ class Geometry:
     expert_capacity: int = 64
     #: Write the key names and the mistakes of config.json that google/switch-c-2048 has on the Hub.
     hub_faults: bool = False
+    #: Experts in QMoE's format, in place of bf16.
+    qmoe: bool = False
 
     def sparse(self, block: int) -> bool:
         """Whether a block has experts, by transformers' rule."""
         return self.sparse_step == 1 or block % self.sparse_step == 1
 
     @property
+    def sparse_blocks(self) -> list[int]:
+        """Those of a stack; both have the same."""
+        return [block for block in range(self.num_layers) if self.sparse(block)]
+
+    @property
     def sparse_layers(self) -> int:
         """Sparse layers of both stacks."""
-        return 2 * sum(map(self.sparse, range(self.num_layers)))
+        return 2 * len(self.sparse_blocks)
 
     @property
     def expert_bytes(self) -> int:
         """Bytes of one expert."""
+        if self.qmoe:
+            return synthetic_qmoe.expert_bytes(self.d_model, self.d_ff)
         return 2 * 2 * self.d_model * self.d_ff
 
     def config(self) -> dict[str, Any]:
@@ -134,12 +148,16 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
     Key names and config.json are transformers' own, so that plain transformers can load it too.
 
     Raises:
-        UsageError: There is no such geometry, or less is to be real than two experts of each layer.
+        UsageError: There is no such geometry, less is to be real than two experts of each layer, or this installation
+            cannot make QMoE's format.
         BudgetError: The disk has no room for it.
         StorageError: The offload folder cannot be written.
     """
     name, geometry = parse_geometry(spec)
-    real = 0 if materialize is None else _real_experts(materialize, geometry)
+    if materialize is not None:
+        real = _real_experts(materialize, geometry)
+    else:
+        real = min(_QMOE_EXPERTS, geometry.num_experts) if geometry.qmoe else 0
     description = {
         "geometry": name,
         "num_experts": geometry.num_experts,
@@ -156,6 +174,8 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
         if json.loads(read_regular(_MARK, _MOST_MARK_BYTES, os.O_NOFOLLOW, dir_fd=handle)) == mark:
             return Synthetic(folder, description)
     needed = real_bytes(geometry, real)
+    if geometry.qmoe:
+        synthetic_qmoe.check_kernels()
     try:
         offload_folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(offload_folder).free
@@ -187,7 +207,10 @@ def parse_geometry(spec: str) -> tuple[str, Geometry]:
     if match is None or name not in GEOMETRIES:
         raise UsageError(f"--synthetic: '{spec}' is not a geometry", f"{_HINT}; there are: {', '.join(GEOMETRIES)}")
     geometry = replace(GEOMETRIES[name], hub_faults=False)
-    count = int(match[2] or geometry.num_experts)
+    if match[2]:
+        name += match[2]
+        geometry = replace(geometry, qmoe=True, expert_capacity=1024)  # as published
+    count = int(match[3] or geometry.num_experts)
     if not 2 <= count <= geometry.num_experts:
         raise UsageError(f"--synthetic: {name} has 2 to {geometry.num_experts} experts a layer, not {count}", _HINT)
     return name, replace(geometry, num_experts=count)
@@ -196,7 +219,8 @@ def parse_geometry(spec: str) -> tuple[str, Geometry]:
 def real_bytes(geometry: Geometry, real_experts: int) -> int:
     """Return the bytes on disk of a checkpoint with so many real experts in each layer."""
     dense = sum(2 * math.prod(shape) for shape in _dense_shapes(geometry).values())
-    return dense + real_experts * geometry.sparse_layers * geometry.expert_bytes
+    holes = (geometry.num_experts - real_experts) * synthetic_qmoe.HOLE_BYTES if geometry.qmoe else 0
+    return dense + geometry.sparse_layers * (real_experts * geometry.expert_bytes + holes)
 
 
 def _real_experts(size: str, geometry: Geometry) -> int:
@@ -226,27 +250,32 @@ def _note(real: int, count: int) -> str:
 def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, container: Container | None = None) -> int:
     """Write a synthetic checkpoint, safetensors without a container, and return the number of its tensors.
 
-    So many first experts of every layer get real bytes, and routers choose among those alone; with 0, among all.
+    So many first experts of every layer get real bytes, and routers choose among those alone; with 0, among all. QMoE's
+    format knows its own container.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(geometry.config(), indent=2))
+    filler = _Filler(geometry, real_experts)
+    if geometry.qmoe:
+        dense = {name: filler.stored(name, shape) for name, shape in _dense_shapes(geometry).items()}
+        g = geometry
+        measures = synthetic_qmoe.Measures(g.d_model, g.d_ff, g.sparse_blocks, g.num_experts, real_experts)
+        return synthetic_qmoe.write_qmoe(folder, measures, dense)
     stem, suffix, write = container or Container("model", ".safetensors", _write_safetensors)
     shards = list(_split(geometry))
     weight_map: dict[str, str] = {}
-    filler = _Filler(geometry, real_experts)
     for number, shapes in enumerate(shards, 1):
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
         offsets = write(path, shapes)
         weight_map |= dict.fromkeys(shapes, path.name)
         filler.fill(path, shapes, offsets)
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(geometry.config(), indent=2))
     return len(weight_map)
 
 
 def _dense_shapes(geometry: Geometry) -> Shapes:
     config = replace(geometry, hub_faults=False).config()
-    sparse = [block for block in range(geometry.num_layers) if geometry.sparse(block)]
-    shapes = dict(dense_tensors(config, dict.fromkeys(STACKS, sparse), geometry.tied))
+    shapes = dict(dense_tensors(config, dict.fromkeys(STACKS, geometry.sparse_blocks), geometry.tied))
     if geometry.hub_faults and not geometry.tied:
         shapes[DECODER_HEAD] = shapes.pop(HEAD)
     return shapes
@@ -256,7 +285,7 @@ def _split(g: Geometry) -> Iterator[Shapes]:
     """Divide tensors into shards as the Hub does: dense weights, then all `wi` of a layer, then its `wo`."""
     yield _dense_shapes(g)
     each = max(1, SHARD_BYTES // (g.expert_bytes // 2))
-    for stack, block in itertools.product(STACKS, filter(g.sparse, range(g.num_layers))):
+    for stack, block in itertools.product(STACKS, g.sparse_blocks):
         prefix = f"{mlp_prefix(stack, block)}.experts"
         for matrix, shape in (("wi", (g.d_ff, g.d_model)), ("wo", (g.d_model, g.d_ff))):
             for start in range(0, g.num_experts, each):
@@ -304,35 +333,44 @@ class _Filler:
             for name, shape in shapes.items():
                 if ".experts." in name and int(name.split(".")[-3].removeprefix("expert_")) >= self._real:
                     continue
-                nbytes = 2 * math.prod(shape)
-                self._write_tensor(file.fileno(), name, nbytes, offsets[name])
-                if ".router." in name and self._real:
-                    self._restrict(file.fileno(), nbytes // shape[0], nbytes, offsets[name])
+                file.seek(offsets[name])
+                file.writelines(self._pieces(name, shape))
 
-    def _restrict(self, descriptor: int, row_bytes: int, nbytes: int, offset: int) -> None:
+    def stored(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        return StoredTensor("BF16", shape, lambda: self._pieces(name, shape))
+
+    def _pieces(self, name: str, shape: tuple[int, ...]) -> Iterator[bytes | memoryview]:
+        """Yield a tensor's bytes."""
+        nbytes = 2 * math.prod(shape)
+        if "layer_norm" in name:
+            yield self._bytes(self._torch.ones(nbytes // 2))
+        elif ".router." in name and self._real:
+            yield self._restricted(b"".join(self._random(name, nbytes)), nbytes // shape[0])
+        else:
+            yield from self._random(name, nbytes)
+
+    def _restricted(self, router: bytes, row_bytes: int) -> bytes:
         """Keep a router from ever choosing an expert that is a hole.
 
         Their rows are 0, and the last row before them is the first one's negative: one of the two gives a logit
         above 0, whatever comes in.
         """
         torch = self._torch
-        first = torch.frombuffer(bytearray(os.pread(descriptor, row_bytes, offset)), dtype=torch.bfloat16)
-        rest = bytes(nbytes - self._real * row_bytes)
-        os.pwrite(descriptor, self._bytes(-first) + rest, offset + (self._real - 1) * row_bytes)
+        first = torch.frombuffer(bytearray(router[:row_bytes]), dtype=torch.bfloat16)
+        kept = router[: (self._real - 1) * row_bytes] + self._bytes(-first)
+        return kept + bytes(len(router) - len(kept))
 
-    def _write_tensor(self, descriptor: int, name: str, nbytes: int, offset: int) -> None:
-        if "layer_norm" in name:
-            os.pwrite(descriptor, self._bytes(self._torch.ones(nbytes // 2)), offset)
-            return
+    def _random(self, name: str, nbytes: int) -> Iterator[memoryview]:
         scale = 1.0 if "shared" in name else self._geometry.d_model**-0.5
         if scale not in self._pools:
             self._pools[scale] = self._bytes(self._normal * scale)
         pool = memoryview(self._pools[scale])
         self._turn = (self._turn + 7_919) % (self._POOL // 2)
-        start, done = 2 * self._turn, 0
-        while done < nbytes:
-            piece = pool[start : start + min(nbytes - done, len(pool) - start)]
-            done += os.pwrite(descriptor, piece, offset + done)
+        start = 2 * self._turn
+        while nbytes:
+            piece = pool[start : start + min(nbytes, len(pool) - start)]
+            yield piece
+            nbytes -= len(piece)
             start = 0
 
     def _bytes(self, values: Any) -> bytes:

@@ -26,6 +26,7 @@ LINEAR_NAME = re.compile(
     r"|(?:decoder\.)?lm_head\.weight",
     re.ASCII,
 )
+GATED_NAME = re.compile(r"\.mlp\.experts\.expert_\d+\.wi_[01]\.(?:weight|w_comp)")
 BLOCK_NAME = re.compile(rf"(encoder|decoder)\.block\.{_NUMBER}\.", re.ASCII)
 ROUTER_NAME = re.compile(
     rf"(encoder|decoder)\.block\.{_NUMBER}\.layer\.([12])\.mlp\.router\.classifier\.weight", re.ASCII

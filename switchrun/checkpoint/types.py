@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -136,7 +137,7 @@ class SwitchCheckpoint:
             there only when it is not `shared.weight` itself, and so are the two `embed_tokens`.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
         fingerprint: Changes when any file of the checkpoint does; see `Index.fingerprint`.
-        stored_dtype: What the experts are stored in, `F32` if in several; `I8` if any linear layer is.
+        stored_dtype: What the experts are stored in, `F32` if in several; `I8` if any linear layer is; `QMOE`.
         plain_dtype: What `--dtype auto` computes in: the `dtype` of config.json, else one that loses no stored bit.
         expert_forms: An expert of each form in which experts are stored (dtypes may differ), and how many have that
             form; never empty. Of experts that QMoE compressed, all are of one form, whose expert is the largest.
@@ -231,6 +232,19 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ExpertPlaces:
+    """Where the tensors of a QMoE checkpoint's experts lie, in columns; `switchrun.checkpoint.qmoe` knows the order.
+
+    A place in the columns is a tensor; header and checksum are those of `TensorSlice`, 0 if there is none.
+    """
+
+    offset: array[int]
+    nbytes: array[int]
+    header_bytes: array[int]
+    crc: array[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Index(Mapping[str, TensorSlice]):
     """All tensors of a checkpoint by the names they have in its files; a slice is made when it is asked for.
 
@@ -242,6 +256,7 @@ class Index(Mapping[str, TensorSlice]):
             of its local header, and its CRC-32; the last two are 0 if there is none.
         stamps: Of all files that count: index and weights, and the configuration unless each of those has a hash.
         lost: What the index JSON names and no file holds: the tensor, and the name of the file it should be in.
+        places: Of a QMoE checkpoint, whose `rows` are those tensors that are no expert's, where the experts are.
     """
 
     entry: Path | RemoteFile
@@ -250,6 +265,7 @@ class Index(Mapping[str, TensorSlice]):
     rows: Mapping[str, tuple[int, int, int, int, int]]
     stamps: tuple[FileStamp, ...]
     lost: Mapping[str, str]
+    places: ExpertPlaces | None = None
 
     def __getitem__(self, name: str) -> TensorSlice:
         file, offset, kind, header_bytes, crc = self.rows[name]

@@ -26,17 +26,17 @@ def bench(
     synthetic: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME[:experts=N]",
+            metavar="NAME[-qmoe][:experts=N]",
             show_default=False,
             help="Instead of a model: make a checkpoint of a published geometry with random weights, like "
-            "switch-c-2048 or base-128:experts=16, in the offload folder.",
+            "switch-c-2048, base-128:experts=16 or switch-c-2048-qmoe, in the offload folder.",
         ),
     ] = None,
     materialize: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            show_default="none: they are holes, and reading them costs nothing",
+            show_default="none: they are holes, and reading them costs nothing; qmoe: 64 experts a layer",
             help="With --synthetic: so many bytes of experts are real, and only those are routed to.",
         ),
     ] = None,
