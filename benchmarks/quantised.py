@@ -1,9 +1,10 @@
 """Time of a product in bf16, int8, nf4 and qmoe: torch, bitsandbytes and ours, one matrix, several numbers of rows.
 
-    python benchmarks/quantised.py [--rows 6144] [--columns 2080] [--tokens 1 8 24 128] [--threads 2] [--paths avx2]
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/quantised.py [--tokens 1 8 24 128] [--paths avx512 avx2 off]
 
 Random normal weights; the ternary ones of qmoe have 88.5 % zeros. `x` is bfloat16. A time is the least of several runs,
-in milliseconds. Copies take turns, so that weights come from memory and not from the processor's cache.
+in milliseconds. Copies take turns, so that weights come from memory and not from the processor's cache. The command
+line sets `OMP_WAIT_POLICY` too.
 `ONEDNN_MAX_CPU_ISA=AVX512_CORE` in the environment has torch multiply as on a processor without bf16 instructions.
 """
 

@@ -37,7 +37,7 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
     if codes.dtype != torch.int8 or scb.dtype != torch.float32:
         raise ValueError(f"codes must be int8 and SCB float32, not {codes.dtype} and {scb.dtype}")
     rows = max(1, _AT_A_TIME // max(1, weight.shape[1]))
-    for some, into, largest in zip(*(torch.split(tensor, rows) for tensor in (weight, codes, scb)), strict=True):
+    for some, into, largest in zip(*(torch.split(each, rows) for each in (weight.detach(), codes, scb)), strict=True):
         values = some.float()
         # Two reductions are faster than abs and one, which writes the block once more. abs_ turns -0.0 into 0.0.
         largest.copy_(torch.maximum(values.amax(1), -values.amin(1)).abs_())
@@ -61,16 +61,13 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
         return _linear_bitsandbytes(x, codes, scb)
 
     def unpack(rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        # Codes are whole numbers up to 127: bfloat16 has them all.
-        if codes.device.type == "cpu" and native.available():
-            return native.unpack_int8(codes[rows], dtype)
-        return codes[rows].to(dtype)
+        return codes[rows].to(dtype)  # whole numbers up to 127: bfloat16 has them all
 
     if is_for_native(tokens):
         result = native.linear_int8(tokens, codes, scb)
     else:
         # Scaling the few results is cheaper than scaling the weights.
-        result = linear_by_blocks(tokens, (out, length), unpack).mul_(scb / 127.0)
+        result = linear_by_blocks(tokens, (out, length), unpack) * (scb / 127.0)
     return result.to(x.dtype).view(*x.shape[:-1], out)
 
 

@@ -36,7 +36,6 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "bf16_product": (None, [*_PRODUCT, _POINTER]),
     "int8_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
     "nf4_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
-    "int8_unpack": (None, [_POINTER, *[_INT] * 3, _POINTER]),
     "nf4_unpack": (None, [_POINTER, *[_INT] * 3, _POINTER, _POINTER]),
     "nf4_quantise": (None, [_POINTER, _INT, _POINTER, _POINTER]),
     "qmoe_lanes": (_INT, []),
@@ -98,12 +97,6 @@ def linear_nf4(
     return _product("nf4_product", x, shape, threads, packed, absmax)
 
 
-def unpack_int8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return codes `[rows, in]` in a dtype, float32 or bfloat16, without their scales."""
-    _check("codes", codes, (torch.int8,), tuple(codes.shape))
-    return _unpack("int8_unpack", slice(0, codes.shape[0]), codes.shape[1], dtype, codes)
-
-
 def unpack_nf4(
     packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], rows: slice, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -111,7 +104,17 @@ def unpack_nf4(
     _check_nf4(packed, absmax, shape, torch.bfloat16)
     if not 0 <= rows.start <= rows.stop <= shape[0]:
         raise ValueError(f"a matrix of {shape[0]} rows has no rows {rows.start} to {rows.stop}")
-    return _unpack("nf4_unpack", rows, shape[1], dtype, packed, absmax)
+    count, columns, function = rows.stop - rows.start, shape[1], _loaded().nf4_unpack
+    result = torch.empty(count, columns, dtype=dtype)
+    _check("the result", result, (torch.float32, torch.bfloat16), (count, columns))
+    to, narrow, codes, scales = result.data_ptr(), dtype is torch.bfloat16, packed.data_ptr(), absmax.data_ptr()
+
+    def share(begin: int, end: int) -> None:
+        at = to + begin * columns * dtype.itemsize
+        function(at, narrow, (rows.start + begin) * columns, (end - begin) * columns, codes, scales)
+
+    _split(count, columns, None, share)
+    return result
 
 
 def quantise_nf4(values: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
@@ -226,20 +229,6 @@ def _product(
 
     _split(rows, columns, threads, share)
     return y
-
-
-def _unpack(name: str, rows: slice, columns: int, dtype: torch.dtype, *parts: torch.Tensor) -> torch.Tensor:
-    function, count = getattr(_loaded(), name), rows.stop - rows.start
-    result = torch.empty(count, columns, dtype=dtype)
-    _check("the result", result, (torch.float32, torch.bfloat16), (count, columns))
-    at, narrow, rest = result.data_ptr(), dtype is torch.bfloat16, [part.data_ptr() for part in parts]
-
-    def share(begin: int, end: int) -> None:
-        to = at + begin * columns * dtype.itemsize
-        function(to, narrow, (rows.start + begin) * columns, (end - begin) * columns, *rest)
-
-    _split(count, columns, None, share)
-    return result
 
 
 def _split(rows: int, columns: int, threads: int | None, share: Callable[[int, int], None]) -> None:

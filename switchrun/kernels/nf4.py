@@ -33,7 +33,7 @@ def quantise_nf4(weight: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
     Takes 2 MiB of scratch memory, 8 without the C kernels. `weight` is `[out, in]`, floating, finite, on the CPU.
     Written are `packed`, uint8 `[ceil(out × in / 2)]`, and `absmax`, float32 `[ceil(out × in / 64)]`.
     """
-    length = weight.shape[1]
+    weight, length = weight.detach(), weight.shape[1]
     _check_storage(packed, absmax, (weight.shape[0], length), torch.float32)
     quantise = native.quantise_nf4 if native.available() else _quantise_by_torch
     rows = 64 * max(1, _AT_A_TIME // (64 * length))  # whole blocks, whatever the length
@@ -98,5 +98,7 @@ def _unpack_by_torch(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Return the elements of some blocks in float32, flat, and zeros where the last block has none."""
     whole = torch.nn.functional.pad(codes, (0, len(scales) * NF4_BLOCK // 2 - len(codes)), value=_TWO_ZEROS)
     values = torch.tensor(NF4_VALUES, device=codes.device)
-    pairs = torch.cartesian_prod(values, values)[whole.int()]
-    return pairs.view(-1, NF4_BLOCK).mul_(scales.unsqueeze(1)).view(-1)
+    # The two values of a byte as one float64: half as many to look up.
+    pairs = torch.cartesian_prod(values, values).view(torch.float64).view(-1)
+    found = torch.index_select(pairs, 0, whole.int()).view(torch.float32)
+    return found.view(-1, NF4_BLOCK).mul_(scales.unsqueeze(1)).view(-1)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from switchrun.errors import UsageError
 from switchrun.kernels import native, qmoe
 from switchrun.kernels.int8 import quantise_int8
-from switchrun.kernels.nf4 import NF4_VALUES
+from switchrun.kernels.nf4 import NF4_VALUES, _quantise_by_torch
 from switchrun.kernels.qmoe import QmoeMatrix
 from switchrun.store.layout import nf4_sizes
 
@@ -88,6 +88,32 @@ def test_nf4(rows: int, width: int, tokens: int, large: float, seed: int) -> Non
     assert_close(native.linear_nf4(x, packed, absmax, (rows, width)), x, nf4_by_hand(packed, absmax, (rows, width)))
 
 
+@small
+@given(sizes, widths, st.sampled_from([torch.float32, torch.bfloat16]), st.data(), seeds)
+def test_unpacking_nf4(rows: int, width: int, dtype: torch.dtype, data: st.DataObject, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes, blocks = nf4_sizes(rows, width)
+    packed = torch.randint(0, 256, (codes,), generator=generator, dtype=torch.uint8)
+    absmax = random(seed, (blocks,), 1.0).bfloat16()
+    begin = data.draw(st.integers(0, rows))
+    end = data.draw(st.integers(begin, rows))
+    found = native.unpack_nf4(packed, absmax, (rows, width), slice(begin, end), dtype)
+    # A value and a scale are float32: their product in float64 is exact, and rounded once to float32.
+    assert torch.equal(found, nf4_by_hand(packed, absmax, (rows, width))[begin:end].float().to(dtype))
+
+
+@small
+@given(st.integers(1, 300), st.sampled_from([0.0, 1e-42, 1e-3, 1.0, 1e15]), seeds)
+def test_quantising_nf4_by_c_and_by_torch(count: int, scale: float, seed: int) -> None:
+    values = random(seed, (count,), scale)
+    codes, blocks = nf4_sizes(1, count)
+    found, wanted = ((torch.empty(codes, dtype=torch.uint8), torch.empty(blocks)) for _ in range(2))
+    native.quantise_nf4(values, *found)
+    _quantise_by_torch(values, *wanted)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1].view(torch.int32), wanted[1].view(torch.int32))
+
+
 def test_every_int8_and_bf16_value_is_widened_exactly() -> None:
     codes = torch.arange(-128, 128).to(torch.int8).view(-1, 1)
     one = torch.ones(1, 1)
@@ -122,6 +148,12 @@ def test_damaged_tensors_are_refused() -> None:
         native.linear_nf4(x, torch.zeros(64, dtype=torch.uint8), torch.ones(1).bfloat16(), (2, 64))
     with pytest.raises(ValueError, match="codes"):
         native.linear_nf4(x, torch.zeros(63, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64))
+    with pytest.raises(ValueError, match="no rows 1 to 3"):
+        native.unpack_nf4(
+            torch.zeros(64, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64), slice(1, 3), torch.float32
+        )
+    with pytest.raises(ValueError, match="codes"):
+        native.quantise_nf4(torch.ones(64), torch.zeros(31, dtype=torch.uint8), torch.ones(1))
     with pytest.raises(ValueError, match="weight"):
         native.linear_bf16(x, torch.ones(2, 63).bfloat16())
     with pytest.raises(ValueError, match="contiguous"):

@@ -84,8 +84,21 @@ API void nf4_product(const float *x, int64_t tokens, int64_t columns, float *y, 
     product(x, tokens, columns, y, rows, begin, end, (struct matrix){codes, scales}, unpack, dot);
 }
 
+/* Elements first..first + count in float32, or, if `narrow`, rounded to bfloat16. */
 API void nf4_unpack(void *to, int64_t narrow, int64_t first, int64_t count, const void *codes, const void *scales) {
-    unpack_to(to, narrow, first, count, (struct matrix){codes, scales}, unpack);
+    struct matrix m = {codes, scales};
+    if (!narrow) unpack(m, first, count, to);
+    for (int64_t at = 0; narrow && at < count; at += CHUNK) {
+        float values[CHUNK];
+        uint16_t *target = (uint16_t *)to + at;
+        int64_t width = least(CHUNK, count - at);
+        unpack(m, first + at, width, values);
+        for (int64_t i = 0; i < width; i++) {
+            uint32_t bits;
+            memcpy(&bits, values + i, 4);
+            target[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    }
 }
 
 /* Quantise `count` elements that begin a block, to bitsandbytes' bytes: a whole block is multiplied by the inverse of
