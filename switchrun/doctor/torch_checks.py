@@ -91,13 +91,13 @@ def check_torch(answer: Answer) -> Check:
 
 
 def check_bitsandbytes(answer: Answer) -> Check:
-    """Does bitsandbytes work? Only a warning, for on the CPU switchrun mostly does without it."""
+    """Does bitsandbytes work? Only a warning, for only GPUs need it."""
     error = answer["bitsandbytes"].get("error")
     if error is None:
         return Check("bitsandbytes", "its native library loads, and packs and unpacks 4 bit")
     if error == NOT_TRIED:
         return Check("bitsandbytes", "not tried, since torch does not work", "fix torch first")
-    finding = f"{error}; int8 and nf4 need it on a GPU, and nf4 on some CPUs"
+    finding = f"{error}; int8 and nf4 need it on a GPU"
     hint = "pip install --force-reinstall bitsandbytes; then see: python -m bitsandbytes"
     return Check("bitsandbytes", finding, hint)
 

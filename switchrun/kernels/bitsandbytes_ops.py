@@ -1,4 +1,4 @@
-"""bitsandbytes' own operations, imported when they are first needed: that takes a second and 45 MiB."""
+"""bitsandbytes' own operations, for GPUs, imported when they are first needed: that takes a second and 45 MiB."""
 
 from __future__ import annotations
 
