@@ -69,6 +69,11 @@ class Precision:
     qmoe: bool = False
 
     @property
+    def few_bits(self) -> bool:
+        """Whether experts are kept in fewer bits than they are computed in."""
+        return self.qmoe or self.packed is not None
+
+    @property
     def name(self) -> str:
         """What the user calls it: `bf16`, `int8`, `qmoe`."""
         return QMOE.lower() if self.qmoe else (self.packed or self.compute).value

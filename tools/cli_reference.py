@@ -62,9 +62,9 @@ _OTHER_VARIABLES = {
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
     "Processors": {
+        "SWITCHRUN_KERNELS": "the path of switchrun's own kernels: `avx512`, `avx2` or `portable`; by default the best "
+        "that the processor has. `off` multiplies by torch alone: slowly.",
         "OMP_NUM_THREADS": "how many threads torch computes with; by default one a core.",
-        "SWITCHRUN_KERNELS": "switchrun's own kernels to use: `avx512`, `avx2`, `portable`, or `off` for torch's "
-        "products; by default the fastest that the processor can run.",
         "CUDA_VISIBLE_DEVICES": "the GPUs to use, as for any program.",
     },
 }

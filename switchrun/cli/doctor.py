@@ -21,7 +21,7 @@ def doctor(
     ] = False,
     style: options.Format = options.TableFormat.TABLE,
 ) -> None:
-    """Check that switchrun will work here: packages, torch, GPUs, memory, disks, the Hub, the model.
+    """Check that switchrun will work here: packages, torch, kernels, GPUs, memory, disks, the Hub, the model.
 
     Exit code: 0, or that of the first check that fails.
     """

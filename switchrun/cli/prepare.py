@@ -18,6 +18,7 @@ from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
 from switchrun.dtypes import PackedDtype, resolve_dtype
 from switchrun.errors import UsageError
+from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
 from switchrun.output.progress import ByteProgress
 from switchrun.units import format_bytes, format_count, format_seconds
@@ -132,6 +133,7 @@ def _preparer(
     """Import torch, which takes seconds: what is wrong with options, model or budget has been said by now."""
     quieten_libraries()
     check_limits()
+    libraries.path()  # refuses one that this machine does not have
     with SIGNALS.at_once():
         from switchrun.experts.packing import ExpertPacker
 

@@ -47,10 +47,11 @@ def examine(
         gpu_memory = "0"  # a driver that could not be asked is not asked again for a budget that nobody set
     budgets = resolve_budgets(cpu_memory, gpu_memory)
     torch = _guarded("torch", torch_checks.check_torch, answer)
+    kernels = _guarded("kernels", torch_checks.check_kernels, answer)
     bitsandbytes = _guarded("bitsandbytes", torch_checks.check_bitsandbytes, answer)
     gpu = _guarded("gpu", torch_checks.check_gpus, answer, budgets.gpu_bytes)
     plan = _guarded("model", machine_checks.check_model, opened, budgets)
-    return [packages, torch, bitsandbytes, gpu, memory, *disks, hub, plan]
+    return [packages, torch, kernels, bitsandbytes, gpu, memory, *disks, hub, plan]
 
 
 def _guarded(name: str, check: Callable[..., Check], *args: Any) -> Check:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
+import shlex
 import signal
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from switchrun.doctor.check import Check, Problem
 from switchrun.errors import SwitchrunError, UsageError
@@ -16,13 +20,14 @@ from switchrun.machine.limits import check_limits
 from switchrun.units import GIB, MIB, format_bytes, format_count
 
 #: What the child looks at, in its order.
-STAGES = ("driver", "torch", "libraries", "bitsandbytes", "devices")
+STAGES = ("driver", "torch", "libraries", "bitsandbytes", "devices", "kernels")
 NOT_TRIED = "not tried"
 #: A first import from a slow disk takes half a minute; after this, something hangs.
 TIMEOUT_SECONDS = 120.0
 
 Answer = Mapping[str, Mapping[str, Any]]
 
+_WITHOUT_KERNELS = "set SWITCHRUN_KERNELS=off to do without, and please report it"
 _CHILD = "switchrun.doctor.torch_child"
 _INSTALL = "https://pytorch.org/get-started/locally/"
 _OLDER_CUDA = f"update the driver, or install torch for an older CUDA: {_INSTALL}"
@@ -95,6 +100,47 @@ def check_bitsandbytes(answer: Answer) -> Check:
     finding = f"{error}; int8 and nf4 need it on a GPU, and nf4 on some CPUs"
     hint = "pip install --force-reinstall bitsandbytes; then see: python -m bitsandbytes"
     return Check("bitsandbytes", finding, hint)
+
+
+def check_kernels(answer: Answer) -> Check:
+    """Are switchrun's own kernels built, which path of them is used, and is what they compute right?"""
+    found = answer["kernels"]
+    if "error" in found:
+        if found["error"] == NOT_TRIED:
+            return Check("kernels", "not tried, since what was tried before did not work", "fix that first")
+        return Check("kernels", f"they do not work: {found['error']}", _WITHOUT_KERNELS, SwitchrunError)
+    paths = list(found["paths"])
+    if not paths:
+        why = "those that are built are for another version or system" if found["unusable"] else "they are not built"
+        finding = f"{why}: everything works, by torch alone, but slowly"
+        return Check("kernels", finding, f"install a C compiler such as gcc, then: {_rebuild()}")
+    if "refused" in found:
+        return Check("kernels", found["refused"], found["hint"], UsageError)
+    wrong = found["wrong"]
+    if found["used"] in wrong:
+        good = [path for path in paths if path not in wrong]
+        hint = f"set SWITCHRUN_KERNELS={good[-1]}, and please report it" if good else _WITHOUT_KERNELS
+        return Check("kernels", f"{found['used']}: {wrong[found['used']]}", hint, SwitchrunError)
+    if found["used"] is None:
+        finding = "SWITCHRUN_KERNELS is off: everything works, by torch alone, but slowly"
+        return Check("kernels", finding, "unset SWITCHRUN_KERNELS")
+    finding = f"{found['used']} is used{', by SWITCHRUN_KERNELS' if found['named'] else ''}"
+    if wrong:
+        path, problem = next(iter(wrong.items()))
+        return Check("kernels", f"{finding}; {path}: {problem}", "please report it")
+    return Check("kernels", f"{finding}; {', '.join(paths)} multiply right")
+
+
+def _rebuild() -> str:
+    """Return the command that installs switchrun again from where it came from, and so builds the kernels."""
+    clone = Path(__file__).parents[2]
+    source = ["-e", str(clone)] if (clone / "pyproject.toml").exists() else ["--no-binary", "switchrun", "switchrun"]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError, AttributeError):
+        stated = json.loads(importlib.metadata.distribution("switchrun").read_text("direct_url.json") or "{}")
+        folder = urlsplit(stated.get("url", ""))
+        if folder.scheme == "file" and source[0] != "-e" and Path(unquote(folder.path)).is_dir():
+            source = [unquote(folder.path)]
+    return shlex.join(["pip", "install", "--force-reinstall", "--no-deps", *source])
 
 
 def check_gpus(answer: Answer, wanted: Mapping[int, int]) -> Check:

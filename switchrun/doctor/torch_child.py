@@ -12,6 +12,8 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from switchrun.errors import SwitchrunError
+
 
 def main() -> None:
     """Look at one thing after the other."""
@@ -24,6 +26,7 @@ def main() -> None:
         "libraries": _libraries,
         "bitsandbytes": _bitsandbytes,
         "devices": _devices,
+        "kernels": _kernels,
     }
     for name, look in looks.items():
         try:
@@ -100,6 +103,69 @@ def _devices() -> dict[str, Any]:
         except Exception as error:
             found[-1]["error"] = _describe(error)
     return {"found": found}
+
+
+def _kernels() -> dict[str, Any]:
+    """Try every path that is here, after all else: what a crash here takes with it has been looked at."""
+    import torch
+
+    from switchrun.kernels import libraries
+
+    named = os.environ.get(libraries.VARIABLE, "")
+    found: dict[str, Any] = {"named": named, "paths": libraries.paths(), "unusable": libraries.unusable(), "wrong": {}}
+    for path in libraries.paths():
+        os.environ[libraries.VARIABLE] = path
+        for product, off in _products(torch).items():
+            if not off < 1e-5:
+                found["wrong"][path] = f"its product with {product} is off by {off:.1g} of itself"
+    os.environ[libraries.VARIABLE] = named
+    try:
+        found["used"] = libraries.path()
+    except SwitchrunError as error:
+        found["refused"], found["hint"] = error.message, error.hint
+    return found
+
+
+def _products(torch: Any) -> dict[str, float]:
+    """Return how far the product with a small matrix of each format is off, by the path in use."""
+    from switchrun.kernels import native, qmoe
+    from switchrun.kernels.nf4 import NF4_VALUES
+    from switchrun.store.layout import nf4_sizes
+
+    rows, columns = 37, 130
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator)
+
+    def digits(most: int, *shape: int) -> Any:
+        return torch.randint(0, most, shape, generator=generator, dtype=torch.uint8)
+
+    x, plain, scales, extremes = random(3, columns), random(rows, columns).bfloat16(), random(rows), random(rows, 2)
+    codes, ternary, extremes = (
+        digits(256, rows, columns).view(torch.int8),
+        digits(3, rows, columns),
+        extremes.bfloat16(),
+    )
+    packed_bytes, blocks = nf4_sizes(rows, columns)
+    packed, absmax = digits(256, packed_bytes), random(blocks).bfloat16()
+    nibbles = torch.stack([packed >> 4, packed & 15], 1).flatten()[: rows * columns].long()
+    steps = absmax.double().repeat_interleave(64)[: rows * columns]
+    values = torch.cat([torch.zeros(rows, 1), extremes.float()], 1)
+    wanted = {
+        "bf16": (native.linear_bf16(x, plain), plain),
+        "int8": (native.linear_int8(x, codes, scales), codes.double() * (scales.double() / 127).unsqueeze(1)),
+        "nf4": (
+            native.linear_nf4(x, packed, absmax, (rows, columns)),
+            (torch.tensor(NF4_VALUES, dtype=torch.float64)[nibbles] * steps).view(rows, columns),
+        ),
+        "qmoe": (native.linear_qmoe(x, qmoe.encode(ternary, extremes.flatten())), values.gather(1, ternary.long())),
+    }
+    found: dict[str, float] = {}
+    for name, (result, weight) in wanted.items():
+        right = x.double() @ weight.double().T
+        found[name] = float((result.double() - right).norm() / right.norm())
+    return found
 
 
 def _multiply(torch: Any, device: Any) -> None:

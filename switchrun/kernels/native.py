@@ -1,31 +1,29 @@
 """Products in C: bf16, int8, nf4 and qmoe matrices that are unpacked in registers, on a few threads of our own.
 
-The sources are in `c/`; the package's build compiles them once for each path of a processor (`build_backend/`). The
-best one that the processor can run is loaded, or the one that `SWITCHRUN_KERNELS` names: `avx512`, `avx2`, `portable`,
-or `off`. ctypes lets go of the interpreter's lock while C runs. Every sum is in float32.
+`libraries` knows which of a processor's paths is used. ctypes lets go of the interpreter's lock while C runs. Every sum
+is in float32.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from switchrun.kernels.libraries import PATHS as PATHS
+from switchrun.kernels.libraries import library
+from switchrun.kernels.libraries import path as path
+from switchrun.kernels.libraries import paths as paths
 from switchrun.store.layout import nf4_sizes
 
 if TYPE_CHECKING:
     from switchrun.kernels.qmoe import QmoeMatrix
 
-#: From the slowest to the fastest, which is the order of the bits of `native_paths`.
-PATHS = ("portable", "avx2", "avx512")
-_VARIABLE = "SWITCHRUN_KERNELS"
 #: Threads that may work on one product, the caller's among them.
 MOST_THREADS = 8
 #: A thread gets at least so many elements: starting one takes some 20 µs.
@@ -35,7 +33,6 @@ _PANEL = 4  # native.h's: shares begin at a multiple of it
 _INT, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _PRODUCT = [_POINTER, _INT, _INT, _POINTER, _INT, _INT, _INT]
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
-    "native_paths": (_INT, []),
     "bf16_product": (None, [*_PRODUCT, _POINTER]),
     "int8_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
     "nf4_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
@@ -70,28 +67,6 @@ class Dictionary:
     table: torch.Tensor
     next: torch.Tensor
     pairs: torch.Tensor
-
-
-def paths() -> tuple[str, ...]:
-    """Return the paths that are built and that this processor can run, the slowest first."""
-    portable = _library("portable")
-    if portable is None:
-        return ()
-    able = portable.native_paths()
-    return tuple(path for bit, path in enumerate(PATHS) if able >> bit & 1 and _library(path) is not None)
-
-
-def path() -> str | None:
-    """Return the path in use: the fastest, or the one `SWITCHRUN_KERNELS` names; None if there is none.
-
-    A `ValueError` if the one that is named cannot run here.
-    """
-    named, able = os.environ.get(_VARIABLE, ""), paths()
-    if named == "off":
-        return None
-    if named and named not in able:
-        raise ValueError(f"{_VARIABLE}={named}: this machine has {', '.join((*able, 'off'))}")
-    return named or (able[-1] if able else None)
 
 
 def available() -> bool:
@@ -257,22 +232,19 @@ def _check(
 
 def _loaded() -> ctypes.CDLL:
     chosen = path()
-    library = _library(chosen) if chosen else None
-    if library is None:
+    if chosen is None:
         raise RuntimeError("switchrun was built without its kernels")
-    return library
+    return _declared(chosen)
 
 
 @cache
-def _library(path: str) -> ctypes.CDLL | None:
-    try:
-        library = ctypes.CDLL(str(Path(__file__).with_name(f"_native_{path}.so")))
-    except OSError:
-        return None
+def _declared(path: str) -> ctypes.CDLL:
+    loaded = library(path)
+    assert loaded is not None
     for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    return library
+    return loaded
 
 
 @cache

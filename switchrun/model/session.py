@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun.errors import BudgetError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
+from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
@@ -307,6 +308,7 @@ class Session:
 def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
     """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
     check_limits()
+    libraries.path()  # refuses one that this machine does not have
     with DensePreload(planned.checkpoint, planned.plan) as preload:
         import_libraries(planned.plan)
         yield preload

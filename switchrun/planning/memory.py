@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import QMOE, PackedDtype, Precision
 from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
@@ -223,6 +224,8 @@ def _kernel_bytes(precision: Precision) -> int:
 
 def index_bytes(checkpoint: SwitchCheckpoint) -> int:
     """Return what the parsed index takes. In 8 bit, transformers saves three tensors instead of one."""
+    if checkpoint.stored_dtype == QMOE:
+        return INDEX_BYTES_PER_TENSOR * len(checkpoint.dense) + INDEX_BYTES_PER_EXPERT * len(checkpoint.experts)
     each = 3 if checkpoint.stored_dtype == "I8" else 1
     return INDEX_BYTES_PER_TENSOR * each * (2 * len(checkpoint.experts) + len(checkpoint.dense))
 
@@ -271,7 +274,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     d_model, d_ff, heads = int(c["d_model"]), int(c["d_ff"]), int(c["num_heads"])
     inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
-    narrow = item < 4 or precision.packed is not None or precision.qmoe
+    narrow = item < 4 or precision.few_bits
     positions = rows * tokens
     hidden, squared = positions * d_model, tokens * tokens
 

@@ -15,8 +15,15 @@ def torch_answer(**changes: Any) -> dict[str, Any]:
         "libraries": {},
         "bitsandbytes": {},
         "devices": {"found": []},
+        "kernels": kernels("portable", "avx2"),
     }  # fmt: skip
     return found | changes
+
+
+def kernels(*paths: str, used: str | None = None, **changes: Any) -> dict[str, Any]:
+    """What the probe finds of these paths, all of them right and the last in use."""
+    used = used or (paths[-1] if paths else None)
+    return {"named": "", "paths": list(paths), "unusable": False, "wrong": {}, "used": used} | changes
 
 
 def driver(*free: int, version: str = "550.54.15") -> dict[str, Any]:

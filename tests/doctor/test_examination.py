@@ -18,7 +18,7 @@ from switchrun.output.tables import render_checks
 from tests.conftest import ROOT, validate
 from tests.doctor.conftest import GIB, cuda_torch, device, driver, torch_answer
 
-NAMES = ["packages", "torch", "bitsandbytes", "gpu", "memory", "offload folder", "checkpoint", "hub", "model"]
+NAMES = "packages,torch,kernels,bitsandbytes,gpu,memory,offload folder,checkpoint,hub,model".split(",")
 
 Answer = Callable[..., None]
 

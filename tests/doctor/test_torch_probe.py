@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from switchrun.doctor import torch_child
-from switchrun.doctor.torch_checks import NOT_TRIED, STAGES, TorchProbe, check_bitsandbytes, check_torch
+from switchrun.doctor.torch_checks import NOT_TRIED, STAGES, TorchProbe, check_bitsandbytes, check_kernels, check_torch
 from switchrun.errors import BudgetError
+from switchrun.kernels import libraries
 from switchrun.machine import processor
 from tests.conftest import ROOT
-from tests.doctor.conftest import torch_answer
+from tests.doctor.conftest import kernels, torch_answer
 
 Ask = Callable[..., Any]
 
@@ -85,7 +86,7 @@ def test_a_crash_tells_where(ask: Ask) -> None:
     answer = ask(write(half) + "import os; os.kill(os.getpid(), 6)")
     assert answer["torch"]["version"] == "2.13.0+cpu"
     assert "SIGABRT" in answer["libraries"]["error"]
-    assert answer["bitsandbytes"]["error"] == answer["devices"]["error"] == NOT_TRIED
+    assert {answer[stage]["error"] for stage in ("bitsandbytes", "devices", "kernels")} == {NOT_TRIED}
     check = check_torch(answer)
     assert check.status == "fail"
     assert "transformers" in check.finding
@@ -147,6 +148,9 @@ def test_the_real_child() -> None:
     assert check_bitsandbytes(answer).status == "ok"
     assert answer["torch"]["threads"] == 1
     assert "error" not in answer["devices"]
+    if libraries.paths():
+        assert check_kernels(answer).status == "ok"
+        assert tuple(answer["kernels"]["paths"]) == libraries.paths()
 
 
 def test_libraries_that_are_broken() -> None:
@@ -178,3 +182,51 @@ def test_a_process_that_torch_does_not_fit_into(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("switchrun.doctor.torch_checks.check_limits", refuse)
     check = check_torch(torch_answer(torch={"error": "MemoryError"}))
     assert (check.finding, check.hint, check.exit_code) == ("ulimit -v allows little", "lift it", 6)
+
+
+MMX = {"refused": "SWITCHRUN_KERNELS is 'mmx', which this machine does not have", "hint": "set it to off"}
+
+
+@pytest.mark.parametrize(
+    ("found", "status", "code", "finding", "hint"),
+    [
+        (kernels("portable", "avx2"), "ok", 0, "avx2 is used; portable, avx2 multiply right", None),
+        (kernels("portable", "avx2", used="portable", named="portable"), "ok", 0, "by SWITCHRUN_KERNELS", None),
+        (kernels(), "warn", 0, "they are not built: everything works", "pip install --force-reinstall --no-deps "),
+        (kernels(unusable=True), "warn", 0, "for another version or system", "install a C compiler"),
+        (kernels("portable") | {"used": None, "named": "off"}, "warn", 0, "is off", "unset SWITCHRUN_KERNELS"),
+        (kernels("portable", **MMX), "fail", 2, "'mmx'", "set it to off"),
+        (kernels("portable", "avx2", wrong={"avx2": "it is off"}), "fail", 1, "avx2: it is off", "=portable, and"),
+        (kernels("portable", wrong={"portable": "it is off"}), "fail", 1, "portable: it is off", "=off to do without"),
+        (
+            kernels("portable", "avx2", used="portable", wrong={"avx2": "it is off"}),
+            "warn",
+            0,
+            "; avx2: it is",
+            "report",
+        ),
+        (
+            {"error": "the process was ended by SIGILL"},
+            "fail",
+            1,
+            "they do not work: the process",
+            "=off to do without",
+        ),
+        ({"error": NOT_TRIED}, "warn", 0, "not tried", "fix that first"),
+    ],
+)
+def test_kernels(found: dict[str, Any], status: str, code: int, finding: str, hint: str | None) -> None:
+    check = check_kernels(torch_answer(kernels=found))
+    assert (check.status, check.exit_code) == (status, code)
+    assert finding in check.finding
+    assert check.hint is None if hint is None else hint in str(check.hint)
+
+
+@pytest.mark.skipif(not libraries.paths(), reason="built without kernels")
+def test_a_path_that_multiplies_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("switchrun.kernels.native.linear_int8", lambda x, codes, scb: x @ codes.float().T)
+    monkeypatch.setenv("SWITCHRUN_KERNELS", "portable")
+    found = torch_child._kernels()
+    assert set(found["wrong"]) == set(libraries.paths())
+    assert "int8" in found["wrong"]["portable"]
+    assert (found["used"], os.environ["SWITCHRUN_KERNELS"]) == ("portable", "portable")

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from switchrun.errors import UsageError
 from switchrun.kernels import native, qmoe
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.kernels.nf4 import NF4_VALUES
@@ -136,7 +137,7 @@ def test_paths_by_the_environment(path: str, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(RuntimeError, match="kernels"):
         native.linear_bf16(torch.ones(1, 4), torch.ones(1, 4).bfloat16())
     monkeypatch.setenv("SWITCHRUN_KERNELS", "mmx")
-    with pytest.raises(ValueError, match="mmx"):
+    with pytest.raises(UsageError, match="SWITCHRUN_KERNELS is 'mmx'"):
         native.path()
 
 

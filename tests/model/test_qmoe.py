@@ -16,7 +16,7 @@ from switchrun import GenerationOptions, Session, plan
 from switchrun.checkpoint import open_checkpoint, remote
 from switchrun.checkpoint.remote import Patience
 from switchrun.errors import CorruptCheckpointError, UsageError
-from switchrun.kernels import native
+from switchrun.kernels import libraries, native
 from tests.model.test_same_tokens import MAX_NEW_TOKENS, TEXTS, check_ids, check_logits
 from tests.support.fake_hub import FakeHub
 from tests.support.qmoe_checkpoints import qmoe_config, rewrite, save_qmoe, ternary_model
@@ -201,3 +201,13 @@ def test_a_damaged_kept_expert_comes_again(hub: FakeHub, folder: Path) -> None:
     with Session.open(ID, **options) as session:
         assert [result.output_ids for result in session.fill(TEXTS)] == expected
         assert session.engine.cache.counters().hub_loads > 0
+
+
+def test_without_kernels_there_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(libraries, "paths", lambda: ())
+    with Session.open(folder, cpu_memory="2GiB") as session:
+        assert session.fill(TEXTS)
+    slow = "switchrun's kernels are not built here, so qmoe is slow; switchrun doctor says what to do"
+    assert [record.message for record in caplog.records] == [slow]

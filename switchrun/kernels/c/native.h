@@ -1,7 +1,7 @@
 /* What the kernels share: vectors of LANES floats, and a product of unpacked rows.
  *
  * Every source is compiled once for each path (AVX-512, AVX2, portable), into a library of its own; which one is
- * loaded is decided in native.py. Sums are in float32. Matrices may begin at any address.
+ * loaded is decided in libraries.py. Sums are in float32. Matrices may begin at any address.
  */
 #include <stddef.h>
 #include <stdint.h>

@@ -1,9 +1,13 @@
-/* Which paths this processor and system can run: bit 0 portable, 1 AVX2 with FMA, 2 AVX-512 F, BW, DQ and VL. */
+/* What a library is: of which sources, and which paths this processor and system can run. */
 #include "native.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
+/* The checksum of the sources, as the build has it: a library of others may take other arguments. */
+API int native_sources(void) { return SOURCES; }
+
+/* Bit 0 portable, 1 AVX2 with FMA, 2 AVX-512 F, BW, DQ and VL. */
 API int64_t native_paths(void) {
     int64_t paths = 1;
 #if defined(__x86_64__)
