@@ -17,7 +17,6 @@ from switchrun.kernels.matrices import (
     Int8Matrix,
     Nf4Matrix,
     PackedMatrix,
-    TiledNf4Matrix,
     quantise,
 )
 from switchrun.store import BackgroundWriter, ExpertStore, Layout
@@ -135,7 +134,7 @@ class PackedFormat(Format):
 def packed_views(buffer: Buffer, layout: Layout, dtype: str, wi_shape: tuple[int, ...]) -> ExpertWeights:
     """Return the packed expert that lies, or will lie, at the start of a buffer.
 
-    `layout` is one of those of the dtype, `int8` or `nf4`, for a `wi` of that shape, `(d_ff, d_model)`.
+    `layout` is that of the dtype, `int8` or `nf4`, for a `wi` of that shape, `(d_ff, d_model)`.
     """
     d_ff, d_model = wi_shape
 
@@ -147,6 +146,6 @@ def packed_views(buffer: Buffer, layout: Layout, dtype: str, wi_shape: tuple[int
         weight = part(f"{name}.weight")
         if dtype == "int8":
             return Int8Matrix(weight, part(f"{name}.SCB"))
-        return (Nf4Matrix if weight.ndim == 1 else TiledNf4Matrix)(weight, part(f"{name}.absmax"), shape)
+        return Nf4Matrix(weight, part(f"{name}.absmax"), shape)
 
     return ExpertWeights(matrix("wi", (d_ff, d_model)), matrix("wo", (d_model, d_ff)))

@@ -14,23 +14,20 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from switchrun.kernels import native
 from switchrun.kernels.bitsandbytes_ops import operations
-from switchrun.kernels.row_blocks import largest_block, linear_by_blocks, linear_by_parts, row_blocks, rows_of
-from switchrun.machine.processor import has_bf16_instructions
+from switchrun.kernels.blocks import is_for_native, linear_by_blocks, rows_of
 
 #: LLM.int8's threshold: activations of this magnitude are outliers, multiplied in higher precision. GPU only.
 OUTLIER_THRESHOLD = 6.0
-#: From so many tokens on, unpacking once beats torch's int8 kernel, which unpacks again for every few.
-_UNPACK_TOKENS = 32
-#: torch's int8 kernel wants rows of a multiple of its vector length and does not check: with torch 2.13 on AVX2, any
-#: other length than a multiple of 8 reads and writes past its tensors. 32 is more than any processor's kernel takes.
-_KERNEL_MULTIPLE = 32
+#: Elements that are quantised at a time: what stays in the processor's cache is several times as fast.
+_AT_A_TIME = 512 * 1024
 
 
 def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> None:
     """Quantise a matrix row by row, to the codes of `bitsandbytes.functional.int8_vectorwise_quant`.
 
-    bitsandbytes computes in float32 whatever the dtype, and so does this. It takes about 2 MiB of scratch memory.
+    bitsandbytes computes in float32 whatever the dtype, and so does this. It takes about 4 MiB of scratch memory.
     A row whose magnitudes are all zero, or too small for 127 / SCB to be finite, gets zero codes, as there.
 
     `weight` is `[out, in]`, floating, finite, on the CPU. Written are int8 `codes` and float32 `scb`, `[out]`.
@@ -39,52 +36,42 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
         raise ValueError(f"codes {list(codes.shape)} and SCB {list(scb.shape)} do not fit {list(weight.shape)}")
     if codes.dtype != torch.int8 or scb.dtype != torch.float32:
         raise ValueError(f"codes must be int8 and SCB float32, not {codes.dtype} and {scb.dtype}")
-    shape = (weight.shape[0], weight.shape[1])
-    buffer = torch.empty(largest_block(shape))
-    for rows in row_blocks(shape):
-        values = buffer[: (rows.stop - rows.start) * shape[1]].view(-1, shape[1]).copy_(weight[rows])
+    rows = max(1, _AT_A_TIME // max(1, weight.shape[1]))
+    for some, into, largest in zip(*(torch.split(tensor, rows) for tensor in (weight, codes, scb)), strict=True):
+        values = some.float()
         # Two reductions are faster than abs and one, which writes the block once more. abs_ turns -0.0 into 0.0.
-        largest = torch.maximum(values.amax(1), -values.amin(1)).abs_()
+        largest.copy_(torch.maximum(values.amax(1), -values.amin(1)).abs_())
         scale = 127.0 / largest
         scale[scale.isinf()] = 0.0
-        codes[rows] = values.mul_(scale.unsqueeze(1)).round_()
-        scb[rows] = largest
+        into.copy_((values * scale.unsqueeze(1)).round_())
 
 
 def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:
-    """Multiply with a matrix in 8 bit: `x @ weight.T`.
+    """Multiply with a matrix in 8 bit: `x @ weight.T`. The same call gives the same bits.
 
-    Weights are unpacked and activations are left as they are. On a CPU, bfloat16 with few tokens goes through torch's
-    own kernel where the row length allows, which rounds SCB to bfloat16; else it is multiplied in bfloat16 where the
-    processor can, and everything else in float32. The same call gives the same bits. On CUDA this is bitsandbytes'
-    LLM.int8, outliers included; that path has not been run yet.
+    On a CPU weights are unpacked and activations are left as they are. On CUDA this is bitsandbytes' LLM.int8, outliers
+    included; that path has not been run yet.
 
     `x` is `[..., in]`, float32, bfloat16 or float16, the matrix as `quantise_int8` writes it, `codes` contiguous. The
     result is `[..., out]`, in the dtype of `x`.
     """
-    out_features, in_features = codes.shape
-    tokens = rows_of(x, in_features)
+    out, length = codes.shape
+    tokens = rows_of(x, length)
     if x.is_cuda:
         return _linear_bitsandbytes(x, codes, scb)
-    scale = scb / 127.0
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(tokens):
-        if len(tokens) < _UNPACK_TOKENS and in_features % _KERNEL_MULTIPLE == 0:
-            result: torch.Tensor = torch.ops.aten._weight_int8pack_mm(tokens.contiguous(), codes, scale.to(x.dtype))
-            return result.view(*x.shape[:-1], out_features)
-        if has_bf16_instructions():
 
-            def product(rows: slice) -> torch.Tensor:
-                # Codes are whole numbers up to 127: bfloat16 has them all.
-                return torch.nn.functional.linear(tokens, codes[rows].to(x.dtype))
+    def unpack(rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        # Codes are whole numbers up to 127: bfloat16 has them all.
+        if codes.device.type == "cpu" and native.available():
+            return native.unpack_int8(codes[rows], dtype)
+        return codes[rows].to(dtype)
 
-            result = linear_by_parts(tokens, (out_features, in_features), product)
-            return result.mul_(scale).view(*x.shape[:-1], out_features)
-
-    def unpack(rows: slice, buffer: torch.Tensor) -> None:
-        buffer.view(-1, in_features).copy_(codes[rows])
-
-    # Scaling the few results is cheaper than scaling the weights.
-    return linear_by_blocks(x, (out_features, in_features), lambda _largest: unpack).mul_(scale).to(x.dtype)
+    if is_for_native(tokens):
+        result = native.linear_int8(tokens, codes, scb)
+    else:
+        # Scaling the few results is cheaper than scaling the weights.
+        result = linear_by_blocks(tokens, (out, length), unpack).mul_(scb / 127.0)
+    return result.to(x.dtype).view(*x.shape[:-1], out)
 
 
 def _linear_bitsandbytes(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:

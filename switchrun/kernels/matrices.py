@@ -10,7 +10,7 @@ import torch
 
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.kernels.int8 import linear_int8, quantise_int8
-from switchrun.kernels.nf4 import linear_nf4, linear_tiled, quantise_nf4, quantise_tiled
+from switchrun.kernels.nf4 import linear_nf4, quantise_nf4
 from switchrun.kernels.plain import linear
 from switchrun.kernels.qmoe import QmoeMatrix
 
@@ -52,7 +52,7 @@ class Nf4Matrix:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x @ weight.T`, in the dtype of `x`."""
-        return linear_nf4(x, self.packed, self.absmax.float(), self.shape)
+        return linear_nf4(x, self.packed, self.absmax, self.shape)
 
     def pack(self, weight: torch.Tensor) -> None:
         """Write a plain matrix."""
@@ -61,25 +61,8 @@ class Nf4Matrix:
         self.absmax.copy_(absmax)
 
 
-@dataclass(frozen=True, slots=True)
-class TiledNf4Matrix:
-    """A matrix `(out, in)` in NF4 whose codes lie in tiles: views of a slot, as `quantise_tiled` writes them."""
-
-    tiles: torch.Tensor
-    absmax: torch.Tensor
-    shape: tuple[int, int]
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `x @ weight.T`, in the dtype of `x`."""
-        return linear_tiled(x, self.tiles, self.absmax, self.shape)
-
-    def pack(self, weight: torch.Tensor) -> None:
-        """Write a plain matrix."""
-        quantise_tiled(weight, self.tiles, self.absmax)
-
-
 #: Matrices that are kept in few bits.
-PackedMatrix = Int8Matrix | Nf4Matrix | TiledNf4Matrix
+PackedMatrix = Int8Matrix | Nf4Matrix
 Matrix = torch.Tensor | PackedMatrix | QmoeMatrix
 
 

@@ -36,6 +36,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "bf16_product": (None, [*_PRODUCT, _POINTER]),
     "int8_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
     "nf4_product": (None, [*_PRODUCT, _POINTER, _POINTER]),
+    "int8_unpack": (None, [_POINTER, *[_INT] * 3, _POINTER]),
+    "nf4_unpack": (None, [_POINTER, *[_INT] * 3, _POINTER, _POINTER]),
+    "nf4_quantise": (None, [_POINTER, _INT, _POINTER, _POINTER]),
     "qmoe_lanes": (_INT, []),
     "qmoe_beside": (_INT, [_POINTER, *[_INT] * 3, _POINTER]),
     "qmoe_product": (
@@ -91,10 +94,31 @@ def linear_nf4(
     x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], threads: int | None = None
 ) -> torch.Tensor:
     """Return `x @ weight.T` in float32; a matrix `(out, in)` in bitsandbytes' plain layout, `absmax` bfloat16."""
-    codes, scales = nf4_sizes(*shape)
-    _check("codes", packed, (torch.uint8,), (codes,))
-    _check("absmax", absmax, (torch.bfloat16,), (scales,))
+    _check_nf4(packed, absmax, shape, torch.bfloat16)
     return _product("nf4_product", x, shape, threads, packed, absmax)
+
+
+def unpack_int8(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return codes `[rows, in]` in a dtype, float32 or bfloat16, without their scales."""
+    _check("codes", codes, (torch.int8,), tuple(codes.shape))
+    return _unpack("int8_unpack", slice(0, codes.shape[0]), codes.shape[1], dtype, codes)
+
+
+def unpack_nf4(
+    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], rows: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return some rows of a matrix as `linear_nf4` takes it, in a dtype, float32 or bfloat16."""
+    _check_nf4(packed, absmax, shape, torch.bfloat16)
+    if not 0 <= rows.start <= rows.stop <= shape[0]:
+        raise ValueError(f"a matrix of {shape[0]} rows has no rows {rows.start} to {rows.stop}")
+    return _unpack("nf4_unpack", rows, shape[1], dtype, packed, absmax)
+
+
+def quantise_nf4(values: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
+    """Quantise float32 values, flat, of which each 64 are a block; `absmax` is float32. Works on this thread."""
+    _check("values", values, (torch.float32,), (len(values),))
+    _check_nf4(packed, absmax, (1, len(values)), torch.float32)
+    _loaded().nf4_quantise(values.data_ptr(), len(values), packed.data_ptr(), absmax.data_ptr())
 
 
 def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None) -> torch.Tensor:
@@ -162,6 +186,12 @@ def encode_qmoe(digits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:count].clone(), offsets
 
 
+def _check_nf4(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], scales: torch.dtype) -> None:
+    codes, blocks = nf4_sizes(*shape)
+    _check("codes", packed, (torch.uint8,), (codes,))
+    _check("absmax", absmax, (scales,), (blocks,))
+
+
 def _check_qmoe(matrix: QmoeMatrix) -> None:
     _check("codes", matrix.codes, (torch.int16,), (len(matrix.codes),))
     _check("row offsets", matrix.offsets, (torch.int32,), (matrix.rows + 1,))
@@ -196,6 +226,20 @@ def _product(
 
     _split(rows, columns, threads, share)
     return y
+
+
+def _unpack(name: str, rows: slice, columns: int, dtype: torch.dtype, *parts: torch.Tensor) -> torch.Tensor:
+    function, count = getattr(_loaded(), name), rows.stop - rows.start
+    result = torch.empty(count, columns, dtype=dtype)
+    _check("the result", result, (torch.float32, torch.bfloat16), (count, columns))
+    at, narrow, rest = result.data_ptr(), dtype is torch.bfloat16, [part.data_ptr() for part in parts]
+
+    def share(begin: int, end: int) -> None:
+        to = at + begin * columns * dtype.itemsize
+        function(to, narrow, (rows.start + begin) * columns, (end - begin) * columns, *rest)
+
+    _split(count, columns, None, share)
+    return result
 
 
 def _split(rows: int, columns: int, threads: int | None, share: Callable[[int, int], None]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from switchrun.errors import CorruptCheckpointError
 from switchrun.kernels import native
-from switchrun.kernels.row_blocks import linear_by_parts, rows_of
+from switchrun.kernels.blocks import linear_by_blocks, rows_of
 from switchrun.machine.processor import has_bf16_instructions
 
 #: What the dictionary assumes of a digit; from the authors' code, https://github.com/IST-DASLab/qmoe.
@@ -74,10 +74,9 @@ def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix) -> torch.Tensor:
         result = native.linear_qmoe(tokens, matrix).to(x.dtype)
         return result.view(*x.shape[:-1], matrix.rows)
 
-    def product(rows: slice) -> torch.Tensor:
-        return torch.nn.functional.linear(tokens, decode(matrix, rows).to(x.dtype))
-
-    return linear_by_parts(tokens, (matrix.rows, matrix.columns), product).view(*x.shape[:-1], matrix.rows)
+    shape = (matrix.rows, matrix.columns)
+    result = linear_by_blocks(tokens, shape, lambda rows, dtype: decode(matrix, rows).to(dtype)).to(x.dtype)
+    return result.view(*x.shape[:-1], matrix.rows)
 
 
 def decode(matrix: QmoeMatrix, rows: slice | None = None) -> torch.Tensor:

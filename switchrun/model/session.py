@@ -317,13 +317,9 @@ def read_while_importing(planned: PlannedModel, import_libraries: ImportLibrarie
 def import_model(plan: Plan) -> None:
     """Import the model's code and the libraries that a plan needs; blocks for seconds."""
     import_module("switchrun.model.engine")
-    from switchrun.kernels import bitsandbytes_ops, matrices, nf4
+    if plan.precision.packed is not None and plan.gpus:
+        from switchrun.kernels import bitsandbytes_ops
 
-    packed, compute = plan.precision.packed, plan.precision.compute
-    if packed is None:
-        return
-    fast_on_cpu = packed == "nf4" and nf4.bitsandbytes_unpacks(matrices.TORCH_DTYPES[compute.stored])
-    if plan.gpus or fast_on_cpu:
         bitsandbytes_ops.operations()  # else the first product would wait for it
 
 

@@ -38,11 +38,9 @@ STAGING_BUFFERS = 2
 #: What may wait to be written to `offload/`: at least two experts. The next ones are written when they are met again.
 WRITER_BYTES = 8 * MIB
 #: What packing an expert takes besides, for each that is being converted.
-PACKING_SCRATCH_BYTES = 14 * MIB
-#: What multiplying with a packed matrix takes: a block of it in float32 and its codes, for each of four threads.
-PRODUCT_SCRATCH_BYTES = 24 * MIB
-#: bitsandbytes itself, which unpacks nf4; 45 MiB measured with 0.50.2.
-BITSANDBYTES_BYTES = 48 * MIB
+PACKING_SCRATCH_BYTES = 8 * MIB
+#: What multiplying with a packed matrix takes: an unpacked block of it.
+PRODUCT_SCRATCH_BYTES = 8 * MIB
 #: QMoE's dictionary: 3 MiB, and while it is made 11 more.
 DICTIONARY_BYTES = 16 * MIB
 #: From this size on an expert is read past the page cache; below, the alignment would cost more than it saves.
@@ -210,7 +208,7 @@ def _forms(checkpoint: SwitchCheckpoint, precision: Precision, staged: bool) -> 
 
 def runtime_bytes(precision: Precision) -> int:
     """Return what Python and the libraries take, the first fill included."""
-    return RUNTIME_BYTES + (BITSANDBYTES_BYTES if precision.packed is PackedDtype.NF4 else 0) + _kernel_bytes(precision)
+    return RUNTIME_BYTES + _kernel_bytes(precision)
 
 
 def opened_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:

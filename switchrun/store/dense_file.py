@@ -138,7 +138,7 @@ class DenseFile:
         layout = Layout.of((name, each.dtype, _as_it_lies(each)) for name, each in self.tensors.items())
         self.folder = store_folder(offload, model, DENSE_FOLDER)
         self._manifest = Manifest(model, checkpoint.fingerprint, DENSE_FOLDER, layout)
-        check_manifest(self.folder, self._manifest, [layout], clear_hint(offload, model, DENSE_FOLDER))
+        check_manifest(self.folder, self._manifest, clear_hint(offload, model, DENSE_FOLDER))
         self.format = DenseFormat(layout, self._manifest.identity)
 
     @property

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from xxhash import xxh3_64, xxh3_64_intdigest
@@ -14,9 +14,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, SwitchCheckpoint
 from switchrun.dtypes import QMOE
 from switchrun.errors import StorageError
-from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
-from switchrun.store.layout import ALIGNMENT, Layout, layout_of, nf4_layout
+from switchrun.store.layout import ALIGNMENT, Layout, layout_of
 from switchrun.store.limit import SizeLimit
 from switchrun.store.manifest import Manifest, check_manifest, has_manifest
 from switchrun.store.paths import (
@@ -57,7 +56,6 @@ class ExpertStore:
     Args:
         offload: The offload folder; the store is a folder in it, begun here if it is not there.
         manifest: What the store is of, with the layout of one that is begun now.
-        other_layouts: What the layout may be in one that is there.
         limit_bytes: What the experts may take on disk.
         read_only: Write, delete and touch nothing.
         must_write: Raise where writing would otherwise be given up with a warning, here and in `write`.
@@ -75,7 +73,6 @@ class ExpertStore:
         offload: str | Path,
         manifest: Manifest,
         *,
-        other_layouts: Collection[Layout] = (),
         limit_bytes: int | None = None,
         read_only: bool = False,
         must_write: bool = False,
@@ -84,7 +81,7 @@ class ExpertStore:
     ) -> None:
         self.folder = store_folder(offload, manifest.model, manifest.dtype)
         hint = clear_hint(offload, manifest.model, manifest.dtype)
-        found = check_manifest(self.folder, manifest, [manifest.layout, *other_layouts], hint)
+        found = check_manifest(self.folder, manifest, hint)
         self.manifest = found or manifest
         self.layout = self.manifest.layout
         self._format = ExpertFormat(self.layout, self.manifest.identity)
@@ -286,11 +283,10 @@ def open_checkpoint_store(
 
     Everybody who reads or writes stored experts opens them here, so that they find one another's.
     """
-    layout, *others = _layouts(checkpoint, dtype)
+    layout = layout_of(dtype, checkpoint.config["d_model"], checkpoint.config["d_ff"])
     return ExpertStore(
         offload,
         Manifest(model_name(checkpoint), checkpoint.fingerprint, dtype, layout),
-        other_layouts=others,
         limit_bytes=limit_bytes,
         read_only=read_only,
         must_write=must_write,
@@ -352,13 +348,3 @@ def _checksum(views: Sequence[memoryview]) -> int:
     for view in views:
         checksum.update(view)
     return checksum.intdigest()
-
-
-def _layouts(checkpoint: SwitchCheckpoint, dtype: str) -> list[Layout]:
-    """Return the layouts that stored experts may have, the best for this machine first: a store may be another's."""
-    d_model, d_ff = checkpoint.config["d_model"], checkpoint.config["d_ff"]
-    plain = layout_of(dtype, d_model, d_ff)
-    if dtype != "nf4":
-        return [plain]
-    tiled = nf4_layout(d_model, d_ff, tiled=True)
-    return [tiled, plain] if checkpoint.plain_dtype == "BF16" and has_bf16_instructions() else [plain, tiled]

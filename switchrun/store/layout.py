@@ -110,13 +110,6 @@ def int8_layout(d_model: int, d_ff: int) -> Layout:
 
 #: Elements of a matrix that share a scale in NF4.
 NF4_BLOCK = 64
-#: Rows of a tile, where codes lie in tiles (`switchrun.kernels.nf4`).
-NF4_TILE_ROWS = 32
-
-
-def nf4_rows_to_a_block(length: int) -> int:
-    """Return the fewest rows of a length after which a block of NF4 ends where a row ends."""
-    return NF4_BLOCK // math.gcd(length, NF4_BLOCK)
 
 
 def nf4_sizes(rows: int, length: int) -> tuple[int, int]:
@@ -124,24 +117,17 @@ def nf4_sizes(rows: int, length: int) -> tuple[int, int]:
     return -(-rows * length // 2), -(-rows * length // NF4_BLOCK)
 
 
-def nf4_layout(d_model: int, d_ff: int, tiled: bool = False) -> Layout:
+def nf4_layout(d_model: int, d_ff: int) -> Layout:
     """Lay out an expert in NF4: two codes a byte, and a scale for each 64 elements (`absmax`).
 
     The scales are BF16 where bitsandbytes has F32: with those an expert would take more than 0.28 of its bytes in bf16.
-    With `tiled`, codes lie in tiles where a matrix has the rows and columns for it; else row after row. The bytes are
-    as many.
     """
-    parts: list[tuple[str, str, tuple[int, ...]]] = []
-    for name, rows, length in (("wi", d_ff, d_model), ("wo", d_model, d_ff)):
-        together = nf4_rows_to_a_block(length)
-        if tiled and together <= 2 and rows % (together * NF4_TILE_ROWS) == 0:
-            tiles, columns = rows // together // NF4_TILE_ROWS, together * length
-            parts.append((f"{name}.weight", "U8", (tiles, columns // 2, NF4_TILE_ROWS)))
-            parts.append((f"{name}.absmax", "BF16", (columns // NF4_BLOCK, rows // together)))
-        else:
-            codes, scales = nf4_sizes(rows, length)
-            parts += [(f"{name}.weight", "U8", (codes,)), (f"{name}.absmax", "BF16", (scales,))]
-    return Layout.of(parts)
+    codes, scales = nf4_sizes(d_ff, d_model)
+    return Layout.of(
+        part
+        for name in ("wi", "wo")
+        for part in ((f"{name}.weight", "U8", (codes,)), (f"{name}.absmax", "BF16", (scales,)))
+    )
 
 
 def layout_of(dtype: str, d_model: int, d_ff: int) -> Layout:

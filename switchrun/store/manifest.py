@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from switchrun.store.layout import Layout
 from switchrun.store.paths import opened
 
 #: Counts up whenever files written before can no longer be used.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MOST_VERSIONS = 1_000_000
 _TEXTS = ("model", "fingerprint", "dtype")
 #: A model's name may be the longest path there is; the layout of its dense weights takes about 100 bytes for each.
@@ -102,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], hint: str) -> Manifest | None:
+def check_manifest(folder: Path, wanted: Manifest, hint: str) -> Manifest | None:
     """Return a store's manifest, None without one; CorruptCheckpointError if it is damaged, or something else's."""
     try:
         found = read_manifest(folder)
@@ -122,6 +121,6 @@ def check_manifest(folder: Path, wanted: Manifest, layouts: Collection[Layout], 
         raise CorruptCheckpointError(f"{folder}: it belongs to another model, {printable(found.model, 200)}", hint)
     if found.fingerprint != wanted.fingerprint:
         raise CorruptCheckpointError(f"{folder}: the checkpoint has changed since these experts were made of it", hint)
-    if found.dtype != wanted.dtype or found.layout not in layouts:
+    if found.dtype != wanted.dtype or found.layout != wanted.layout:
         raise CorruptCheckpointError(f"{folder}: its experts have another dtype or another layout", hint)
     return found

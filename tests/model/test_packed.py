@@ -17,9 +17,9 @@ from switchrun.experts.buffers import Buffers
 from switchrun.experts.formats import packed_views
 from switchrun.kernels.int8 import quantise_int8
 from switchrun.kernels.matrices import ExpertWeights, multiply, quantise
-from switchrun.store import expert_store, list_stores, store_folder
-from switchrun.store.layout import layout_of, nf4_layout
-from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from switchrun.store import expert_store, store_folder
+from switchrun.store.layout import layout_of
+from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import encode, generate, open_with_slots, oracle_for, small_process
 from tests.support.strategies import CheckpointSpec
 
@@ -126,32 +126,6 @@ def test_bfloat16_experts_give_the_same_from_either_tier(tmp_path: Path, dtype: 
     assert all(tokens == answers[0][0] and torch.equal(logits, answers[0][1]) for tokens, logits in answers)
 
 
-@pytest.mark.parametrize("tiled", [True, False])
-def test_nf4_in_tiles_gives_the_same_from_either_tier(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiled: bool
-) -> None:
-    """With experts that are whole tiles; in either order, and from a folder that has the other one."""
-    folder = save_checkpoint(random_model(tiny_config(d_model=96, d_ff=128), dtype=torch.bfloat16), tmp_path / "model")
-    save_tiny_tokenizer(folder)
-    answers, mismatched = [], []
-    for slots, here in ((None, tiled), (1, tiled), (2, tiled), (None, not tiled)):
-        monkeypatch.setattr(expert_store, "has_bf16_instructions", lambda here=here: here)
-        options: Any = {"dtype": "nf4", "batch_size": 3, "offload_folder": tmp_path / "tier"}
-        with open_with_slots(folder, slots, **options) as session:
-            answers.append((fill(session), logits_of(session.engine.model, session)))
-        with open_with_slots(folder, slots, **options | {"offload_folder": tmp_path / f"other-{here}"}) as session:
-            mismatched.append((here, logits_of(session.engine.model, session)))
-    assert all(tokens == answers[0][0] and torch.equal(logits, answers[0][1]) for tokens, logits in answers)
-    (manifest,) = (store.manifest for store in list_stores(tmp_path / "tier"))
-    assert manifest is not None
-    assert manifest.layout == nf4_layout(96, 128, tiled)
-    # The orders round differently, and no more than that.
-    for here, logits in mismatched:
-        same = torch.equal(logits, answers[0][1])
-        assert same or here != tiled
-        torch.testing.assert_close(logits, answers[0][1], atol=0.05 * logits.abs().max().item(), rtol=0.05)
-
-
 @pytest.mark.parametrize("dtype", PACKED)
 def test_bytes_are_those_of_the_tier_that_was_read(tmp_path: Path, dtype: str) -> None:
     saved(CheckpointSpec(), tmp_path / "model")
@@ -249,7 +223,6 @@ def test_what_another_session_has_stored_meanwhile_is_read(tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written_costs_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from switchrun.store import expert_store
 
     def refuse(*_: object) -> None:
         raise OSError(30, "Read-only file system")

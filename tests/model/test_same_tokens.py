@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from switchrun import GenerationOptions, Session
-from switchrun.kernels import plain
+from switchrun.kernels import blocks, plain
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import (
     encode,
@@ -72,7 +72,8 @@ def check_greedy(spec: CheckpointSpec, dtype: str, slots: int | None, own_produc
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
         if own_products:  # else only weights larger than these get them
             patched.setattr(plain, "_LARGE_WEIGHT", 0)
-            patched.setattr(plain, "has_bf16_instructions", lambda: False)
+            for module in (plain, blocks):
+                patched.setattr(module, "has_bf16_instructions", lambda: False)
         if small_reads:
             read_in_small_pieces(patched)
         oracle = oracle_for(saved(spec, Path(folder)), dtype)

@@ -18,8 +18,9 @@ OTHERS = {
     "layout": ({"layout": int8_layout(65, 33)}, "another layout"),
 }
 EDITS = {
-    "version": (lambda record: record | {"version": 3}, "format 3, this switchrun has format 2"),
-    "old layout": (lambda record: {"version": 0}, "format 0, this switchrun has format 2"),
+    "version": (lambda record: record | {"version": 4}, "format 4, this switchrun has format 3"),
+    "old layout": (lambda record: {"version": 0}, "format 0, this switchrun has format 3"),
+    "nf4 in tiles": (lambda record: record | {"version": 2}, "format 2, this switchrun has format 3"),
     "model": (lambda record: record | {"model": "google/other"}, "another model, google/other"),
     "dtype": (lambda record: record | {"dtype": "nf4"}, "another dtype"),
     "no fingerprint": (lambda record: {k: v for k, v in record.items() if k != "fingerprint"}, "cannot be used"),

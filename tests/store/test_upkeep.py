@@ -35,15 +35,15 @@ def test_all_stores_are_listed(offload):
 def test_another_format_is_listed_with_what_is_known(offload):
     folder = open_store(offload).folder
     path = folder / "manifest.json"
-    path.write_text(path.read_text().replace('"version": 2', '"version": 7'))
+    path.write_text(path.read_text().replace('"version": 3', '"version": 7'))
     (info,) = list_stores(offload)
-    assert (info.manifest.model, info.manifest.version, info.problem) == (MODEL, 7, "format 7, not 2")
+    assert (info.manifest.model, info.manifest.version, info.problem) == (MODEL, 7, "format 7, not 3")
 
 
 @pytest.mark.parametrize("name", ["app/extension", "app-0123456789ab/1.0_0", "app-0123456789/int8"])
 def test_manifests_of_others_are_no_stores(offload, name):
     (offload / name).mkdir(parents=True)
-    (offload / name / "manifest.json").write_text('{"version": 3}')
+    (offload / name / "manifest.json").write_text('{"version": 4}')
     assert list_stores(offload) == []
 
 

@@ -35,3 +35,7 @@ API void int8_product(const float *x, int64_t tokens, int64_t columns, float *y,
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t row = begin; row < end; row++) y[t * rows + row] *= scales[row];
 }
+
+API void int8_unpack(void *to, int64_t narrow, int64_t first, int64_t count, const void *codes) {
+    unpack_to(to, narrow, first, count, (struct matrix){codes, NULL}, unpack);
+}

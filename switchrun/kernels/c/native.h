@@ -144,3 +144,19 @@ INLINE void product(const float *x, int64_t tokens, int64_t columns, float *y, i
         }
     }
 }
+
+/* Elements first..first + count in float32, or rounded to bfloat16: rows that torch multiplies with many tokens. */
+INLINE void unpack_to(void *to, int64_t narrow, int64_t first, int64_t count, struct matrix weights, Unpack unpack) {
+    if (!narrow) unpack(weights, first, count, to);
+    for (int64_t at = 0; narrow && at < count; at += CHUNK) {
+        float values[CHUNK];
+        uint16_t *target = (uint16_t *)to + at;
+        int64_t width = least(CHUNK, count - at);
+        unpack(weights, first + at, width, values);
+        for (int64_t i = 0; i < width; i++) {
+            uint32_t bits;
+            memcpy(&bits, values + i, 4);
+            target[i] = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+        }
+    }
+}

@@ -83,3 +83,37 @@ API void nf4_product(const float *x, int64_t tokens, int64_t columns, float *y, 
                      int64_t end, const void *codes, const void *scales) {
     product(x, tokens, columns, y, rows, begin, end, (struct matrix){codes, scales}, unpack, dot);
 }
+
+API void nf4_unpack(void *to, int64_t narrow, int64_t first, int64_t count, const void *codes, const void *scales) {
+    unpack_to(to, narrow, first, count, (struct matrix){codes, scales}, unpack);
+}
+
+/* Quantise `count` elements that begin a block, to bitsandbytes' bytes: a whole block is multiplied by the inverse of
+ * its absmax, one cut short is divided and its absmax never 0. A code is the number of midpoints below the value.
+ */
+API void nf4_quantise(const float *values, int64_t count, uint8_t *codes, float *absmax) {
+    float midpoints[15];
+    for (int m = 0; m < 15; m++) midpoints[m] = (VALUES[m] + VALUES[m + 1]) / 2;
+    for (int64_t at = 0; at < count; at += BLOCK, codes += BLOCK / 2) {
+        int64_t width = least(BLOCK, count - at);
+        float block[BLOCK] = {0}, largest, scale;
+        int32_t bits[BLOCK], found[BLOCK], most = 0;
+        memcpy(block, values + at, 4 * (size_t)width);
+        memcpy(bits, block, sizeof bits);
+        for (int i = 0; i < BLOCK; i++) most = (bits[i] & 0x7fffffff) > most ? bits[i] & 0x7fffffff : most;
+        memcpy(&largest, &most, 4);
+        if (width == BLOCK) {
+            scale = 1 / (largest < 1e-38f ? 1e-38f : largest);
+            for (int i = 0; i < BLOCK; i++) block[i] *= scale;
+        } else {
+            if (largest < 1e-38f) largest = 1e-38f;
+            for (int i = 0; i < BLOCK; i++) block[i] /= largest;
+        }
+        absmax[at / BLOCK] = largest;
+        for (int i = 0; i < BLOCK; i++) {
+            found[i] = 0;
+            UNROLL for (int m = 0; m < 15; m++) found[i] += block[i] > midpoints[m];
+        }
+        for (int i = 0; i < (width + 1) / 2; i++) codes[i] = (uint8_t)(found[2 * i] << 4 | found[2 * i + 1]);
+    }
+}
