@@ -2,10 +2,12 @@ r"""Fill with switch-c-2048's full geometry straight from a Hub: how long, how m
 
     python benchmarks/from_hub.py /path/to/folder --container torch
     python benchmarks/from_hub.py /path/to/folder --container torch --latency 0.05 --bandwidth 12.5MB/s
+    python benchmarks/from_hub.py /path/to/folder --qmoe --line 12.5MB/s
 
 The Hub is the tests' fake one, in a process of its own on this machine; huggingface_hub's client talks to it. Makes the
 checkpoint in the folder once (see full_geometry.py): its experts are holes, so that they cost no disk time to send, but
-time and room to keep, 51 MB each. What is fetched is kept in a folder beside it, and removed at the end.
+time and room to keep, 51 MB each. With --qmoe it is in QMoE's format, and the experts that are routed to are real. What
+is fetched is kept in a folder beside it, and removed at the end.
 
 Prints a line for each fill: the first, from nothing, and a second, that finds everything kept.
 """
@@ -28,7 +30,7 @@ from typing import Any
 
 from full_geometry import write_torch
 
-from switchrun.bench.synthetic import GEOMETRIES, Container, make_checkpoint
+from switchrun.bench.synthetic import GEOMETRIES, Container, make_checkpoint, make_synthetic
 from switchrun.checkpoint.locate import demo_folder
 from switchrun.planning.budgets import parse_rate
 from switchrun.units import format_bytes, format_rate, parse_bytes
@@ -46,16 +48,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--container", choices=["torch", "safetensors"], default="torch")
+    parser.add_argument("--qmoe", action="store_true", help="QMoE's format instead of a container's")
     parser.add_argument("--experts", type=int, help="experts in each layer, if not the geometry's own")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds of a round trip")
     parser.add_argument("--bandwidth", help="of one connection, like 12.5MB/s; without it there is no limit")
+    parser.add_argument("--line", help="of all connections together, like 12.5MB/s; without it there is no limit")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--cpu-memory", default="6GiB")
     parser.add_argument("--max-new-tokens", type=int, default=4)
     options = parser.parse_args()
-    model = make_model(options.folder, options.container, options.experts)
-    rate = parse_rate("bandwidth", options.bandwidth)
-    with tempfile.TemporaryDirectory(dir=options.folder) as work, fake_hub(model, options.latency, rate) as hub:
+    rate, line = parse_rate("bandwidth", options.bandwidth), parse_rate("line", options.line)
+    if options.qmoe:
+        model = make_synthetic("switch-c-2048-qmoe", None, options.folder, print).path
+    else:
+        model = make_model(options.folder, options.container, options.experts)
+    with (
+        tempfile.TemporaryDirectory(dir=options.folder) as work,
+        fake_hub(model, options.latency, rate, line) as hub,
+    ):
         env = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -100,10 +110,11 @@ class Hub:
 
 
 @contextmanager
-def fake_hub(model: Path, latency: float, rate: float | None) -> Iterator[Hub]:
+def fake_hub(model: Path, latency: float, rate: float | None, line: float | None) -> Iterator[Hub]:
     """Run the Hub until the context is left."""
     command = [sys.executable, "-m", "tests.support.fake_hub", f"{ID}={model}", "--latency", str(latency)]
     command += [] if rate is None else ["--bandwidth", str(rate)]
+    command += [] if line is None else ["--line", str(line)]
     child = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     hub = Hub()

@@ -17,6 +17,9 @@ STORED_ITEMSIZE = {
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 
+#: What a matrix is stored in that QMoE compressed: codes, where each row's begin, and each row's extremes.
+QMOE = "QMOE"
+
 #: The formats that a weight of a model may be stored in, and torch's names of them.
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -58,15 +61,22 @@ class Precision:
         compute: What everything is computed in, and what is not packed kept in.
         packed: What experts are kept in; None is the compute dtype. With either packed dtype, linear layers outside
             the experts are kept in int8.
+        qmoe: Whether experts are kept as a QMoE checkpoint has them; then nothing is packed.
     """
 
     compute: Dtype
     packed: PackedDtype | None = None
+    qmoe: bool = False
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether experts are kept in fewer bits than they are computed in."""
+        return self.qmoe or self.packed is not None
 
     @property
     def name(self) -> str:
-        """What the user calls it: `bf16`, `int8`."""
-        return (self.packed or self.compute).value
+        """What the user calls it: `bf16`, `int8`, `qmoe`."""
+        return QMOE.lower() if self.qmoe else (self.packed or self.compute).value
 
 
 class DtypeChoice(StrEnum):
@@ -85,12 +95,12 @@ def resolve_dtype(choice: str, stored: str, plain: str | None = None) -> Precisi
     `auto` is `plain`, safetensors' name of what a checkpoint is computed in by its own account (`plain_dtype`), or
     `stored`, what its experts are stored in, which is `I8` for a model in 8 bit. fp16 is never computed in (T5's
     activations overflow it): `auto` takes fp32, which keeps every stored bit. With packed experts, everything else is
-    as `auto`.
+    as `auto`. Experts that are stored as `QMOE` stay so, whatever is computed in.
 
     Raises:
-        UsageError: An unknown name, or another precision for a model in 8 bit.
+        UsageError: An unknown name, or another precision for a model in 8 bit or compressed by QMoE.
     """
-    as_stored = Dtype.BF16 if (plain or stored) == "BF16" else Dtype.FP32
+    as_stored = Dtype.BF16 if (plain or stored) in ("BF16", QMOE) else Dtype.FP32
     try:
         wanted = DtypeChoice(choice)
     except ValueError:
@@ -103,6 +113,14 @@ def resolve_dtype(choice: str, stored: str, plain: str | None = None) -> Precisi
                 "leave out --dtype, or give the original checkpoint",
             )
         return Precision(as_stored, PackedDtype.INT8)
+    if stored == QMOE and wanted in (DtypeChoice.INT8, DtypeChoice.NF4):
+        raise UsageError(
+            f"this model's experts are compressed by QMoE to less than a bit a weight: {wanted.value} would only "
+            "make them larger",
+            "leave out --dtype, or use bf16 or fp32 for what is computed",
+        )
+    if stored == QMOE:
+        return Precision(as_stored if wanted is DtypeChoice.AUTO else Dtype(wanted.value), qmoe=True)
     if wanted is DtypeChoice.AUTO:
         return Precision(as_stored)
     if wanted in (DtypeChoice.INT8, DtypeChoice.NF4):

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
 from switchrun.bench.spans import LEAST_SENTINELS, LEAST_TOKENS, Passages, make_passages
 from switchrun.checkpoint.generation import end_token
-from switchrun.errors import BudgetError, InputError, ModelError
+from switchrun.dtypes import QMOE
+from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.machine import processor, ram
 from switchrun.model.sentinels import NUM_SENTINELS
 from switchrun.model.session import ImportLibraries, import_model
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 #: What is wrong with these is wrong with them in every dtype.
 _COMMON = ("usage", "input", "model", "network")
+#: What is compared by default; experts that are stored in few bits cannot be had in others.
+DEFAULT_DTYPES = ("auto", "int8", "nf4")
+_FEW_BITS = ("I8", QMOE)
+#: The row of another model.
+_REFERENCE = "reference"
 #: Of what is left beside dense weights and a few slots, hidden states may take this share; slots get the rest.
 _HIDDEN_SHARE = 0.5
 _EVERYTHING = 1 << 50
@@ -44,6 +50,7 @@ class Evaluation:
     """What to evaluate: `lines` of what is called `text`, and options as `switchrun eval` has them."""
 
     model: str | None
+    reference_model: str | None
     text: str
     lines: Sequence[str]
     cpu_memory: int | None
@@ -55,46 +62,68 @@ class Evaluation:
     batch_size: int
     max_new_tokens: int
 
-    def run(self, dtypes: Sequence[str], reference: str, tell: Callable[[str], None]) -> Answer:
-        """Evaluate dtypes and hold them against one of them; a dtype that fails has its error in its row.
+    def run(self, dtypes: Sequence[str] | None, reference: str | None, tell: Callable[[str], None]) -> Answer:
+        """Evaluate dtypes, or those that make sense for the model, and hold them against one of them.
+
+        That is `reference`, else the reference model if there is one, else the first. A dtype that fails has its error
+        in its row.
 
         Raises:
             SwitchrunError: Something is wrong that is so in every dtype, or every dtype failed.
         """
         answers: dict[str, Answer] = {}
         failures: dict[str, Answer] = {}
-        for number, dtype in enumerate(dtypes, 1):
-            tell(f"{dtype}, {number} of {len(dtypes)}")
+        names = [*([_REFERENCE] if self.reference_model else []), *(dtypes or DEFAULT_DTYPES)]
+        for number, name in enumerate(names, 1):
+            tell(f"{name}, {number} of {len(names)}")
+            other = {"model": self.reference_model, "dtype": "auto"} if name == _REFERENCE else {"dtype": name}
             try:
-                answers[dtype] = run_child(CHILD, asdict(self) | {"work": "evaluate", "dtype": dtype})
+                answers[name] = run_child(CHILD, asdict(self) | {"work": "evaluate"} | other)
             except ChildError as error:
                 if error.record["kind"] in _COMMON:
                     raise as_error(error.record) from error
-                failures[dtype] = error.record
+                failures[name] = error.record
                 continue
-            for warning in answers[dtype]["warnings"]:
-                tell(f"warning: {dtype}: {warning}")
+            for warning in answers[name]["warnings"]:
+                tell(f"warning: {name}: {warning}")
+            if dtypes is None and name != _REFERENCE and answers[name]["model"]["stored_dtype"] in _FEW_BITS:
+                names = names[:number]
+                break
         if not answers:
             raise as_error(next(iter(failures.values())))
-        first = next(iter(answers.values()))
+        _check_same_text(list(answers.values()))
+        reference = reference or names[0]
+        first = next((answer for name, answer in answers.items() if name != _REFERENCE), None)
+        if first is None:
+            raise as_error(next(iter(failures.values())))
         for repair in first["repairs"]:
             tell(f"note: {repair}")
         base = answers.get(reference)
         return {
             "schema_version": SCHEMA_VERSION,
             "model": first["model"],
+            "reference_model": answers[_REFERENCE]["model"] if _REFERENCE in answers else None,
             "text": {"name": self.text, "lines": len(self.lines), **first["text"]},
             "seed": self.seed,
             "batch_size": self.batch_size,
             "max_new_tokens": self.max_new_tokens,
             "reference": reference,
             "rows": [
-                _row(dtype, answers[dtype], base)
-                if dtype in answers
-                else {"name": dtype, "status": "failed", "error": failures[dtype]}
-                for dtype in dtypes
+                _row(name, answers[name], base)
+                if name in answers
+                else {"name": name, "status": "failed", "error": failures[name]}
+                for name in names
             ],
         }
+
+
+def _check_same_text(answers: Sequence[Answer]) -> None:
+    """Raise a UsageError if models cut the text into different tokens: then nothing can be compared."""
+    if any(answer["text"] != answers[0]["text"] for answer in answers):
+        raise UsageError(
+            "--reference-model: it cuts the text into other tokens than the model",
+            "give both one tokenizer: --tokenizer DIR or a Hub id",
+        )
 
 
 def _row(dtype: str, answer: Answer, base: Answer | None) -> Answer:

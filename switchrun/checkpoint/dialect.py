@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from switchrun.checkpoint import names
-from switchrun.checkpoint.experts import Experts, check_int8, check_tensor
+from switchrun.checkpoint.experts import Experts, check_int8, check_tensor, gated
 from switchrun.checkpoint.files import MOST_CONFIG_BYTES, read_json_object
 from switchrun.checkpoint.generation import generation_settings
 from switchrun.checkpoint.index import CONFIG
 from switchrun.checkpoint.locate import Location
+from switchrun.checkpoint.qmoe import QmoeExperts
 from switchrun.checkpoint.types import Index, Stack, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.errors import CorruptCheckpointError, ModelError, printable
 from switchrun.units import format_count
 
 _MODEL_TYPE = "switch_transformers"
-_GATED_EXPERT = re.compile(r"\.mlp\.experts\.expert_\d+\.wi_[01]\.weight")
 _LAYERS: dict[Stack, str] = {"encoder": "num_layers", "decoder": "num_decoder_layers"}
 #: transformers' own values for what a config.json leaves out (SwitchTransformersConfig, 5.23).
 _DEFAULTS = {
@@ -62,13 +62,18 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
     repairs.change("is_encoder_decoder", True, "the checkpoint has both stacks")
     sparse_blocks = _repair_geometry(repairs, survey, index, location.id)
     dense = _dense(repairs, sparse_blocks, index)
-    experts = Experts(index, sparse_blocks, repairs.config["num_experts"])
-    forms = experts.check(repairs.config["d_model"], repairs.config["d_ff"])
+    packed = index.places is not None
+    experts = (QmoeExperts if packed else Experts)(index, sparse_blocks, repairs.config)
+    forms = experts.check()
     stored = _widest(matrix.dtype for form, _ in forms for matrix in form)
     if any(tensor.dtype == "I8" for tensor in dense.values()):
         stored = "I8"
-    # In transformers' 8 bit models the embedding shows what the rest is computed in.
-    plain = dense[names.SHARED].dtype if stored == "I8" else _widest((stored, *(each.dtype for each in dense.values())))
+    if packed:
+        plain = "BF16"  # as its codes' values
+    elif stored == "I8":
+        plain = dense[names.SHARED].dtype  # In transformers' 8 bit models it shows what the rest is computed in.
+    else:
+        plain = _widest((stored, *(each.dtype for each in dense.values())))
     plain = _configured_dtype(config_path, repairs.config) or plain
     repairs.config["dtype"] = WEIGHT_DTYPES[plain]
     return SwitchCheckpoint(
@@ -85,6 +90,7 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
         plain_dtype=plain,
         expert_forms=forms,
         generation=generation_settings(location.path, own, repairs.config),
+        experts_total_bytes=experts.total_bytes,
         hub=location.remote,
     )
 
@@ -115,7 +121,7 @@ class _Survey:
         self.blocks: dict[Stack, set[int]] = {"encoder": set(), "decoder": set()}
         self.sparse: dict[Stack, set[int]] = {"encoder": set(), "decoder": set()}
         self.num_experts = 0
-        self.has_experts = False
+        self.has_experts = index.places is not None and len(index.places.nbytes) > 0
         self.gated = False
         for name in index:
             if match := names.EXPERT_NAME.fullmatch(name):
@@ -129,7 +135,7 @@ class _Survey:
             else:
                 if match := names.BLOCK_NAME.match(name):
                     self.blocks[cast(Stack, match[1])].add(int(match[2]))
-                self.gated = self.gated or _GATED_EXPERT.search(name) is not None
+                self.gated = self.gated or names.GATED_NAME.search(name) is not None
 
     def _add_sparse(self, match: re.Match[str]) -> None:
         stack, block, layer = cast(Stack, match[1]), int(match[2]), int(match[3])
@@ -144,10 +150,7 @@ def _refuse_others(config: Mapping[str, Any], survey: _Survey, model: str) -> No
         raise ModelError(f"{model} is not a Switch Transformers model (model_type {printable(model_type, 50)})")
     activation = str(config.get("dense_act_fn"))
     if survey.gated or config.get("is_gated_act") is True or activation.startswith("gated"):
-        raise ModelError(
-            f"{model} has gated experts (wi_0, wi_1), as switch-xxl-128 does, which is not supported",
-            "no version of transformers builds such a model right, so there is nothing to compare answers with",
-        )
+        raise gated(model)
     if not survey.has_experts:
         raise ModelError(f"{model} is not a Switch Transformers model: none of its tensors belongs to an expert")
     for stack in names.STACKS:
@@ -251,7 +254,7 @@ def _dense(repairs: _Repairs, sparse_blocks: Mapping[Stack, tuple[int, ...]], in
     dense: dict[str, TensorSlice] = {}
     for name, shape in names.dense_tensors(repairs.config, sparse_blocks, tied=names.HEAD not in stored_as):
         source = stored_as.get(name, name)
-        if names.LINEAR_NAME.fullmatch(name) and index.require(source).dtype == "I8":
+        if names.LINEAR_NAME.fullmatch(name) and index.require(source).dtype == "I8" and index.places is None:
             dense[name] = check_int8(index, source, shape)
         else:
             dense[name] = check_tensor(index, source, shape)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from switchrun.checkpoint.names import STACKS, mlp_prefix, scales_of
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, Index, Stack, TensorSlice
 from switchrun.dtypes import WEIGHT_DTYPES
-from switchrun.errors import CorruptCheckpointError
+from switchrun.errors import CorruptCheckpointError, ModelError
 
 
 def check_tensor(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
@@ -32,6 +33,14 @@ def check_int8(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
     return replace(tensor, parts=(scales,))
 
 
+def gated(model: str) -> ModelError:
+    """The error to raise for a model whose experts have `wi_0` and `wi_1`."""
+    return ModelError(
+        f"{model} has gated experts (wi_0, wi_1), as switch-xxl-128 does, which is not supported",
+        "no version of transformers builds such a model right, so there is nothing to compare answers with",
+    )
+
+
 def _check_shape(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice:
     tensor = index.require(name)
     if tensor.shape != shape:
@@ -44,9 +53,11 @@ def _check_shape(index: Index, name: str, shape: tuple[int, ...]) -> TensorSlice
 class Experts(Mapping[ExpertKey, ExpertSlices]):
     """Every expert's slices by key, in the model's order."""
 
-    def __init__(self, index: Index, sparse_blocks: Mapping[Stack, Sequence[int]], num_experts: int) -> None:
+    def __init__(self, index: Index, sparse_blocks: Mapping[Stack, Sequence[int]], config: Mapping[str, Any]) -> None:
         self._index = index
-        self._num_experts = num_experts
+        self._num_experts: int = config["num_experts"]
+        d_model, d_ff = config["d_model"], config["d_ff"]
+        self._shapes = {"wi": (d_ff, d_model), "wo": (d_model, d_ff)}
         self._prefixes = {
             (stack, block): mlp_prefix(stack, block) + ".experts.expert_"
             for stack in STACKS
@@ -80,20 +91,24 @@ class Experts(Mapping[ExpertKey, ExpertSlices]):
     def __len__(self) -> int:
         return len(self._prefixes) * self._num_experts
 
-    def check(self, d_model: int, d_ff: int) -> tuple[tuple[ExpertSlices, int], ...]:
+    @property
+    def total_bytes(self) -> int | None:
+        """Bytes of all experts; None if their forms say it."""
+        return None
+
+    def check(self) -> tuple[tuple[ExpertSlices, int], ...]:
         """Check every expert, and return one of each form in which they are stored, with how many there are of it.
 
         Raises:
             CorruptCheckpointError: A tensor is missing or has the wrong shape or dtype.
         """
-        shapes = {"wi": (d_ff, d_model), "wo": (d_model, d_ff)}
         # By kinds: 120,000 tensors are of two of them, or a few more.
         firsts: dict[tuple[tuple[int, ...], ...], ExpertKey] = {}
         counts: Counter[tuple[tuple[int, ...], ...]] = Counter()
         for key in self:
             form = self._kinds(self._name(key, "wi")), self._kinds(self._name(key, "wo"))
             if form not in firsts:
-                for matrix, shape in shapes.items():
+                for matrix, shape in self._shapes.items():
                     self._check_matrix(self._name(key, matrix), shape)
                 firsts[form] = key
             counts[form] += 1

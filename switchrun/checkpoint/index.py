@@ -12,13 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from switchrun.checkpoint import qmoe
 from switchrun.checkpoint.files import (
     MOST_CONFIG_BYTES,
     MOST_JSON_BYTES,
@@ -35,6 +37,7 @@ from switchrun.checkpoint.safetensors_file import read_safetensors, tensor_bytes
 from switchrun.checkpoint.torch_file import ZIP_MAGIC, read_torch
 from switchrun.checkpoint.types import (
     MOST_HEADER_BYTES,
+    ExpertPlaces,
     FileStamp,
     Index,
     Kind,
@@ -66,7 +69,7 @@ _READERS = 8
 _REMOTE_READERS = 16
 #: switch-c-2048 has 123,000, three times as many in int8.
 _MOST_TENSORS = 1_000_000
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _COLUMNS = ("file", "offset", "kind", "header_bytes", "crc")
 
 
@@ -131,18 +134,21 @@ class _Source:
         known = all(type(stamp.state) is str for stamp in stamps)
         return stamps if known else (FileStamp.of(self.folder, self.folder / CONFIG), *stamps)
 
-    def read_weights(self, name: str, turn: Lock) -> dict[str, TensorSlice]:
+    @contextmanager
+    def open(self, name: str, entries: int = 0) -> Iterator[Weights]:
+        """Open a weights file to read headers; `entries` is about how many tensors it has, if that is known."""
         file = self.file(name)
         if isinstance(file, Path):
             with open_weights(file) as weights:
-                return _read_weights(weights, name, turn)
+                yield weights
+            return
         if self.ranges is None or is_offline():
             raise NotKeptError(
                 f"the index of {file.repo} is not on this machine, and HF_HUB_OFFLINE is set", "unset it once"
             )
         from switchrun.checkpoint.remote_weights import open_remote
 
-        return _read_weights(open_remote(file, self.ranges), name, turn)
+        yield open_remote(file, self.ranges, entries)
 
 
 def _find_entry(source: _Source) -> str:
@@ -158,6 +164,8 @@ def _find_entry(source: _Source) -> str:
     if entries:
         # As transformers does, what is no file is passed over; if nothing else is there, reading it says what it is.
         return next((name for name in entries if source.remote or _is_file(folder / name)), entries[0])
+    if qmoe.is_qmoe(names):
+        return qmoe.DENSE
     for suffix in (".safetensors", ".pt"):
         found = sorted(name for name in names if name.endswith(suffix) and name not in _NOT_WEIGHTS)
         if len(found) == 1:
@@ -184,27 +192,25 @@ def _is_file(path: Path) -> bool:
 
 def _read_index(source: _Source, entry: str) -> Index:
     weight_map = _weight_map(source.folder / entry) if entry.endswith(".json") else {}
-    names = sorted(set(weight_map.values())) or [entry]
-    _check_shards(source, entry, names)
+    packed = entry == qmoe.DENSE
+    names = qmoe.weights_files(source.names()) if packed else sorted(set(weight_map.values())) or [entry]
+    if packed:
+        _require_files(source, names, "a QMoE checkpoint has it")
+    elif weight_map or source.remote is not None:  # Else reading the only file says what is wrong.
+        _require_files(source, names, f"{PurePosixPath(entry).name} names {len(names)} files")
     # Stamped before they are read: a file that changes meanwhile is then seen to have changed.
     try:
         stamps = source.stamps((entry, *names))
     except OSError as error:
         raise unreadable(Path(error.filename or source.folder), error) from error
-    kinds: dict[Kind, int] = {}
-    rows: dict[str, tuple[int, int, int, int, int]] = {}
     # Reading headers is waiting. Parsing does not gain from threads, and may take much memory.
     pool = ThreadPoolExecutor(_READERS if source.remote is None else _REMOTE_READERS)
     try:
-        for number, tensors in enumerate(pool.map(partial(source.read_weights, turn=Lock()), names)):
-            for name, tensor in tensors.items():
-                # transformers takes the last of two tensors of one name; the index may say which is meant.
-                if name in rows and weight_map.get(name) == names[rows[name][0]]:
-                    continue
-                kind = kinds.setdefault(Kind(tensor.nbytes, tensor.dtype, tensor.shape, tensor.transposed), len(kinds))
-                rows[name] = number, tensor.offset, kind, tensor.header_bytes, tensor.crc or 0
-            if len(rows) > _MOST_TENSORS:
-                raise CorruptCheckpointError(f"{source.file(entry)}: it has more than {_MOST_TENSORS} tensors")
+        kinds, rows = _read_rows(source, entry, names[:1] if packed else names, weight_map, pool)
+        lost = {name: file for name, file in weight_map.items() if name not in rows}
+        files = tuple(map(source.file, names))
+        index = Index(source.file(entry), files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
+        return replace(index, places=_read_places(source, index, pool)) if packed else index
     except BaseException:
         # Nobody waits for what is still under way, be it on a network that stalls.
         if source.ranges is not None:
@@ -212,9 +218,49 @@ def _read_index(source: _Source, entry: str) -> Index:
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    lost = {name: file for name, file in weight_map.items() if name not in rows}
-    files = tuple(map(source.file, names))
-    return Index(source.file(entry), files, kinds=tuple(kinds), rows=rows, stamps=stamps, lost=lost)
+
+
+def _read_rows(
+    source: _Source, entry: str, names: Sequence[str], weight_map: Mapping[str, str], pool: Executor
+) -> tuple[tuple[Kind, ...], dict[str, tuple[int, int, int, int, int]]]:
+    kinds: dict[Kind, int] = {}
+    rows: dict[str, tuple[int, int, int, int, int]] = {}
+    turn = Lock()
+
+    def read(name: str) -> dict[str, TensorSlice]:
+        with source.open(name) as file:
+            return _read_weights(file, name, turn)
+
+    for number, tensors in enumerate(pool.map(read, names)):
+        for name, tensor in tensors.items():
+            # transformers takes the last of two tensors of one name; the index may say which is meant.
+            if name in rows and weight_map.get(name) == names[rows[name][0]]:
+                continue
+            kind = kinds.setdefault(Kind(tensor.nbytes, tensor.dtype, tensor.shape, tensor.transposed), len(kinds))
+            rows[name] = number, tensor.offset, kind, tensor.header_bytes, tensor.crc or 0
+        if len(rows) > _MOST_TENSORS:
+            raise CorruptCheckpointError(f"{source.file(entry)}: it has more than {_MOST_TENSORS} tensors")
+    return tuple(kinds), rows
+
+
+def _read_places(source: _Source, dense: Index, pool: Executor) -> ExpertPlaces:
+    """Read where a QMoE checkpoint's experts lie."""
+    layers, experts = qmoe.sparse_layers(dense)
+    wanted = [qmoe.part_file(layer) for layer in range(len(layers))]
+    _require_files(source, wanted, f"the model has {len(wanted)} layers with experts, and a file for each")
+    with source.open(qmoe.SIZES) as file:
+        sizes = qmoe.read_sizes(file, layers, experts)
+    turn = Lock()
+
+    def read(number: int) -> ExpertPlaces:
+        with source.open(wanted[number], experts * qmoe.ENTRIES_PER_EXPERT) as file:
+            for place in (0, file.size - 1):
+                file.read(place, 1)  # What is on the Hub is fetched now, as much as parsing needs.
+            with turn:  # which takes 40 MB
+                return qmoe.read_part(file, layers[number], sizes[number])
+
+    run = map if source.remote is None else pool.map  # Threads have memory of their own, and a disk keeps none waiting.
+    return qmoe.joined(run(read, range(len(layers))))
 
 
 def _read_weights(file: Weights, name: str, turn: Lock) -> dict[str, TensorSlice]:
@@ -269,18 +315,15 @@ def _is_inside(name: object) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
-def _check_shards(source: _Source, entry: str, names: list[str]) -> None:
-    if source.remote is None and not entry.endswith(".json"):
-        return  # Reading it says what is wrong.
+def _require_files(source: _Source, names: Sequence[str], why: str) -> None:
     try:
         missing = [name for name in names if not source.has(name)]
     except OSError as error:  # A name that is longer than the system allows, or a folder that must not be entered.
-        raise unreadable(Path(error.filename or source.folder / entry), error) from error
+        raise unreadable(Path(error.filename or source.folder), error) from error
     if missing:
         others = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CorruptCheckpointError(
-            f"{source.place}/{missing[0]}: the file is missing{others}; "
-            f"{PurePosixPath(entry).name} names {len(names)} files",
+            f"{source.place}/{missing[0]}: the file is missing{others}; {why}",
             "finish the download" if source.remote is None else "it is incomplete on the Hub; take another revision",
         )
 
@@ -311,7 +354,11 @@ def _read_cache(cache_dir: Path, source: _Source, entry: str) -> Index | None:
         if not all(type(text) is str for item in lost.items() for text in item):
             return None
         files = tuple(map(source.file, names))
-        return Index(source.file(entry), files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
+        index = Index(source.file(entry), files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
+        if entry != qmoe.DENSE:
+            return index
+        places = qmoe.from_record(record["places"], index, [sizes[name] for name in names[2:]])
+        return replace(index, places=places)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
@@ -359,6 +406,8 @@ def _write_cache(cache_dir: Path, source: _Source, entry: str, index: Index) -> 
         # Of safetensors some are nothing but zeros.
         **{name: column if any(column) else () for name, column in zip(_COLUMNS, columns, strict=True)},
     }
+    if index.places is not None:
+        record["places"] = qmoe.to_record(index.places)
     text = json.dumps(record, separators=(",", ":")).encode()
     write_cache_file(_cache_file(cache_dir, place), _checksum(text) + b"\n" + text)
 

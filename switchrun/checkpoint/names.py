@@ -26,6 +26,7 @@ LINEAR_NAME = re.compile(
     r"|(?:decoder\.)?lm_head\.weight",
     re.ASCII,
 )
+GATED_NAME = re.compile(r"\.mlp\.experts\.expert_\d+\.wi_[01]\.(?:weight|w_comp)")
 BLOCK_NAME = re.compile(rf"(encoder|decoder)\.block\.{_NUMBER}\.", re.ASCII)
 ROUTER_NAME = re.compile(
     rf"(encoder|decoder)\.block\.{_NUMBER}\.layer\.([12])\.mlp\.router\.classifier\.weight", re.ASCII
@@ -45,6 +46,11 @@ def mlp_layer(stack: Stack) -> int:
 def mlp_prefix(stack: Stack, block: int) -> str:
     """Return the canonical name of a block's MLP: `encoder.block.3.layer.1.mlp`."""
     return f"{stack}.block.{block}.layer.{mlp_layer(stack)}.mlp"
+
+
+def expert_prefix(stack: Stack, block: int, expert: int) -> str:
+    """Return the canonical name of an expert: `encoder.block.3.layer.1.mlp.experts.expert_17`."""
+    return f"{mlp_prefix(stack, block)}.experts.expert_{expert}"
 
 
 def dense_tensors(

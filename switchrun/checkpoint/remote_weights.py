@@ -1,4 +1,7 @@
-"""Reads headers of weights files on the Hub, in few requests: each fetches more than what is asked for, and is kept."""
+"""Reads headers of weights files on the Hub, in few requests: each fetches more than what is asked for, and is kept.
+
+If it is known how many entries a file has, two suffice.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from switchrun.checkpoint.types import RemoteFile
 _FRONT_BYTES = 96 * 1024
 #: From the end, if anything there is asked for. Their zip directories have 40 KB.
 _END_BYTES = 48 * 1024
+#: What an entry takes in a pickle, and in a directory; QMoE's files for switch-c-2048 have 155 and 62 to 75.
+_ENTRY_FRONT_BYTES, _ENTRY_END_BYTES = 160, 80
 
 
 class RemoteWeights:
@@ -17,10 +22,12 @@ class RemoteWeights:
 
     remedy = "it is damaged on the Hub; take another model or revision"
 
-    def __init__(self, file: RemoteFile, ranges: HubRanges) -> None:
+    def __init__(self, file: RemoteFile, ranges: HubRanges, entries: int = 0) -> None:
         self.place = file
         self.size = file.size
         self._ranges = ranges
+        self._front = _FRONT_BYTES + entries * _ENTRY_FRONT_BYTES
+        self._end = _END_BYTES + entries * _ENTRY_END_BYTES
         #: What was fetched, by its first byte.
         self._kept: dict[int, bytes] = {}
 
@@ -37,14 +44,17 @@ class RemoteWeights:
                 return data[offset - start :] + self._ranges.read(
                     self.place, start + len(data), end - start - len(data)
                 )
-        start = max(0, min(offset, self.size - _END_BYTES))
-        data = self._ranges.read(self.place, start, min(max(length, _FRONT_BYTES), self.size - start))
+        start = max(0, min(offset, self.size - self._end))
+        data = self._ranges.read(self.place, start, min(max(length, self._front), self.size - start))
         self._kept[start] = data
         return data[offset - start : end - start]
 
 
-def open_remote(file: RemoteFile, ranges: HubRanges) -> RemoteWeights:
-    """Open a weights file of the Hub to read headers; CorruptCheckpointError if it is empty, or a Git LFS pointer."""
-    weights = RemoteWeights(file, ranges)
+def open_remote(file: RemoteFile, ranges: HubRanges, entries: int = 0) -> RemoteWeights:
+    """Open a weights file of the Hub to read headers; CorruptCheckpointError if it is empty, or a Git LFS pointer.
+
+    `entries` is about how many tensors it has, if that is known.
+    """
+    weights = RemoteWeights(file, ranges, entries)
     check_weights(weights, "the repository holds no weights there; take another one")
     return weights

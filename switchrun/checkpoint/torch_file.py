@@ -53,16 +53,16 @@ def read_torch(file: Weights, turn: AbstractContextManager[object] = NO_TURN) ->
     return {name: archive.slice(name, tensor) for name, tensor in tensors.items()}
 
 
+def read_numbers(file: Weights) -> dict[str, int]:
+    """Read the whole numbers of a dictionary that is all a torch zip file holds; errors are those of `read_torch`."""
+    value = _unpickled(file, _Archive(file).data_pickle())
+    if type(value) is not dict:
+        raise CorruptCheckpointError(f"{file.place}: the file holds no dictionary", file.remedy)
+    return {name: number for name, number in value.items() if type(name) is str and type(number) is int}
+
+
 def _named_tensors(file: Weights, data: bytes) -> dict[str, Tensor]:
-    try:
-        value = read_pickle(data)
-    except ForbiddenError as asked:
-        raise CorruptCheckpointError(
-            f"{file.place}: the file asks to run `{asked}` and was not loaded",
-            "weights need no such thing; do not trust this file unless you know why it does",
-        ) from None
-    except ValueError as error:
-        raise CorruptCheckpointError(f"{file.place}: its pickle is damaged: {error}", file.remedy) from error
+    value = _unpickled(file, data)
     tensors = _tensors(value)
     for key in _NESTED:
         if not tensors and type(value) is dict:
@@ -70,6 +70,18 @@ def _named_tensors(file: Weights, data: bytes) -> dict[str, Tensor]:
     if not tensors:
         raise CorruptCheckpointError(f"{file.place}: the file holds no named tensors")
     return tensors
+
+
+def _unpickled(file: Weights, data: bytes) -> object:
+    try:
+        return read_pickle(data)
+    except ForbiddenError as asked:
+        raise CorruptCheckpointError(
+            f"{file.place}: the file asks to run `{asked}` and was not loaded",
+            "weights need no such thing; do not trust this file unless you know why it does",
+        ) from None
+    except ValueError as error:
+        raise CorruptCheckpointError(f"{file.place}: its pickle is damaged: {error}", file.remedy) from error
 
 
 def _tensors(value: object) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -136,10 +137,11 @@ class SwitchCheckpoint:
             there only when it is not `shared.weight` itself, and so are the two `embed_tokens`.
         sparse_blocks: For each stack, the numbers of the blocks that have experts.
         fingerprint: Changes when any file of the checkpoint does; see `Index.fingerprint`.
-        stored_dtype: What the experts are stored in, `F32` if in several; `I8` if any linear layer is.
+        stored_dtype: What the experts are stored in, `F32` if in several; `I8` if any linear layer is; `QMOE`.
         plain_dtype: What `--dtype auto` computes in: the `dtype` of config.json, else one that loses no stored bit.
         expert_forms: An expert of each form in which experts are stored (dtypes may differ), and how many have that
-            form; never empty.
+            form; never empty. Of experts that QMoE compressed, all are of one form, whose expert is the largest.
+        experts_total_bytes: Bytes of all experts as stored, if those of one form differ; else None.
         generation: The checkpoint's own generation settings; see `switchrun.checkpoint.generation`.
         hub: What the repository holds, if weights are read from the Hub by byte range; None if they are in local files.
     """
@@ -156,6 +158,7 @@ class SwitchCheckpoint:
     stored_dtype: str
     plain_dtype: str
     expert_forms: tuple[tuple[ExpertSlices, int], ...]
+    experts_total_bytes: int | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     hub: RemoteRepo | None = None
 
@@ -168,6 +171,16 @@ class SwitchCheckpoint:
     def expert_bytes(self) -> int:
         """Bytes of one expert as stored; of the largest, if they differ."""
         return max(form.nbytes for form, _ in self.expert_forms)
+
+    @property
+    def mean_expert_bytes(self) -> float:
+        """Bytes of one expert as stored, on average."""
+        return self._experts_bytes / len(self.experts)
+
+    @property
+    def _experts_bytes(self) -> int:
+        total = self.experts_total_bytes
+        return sum(form.nbytes * count for form, count in self.expert_forms) if total is None else total
 
     @property
     def reads_int8_in_place(self) -> bool:
@@ -183,8 +196,7 @@ class SwitchCheckpoint:
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights as stored."""
-        experts = sum(form.nbytes * count for form, count in self.expert_forms)
-        return experts + sum(tensor.stored_bytes for tensor in self.dense.values())
+        return self._experts_bytes + sum(tensor.stored_bytes for tensor in self.dense.values())
 
 
 class FileStamp(NamedTuple):
@@ -220,6 +232,19 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ExpertPlaces:
+    """Where the tensors of a QMoE checkpoint's experts lie, in columns; `switchrun.checkpoint.qmoe` knows the order.
+
+    A place in the columns is a tensor; header and checksum are those of `TensorSlice`, 0 if there is none.
+    """
+
+    offset: array[int]
+    nbytes: array[int]
+    header_bytes: array[int]
+    crc: array[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Index(Mapping[str, TensorSlice]):
     """All tensors of a checkpoint by the names they have in its files; a slice is made when it is asked for.
 
@@ -231,6 +256,7 @@ class Index(Mapping[str, TensorSlice]):
             of its local header, and its CRC-32; the last two are 0 if there is none.
         stamps: Of all files that count: index and weights, and the configuration unless each of those has a hash.
         lost: What the index JSON names and no file holds: the tensor, and the name of the file it should be in.
+        places: Of a QMoE checkpoint, whose `rows` are those tensors that are no expert's, where the experts are.
     """
 
     entry: Path | RemoteFile
@@ -239,6 +265,7 @@ class Index(Mapping[str, TensorSlice]):
     rows: Mapping[str, tuple[int, int, int, int, int]]
     stamps: tuple[FileStamp, ...]
     lost: Mapping[str, str]
+    places: ExpertPlaces | None = None
 
     def __getitem__(self, name: str) -> TensorSlice:
         file, offset, kind, header_bytes, crc = self.rows[name]

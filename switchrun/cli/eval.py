@@ -22,12 +22,25 @@ def evaluate(
     text: Annotated[str, typer.Option("--text", metavar="FILE", help="What to score: one passage a line; - is stdin.")],
     model: options.Model = None,
     dtype: Annotated[
-        str,
-        typer.Option(metavar="LIST", envvar="SWITCHRUN_DTYPE", help="What to compare, like fp32,bf16,int8,nf4."),
-    ] = "auto,int8,nf4",
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            envvar="SWITCHRUN_DTYPE",
+            show_default="auto,int8,nf4; auto if experts are stored in few bits",
+            help="What to compare, like fp32,bf16,int8,nf4.",
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(metavar="DTYPE", show_default="the first", help="Which of them the others are held against."),
+    ] = None,
+    reference_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            show_default="none",
+            help="Hold them against another model, such as the original of one that QMoE compressed.",
+        ),
     ] = None,
     cpu_memory: options.CpuMemory = None,
     offload_folder: options.OffloadFolder = None,
@@ -63,16 +76,20 @@ def evaluate(
 ) -> None:
     """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
     from switchrun.bench.child_process import as_error
-    from switchrun.bench.evaluation import Evaluation
+    from switchrun.bench.evaluation import DEFAULT_DTYPES, Evaluation
     from switchrun.checkpoint.locate import hub_id
     from switchrun.machine import folders
     from switchrun.planning.budgets import parse_size
     from switchrun.planning.options import OpenOptions
 
-    dtypes = options.dtype_list(dtype)
-    chosen = dtypes[0] if reference is None else options.dtype_list(reference, "--reference")[0]
-    if chosen not in dtypes:
-        raise UsageError(f"--reference: '{reference}' is not one of --dtype", "add it there, or leave --reference out")
+    dtypes = None if dtype is None else options.dtype_list(dtype)
+    if reference is not None:
+        if reference_model is not None:
+            raise UsageError("--reference and --reference-model exclude one another", "leave one of them out")
+        reference = options.dtype_list(reference, "--reference")[0]
+        if reference not in (dtypes or DEFAULT_DTYPES):
+            hint = "add it there, or leave --reference out"
+            raise UsageError(f"--reference: '{reference}' is not one of --dtype", hint)
     cpu_bytes = None if cpu_memory is None else parse_size("cpu_memory", cpu_memory)
     if offload_limit is not None:
         parse_size("offload_limit", offload_limit)
@@ -80,10 +97,12 @@ def evaluate(
     lines = _readable(name, islice(_entries(text), limit))
     tell: Callable[[str], Any] = (lambda _: None) if quiet else report
     folder = folders.offload_folder(offload_folder)
-    if hub_id(model) is not None:
-        open_for_processes(OpenOptions(model=model, offload_folder=folder, hub=hub.value), quiet=quiet)
+    for each in (model, reference_model):
+        if hub_id(each) is not None:
+            open_for_processes(OpenOptions(model=each, offload_folder=folder, hub=hub.value), quiet=quiet)
     evaluation = Evaluation(
         model=model,
+        reference_model=reference_model,
         text=name,
         lines=lines,
         cpu_memory=cpu_bytes,
@@ -95,7 +114,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    record = evaluation.run(dtypes, chosen, tell)
+    record = evaluation.run(dtypes, reference, tell)
     _tell_notes(record, tell)
     failed = [row for row in record["rows"] if row["status"] == "failed"]
     for row in failed:

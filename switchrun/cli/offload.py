@@ -36,7 +36,7 @@ Model = Annotated[
     ),
 ]
 #: What kept weights are called; a number follows where a model stores experts of one dtype in several forms.
-_KINDS = ("int8", "nf4", "fp32", "fp16", "bf16", "dense")
+_KINDS = ("int8", "nf4", "fp32", "fp16", "bf16", "qmoe", "dense")
 _KIND = re.compile(rf"({'|'.join(_KINDS)})(n[0-9]+)?", re.ASCII)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices
+from switchrun.dtypes import QMOE
 from switchrun.experts.buffers import Buffer
 from switchrun.experts.source import ExpertSource, Load, StoreReads
 from switchrun.kernels.matrices import (
@@ -45,14 +46,14 @@ class Format(ABC):
 
 
 class PlainFormat(Format):
-    """Experts as the checkpoint has them, or converted to `dtype`."""
+    """Experts as the checkpoint has them, if that is `dtype` or QMoE's; else converted to `dtype`."""
 
     def __init__(self, source: ExpertSource, dtype: torch.dtype) -> None:
         super().__init__(source)
         self._dtype = dtype
 
     def _is_staged(self, slices: ExpertSlices) -> bool:
-        return any(TORCH_DTYPES[matrix.dtype] != self._dtype for matrix in slices)
+        return any(matrix.dtype != QMOE and TORCH_DTYPES[matrix.dtype] != self._dtype for matrix in slices)
 
     def convert(self, load: Load, staging: Buffer, slot: Buffer) -> ExpertWeights:
         """Copy."""

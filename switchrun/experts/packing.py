@@ -168,7 +168,7 @@ class _Job:
         """Return how often an expert is packed in a second."""
         # Whatever the buffer holds: how long it takes does not depend on the numbers.
         slices = self._source.slices[key]
-        matrices = as_stored(slices, plan_reads(slices, self._source.direct), self._plain)
+        matrices = as_stored(key, slices, plan_reads(slices, self._source.direct), self._plain)
         quantise(matrices, self._into)  # The first time touches memory that is new.
         start, count, seconds = time.perf_counter(), 0, 0.0
         while seconds < _CALIBRATION_SECONDS:

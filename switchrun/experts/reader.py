@@ -355,7 +355,11 @@ def _open_file(file: Path, direct: bool, stored: bool) -> OpenFile:
                 return OpenFile(opener(file, os.O_DIRECT), True)
             except OSError:
                 pass  # tmpfs and some network filesystems refuse the flag
-        return OpenFile(opener(file), False)
+        descriptor = opener(file)
+        with contextlib.suppress(OSError, AttributeError):
+            # Experts lie here and there: what the system would read ahead of them is not used.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        return OpenFile(descriptor, False)
     except OSError as error:
         raise CorruptCheckpointError(f"cannot open {file}: {error.strerror}") from error
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import torch
 
+from switchrun.checkpoint.names import expert_prefix
 from switchrun.checkpoint.range_check import check_range
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, RemoteFile, SwitchCheckpoint, TensorSlice
+from switchrun.dtypes import QMOE
 from switchrun.errors import CorruptCheckpointError
 from switchrun.experts.buffers import Buffer
 from switchrun.experts.reader import PAGE, Segment
-from switchrun.kernels.matrices import TORCH_DTYPES, ExpertWeights, Int8Matrix
+from switchrun.kernels.matrices import TORCH_DTYPES, ExpertWeights, Int8Matrix, Matrix
+from switchrun.kernels.qmoe import QmoeMatrix
 from switchrun.planning.memory import reads_directly
 from switchrun.store import ExpertForm, ExpertStore, StoredExpert, form_of, open_kept_stores
 from switchrun.store.layout import ALIGNMENT
@@ -148,9 +151,9 @@ class ExpertSource:
             kept = self._store_of(slices)
             if kept is not None:
                 if kept.store.writable:
-                    kept.store.write(load.key, *_in_layout(slices, load.plan, buffer))
+                    kept.store.write(load.key, *_in_layout(slices, load.plan, buffer, kept.store.layout.nbytes))
                 kept.renew(load.key)
-        return as_stored(slices, load.plan, buffer)
+        return as_stored(load.key, slices, load.plan, buffer)
 
 
 def stored_read(stored: StoredExpert, direct: bool) -> Segment:
@@ -202,27 +205,31 @@ def _kept_positions(slices: ExpertSlices) -> tuple[int, ...]:
     return tuple(positions)
 
 
-def _in_layout(slices: ExpertSlices, plan: ReadPlan, buffer: Buffer) -> Iterator[memoryview | bytes]:
-    """Yield what was read as a kept expert has it."""
+def _in_layout(slices: ExpertSlices, plan: ReadPlan, buffer: Buffer, nbytes: int) -> Iterator[memoryview | bytes]:
+    """Yield what was read as a kept expert has it, which takes so many bytes."""
     end = 0
     for tensor, kept, position in zip(slices.ranges, _kept_positions(slices), plan.positions, strict=True):
         yield bytes(kept - end)
         yield buffer.data[position : position + tensor.nbytes]
         end = kept + tensor.nbytes
+    yield bytes(nbytes - end)
 
 
-def as_stored(slices: ExpertSlices, plan: ReadPlan, buffer: Buffer) -> ExpertWeights:
+def as_stored(key: ExpertKey, slices: ExpertSlices, plan: ReadPlan, buffer: Buffer) -> ExpertWeights:
     """Return an expert of the checkpoint that was read into a buffer, as views of what is stored."""
     at = dict(zip(map(id, slices.ranges), plan.positions, strict=True))
 
-    def matrix(stored: TensorSlice) -> torch.Tensor | Int8Matrix:
+    def matrix(name: str, stored: TensorSlice) -> Matrix:
+        parts = [stored_view(buffer, at[id(part)], part) for part in stored.parts]
+        if stored.dtype == QMOE:
+            codes = buffer.tensor(at[id(stored)], torch.int16, (stored.nbytes // 2,))
+            place = f"{stored.file}: tensor {expert_prefix(*key)}.{name}.w_comp"
+            offsets, extremes = parts
+            return QmoeMatrix(codes, offsets, extremes, stored.shape[1], place)
         weight = stored_view(buffer, at[id(stored)], stored)
-        if not stored.parts:
-            return weight
-        (scales,) = stored.parts
-        return Int8Matrix(weight, stored_view(buffer, at[id(scales)], scales))
+        return Int8Matrix(weight, *parts) if parts else weight
 
-    return ExpertWeights(matrix(slices.wi), matrix(slices.wo))
+    return ExpertWeights(matrix("wi", slices.wi), matrix("wo", slices.wo))
 
 
 def stored_view(buffer: Buffer, position: int, stored: TensorSlice) -> torch.Tensor:

@@ -12,11 +12,13 @@ from switchrun.dtypes import WEIGHT_DTYPES
 from switchrun.kernels.int8 import linear_int8, quantise_int8
 from switchrun.kernels.nf4 import linear_nf4, linear_tiled, quantise_nf4, quantise_tiled
 from switchrun.kernels.plain import linear
+from switchrun.kernels.qmoe import QmoeMatrix
 
 #: torch's dtypes by safetensors' names.
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     **{stored: getattr(torch, name) for stored, name in WEIGHT_DTYPES.items()},
     "I8": torch.int8,
+    "I32": torch.int32,
     "U8": torch.uint8,
 }
 
@@ -78,7 +80,7 @@ class TiledNf4Matrix:
 
 #: Matrices that are kept in few bits.
 PackedMatrix = Int8Matrix | Nf4Matrix | TiledNf4Matrix
-Matrix = torch.Tensor | PackedMatrix
+Matrix = torch.Tensor | PackedMatrix | QmoeMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +124,5 @@ def quantise(stored: ExpertWeights, into: ExpertWeights) -> None:
             target.scb.copy_(weight.scb)
         else:
             assert isinstance(weight, torch.Tensor), "what is packed already is never packed again"
+            assert not isinstance(target, QmoeMatrix), "nothing is compressed as QMoE does"
             target.pack(weight)

@@ -106,12 +106,13 @@ def _decode_by_torch(matrix: QmoeMatrix, rows: slice) -> torch.Tensor:
     filled = ends[offsets - offsets[0]] == torch.arange(count + 1, device=offsets.device) * columns
     _require(rows, filled[1:], 3)
     result = torch.zeros(count * columns, dtype=torch.bfloat16, device=offsets.device)
-    row_of = torch.repeat_interleave(torch.arange(count, device=offsets.device), offsets.diff())
+    starts = ends[:-1]
+    row_of = starts // max(1, columns)  # every row is full
     values = matrix.extremes[2 * rows.start : 2 * rows.stop]
     for i in range(3):  # a codeword has no more digits that are not zero
         digits = entries >> (20 + 2 * i) & 3
         used = digits > 0
-        places = ends[:-1] + (entries >> (5 + 5 * i) & 31)
+        places = starts + (entries >> (5 + 5 * i) & 31)
         result[places[used]] = values[(2 * row_of + digits - 1)[used]]
     return result.view(count, columns)
 

@@ -16,6 +16,7 @@ from switchrun.experts.module import RoutingContext
 from switchrun.experts.reader import FileReader
 from switchrun.experts.tiers import ExpertTiers
 from switchrun.experts.ways import reading_way
+from switchrun.kernels import libraries
 from switchrun.machine import disks, network, ram
 from switchrun.model.build import build_model, open_cache
 from switchrun.model.dense import DenseWeights, drop_weights, input_device, place_dense_weights
@@ -64,6 +65,9 @@ class Engine:
     ) -> None:
         self.checkpoint = checkpoint = planned.checkpoint
         self._warn = warn or _log.warning
+        if planned.plan.precision.few_bits and not libraries.paths():
+            dtype = planned.plan.dtype
+            self._warn(f"switchrun's kernels are not built here, so {dtype} is slow; switchrun doctor says what to do")
         self.context = RoutingContext()
         note_read = _dense_progress(planned, on_dense_bytes)
         for name in _KEPT_KERNELS:

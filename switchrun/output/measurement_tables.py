@@ -285,7 +285,9 @@ def _notes(record: dict[str, Any]) -> Iterator[str]:
     text = record["text"]
     passages = format_count(text["passages"], "passage")
     yield f"{passages}, {format_count(text['target_tokens'], 'target token')}; loss in nats per target token"
-    yield f"reference {record['reference']}, seed {record['seed']}"
+    other = record["reference_model"]
+    reference = record["reference"] if other is None else f"{other['id']} ({other['stored_dtype']})"
+    yield f"reference {reference}, seed {record['seed']}"
     for row in record["rows"]:
         if row["status"] == "failed":
             yield f"{row['name']}: {row['error']['message']}"

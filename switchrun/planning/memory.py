@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
-from switchrun.dtypes import PackedDtype, Precision
+from switchrun.dtypes import QMOE, PackedDtype, Precision
 from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
@@ -42,6 +43,8 @@ PACKING_SCRATCH_BYTES = 14 * MIB
 PRODUCT_SCRATCH_BYTES = 24 * MIB
 #: bitsandbytes itself, which unpacks nf4; 45 MiB measured with 0.50.2.
 BITSANDBYTES_BYTES = 48 * MIB
+#: QMoE's dictionary: 3 MiB, and while it is made 11 more.
+DICTIONARY_BYTES = 16 * MIB
 #: From this size on an expert is read past the page cache; below, the alignment would cost more than it saves.
 DIRECT_IO_BYTES = 4 * MIB
 #: Slots that are set aside before dense weights get memory: some are computed on while others are being read.
@@ -109,6 +112,9 @@ def kept_parts(checkpoint: SwitchCheckpoint, precision: Precision) -> list[int]:
     """Return the bytes of each tensor that an expert consists of, as it is kept in memory."""
     if precision.packed is not None:
         return [part.nbytes for part in packed_layout(checkpoint, precision.packed).parts]
+    if precision.qmoe:
+        # Another expert may have a larger part, though it is smaller as a whole.
+        return [part.nbytes + GPU_ALIGNMENT for part in checkpoint.expert_forms[0][0].ranges]
     return [math.prod(tensor.shape) * precision.compute.itemsize for tensor in checkpoint.expert_forms[0][0]]
 
 
@@ -138,9 +144,9 @@ def gpu_slot_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
 def mean_load_bytes(checkpoint: SwitchCheckpoint, precision: Precision, stored_share: float) -> float:
     """Return what is read for an expert if a share of them lies packed in the offload folder."""
     if precision.packed is None or checkpoint.reads_int8_in_place:
-        return checkpoint.expert_bytes
+        return checkpoint.mean_expert_bytes
     packed = packed_layout(checkpoint, precision.packed).nbytes
-    return stored_share * packed + (1 - stored_share) * checkpoint.expert_bytes
+    return stored_share * packed + (1 - stored_share) * checkpoint.mean_expert_bytes
 
 
 def reads_directly(checkpoint: SwitchCheckpoint) -> bool:
@@ -176,7 +182,12 @@ def writer_buffers(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
 
 
 def packing_bytes(checkpoint: SwitchCheckpoint, precision: Precision) -> int:
-    """Return what packing experts takes: scratch, and the buffers of those that wait to be written to `offload/`."""
+    """Return what packing experts takes, and multiplying with them.
+
+    That is scratch, and the buffers of those that wait to be written to `offload/`.
+    """
+    if precision.qmoe:
+        return PRODUCT_SCRATCH_BYTES + DICTIONARY_BYTES
     if precision.packed is None:
         return 0
     scratch = STAGING_BUFFERS * PACKING_SCRATCH_BYTES + PRODUCT_SCRATCH_BYTES
@@ -190,7 +201,7 @@ def _forms(checkpoint: SwitchCheckpoint, precision: Precision, staged: bool) -> 
 
     def is_staged(stored: ExpertSlices) -> bool:
         if precision.packed is None:
-            return any(matrix.dtype != precision.compute.stored for matrix in stored)
+            return any(matrix.dtype not in (precision.compute.stored, QMOE) for matrix in stored)
         in_place = checkpoint.reads_int8_in_place
         return not in_place or any(matrix.dtype != "I8" or matrix.transposed for matrix in stored)
 
@@ -213,6 +224,8 @@ def _kernel_bytes(precision: Precision) -> int:
 
 def index_bytes(checkpoint: SwitchCheckpoint) -> int:
     """Return what the parsed index takes. In 8 bit, transformers saves three tensors instead of one."""
+    if checkpoint.stored_dtype == QMOE:
+        return INDEX_BYTES_PER_TENSOR * len(checkpoint.dense) + INDEX_BYTES_PER_EXPERT * len(checkpoint.experts)
     each = 3 if checkpoint.stored_dtype == "I8" else 1
     return INDEX_BYTES_PER_TENSOR * each * (2 * len(checkpoint.experts) + len(checkpoint.dense))
 
@@ -261,7 +274,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     d_model, d_ff, heads = int(c["d_model"]), int(c["d_ff"]), int(c["num_heads"])
     inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
-    narrow = item < 4 or precision.packed is not None
+    narrow = item < 4 or precision.few_bits
     positions = rows * tokens
     hidden, squared = positions * d_model, tokens * tokens
 

@@ -114,7 +114,7 @@ def make_plan(
     computing = computing_tiers(needs.sparse_layers, placed)
     passing = max((in_memory[name] for name, tier in placed.items() if tier == DISK), default=0)
     gpus, cpu = _divide(needs, budgets, placements, passing, computing)
-    stored = needs.num_experts * checkpoint.expert_bytes
+    stored = needs.num_experts * checkpoint.mean_expert_bytes
     disk = TierUse(DISK, None, dense_bytes=sum(each.bytes for each in placements if each.tier == DISK))
     layers = Counter((tier, stack) for (stack, _), tier in computing.items())
     cost, fetched = None, 0.0
@@ -124,7 +124,7 @@ def make_plan(
             need, free = format_bytes(cost.disk_bytes), format_bytes(cost.free_bytes)
             notes += (f"{hub.folder} has {free} free, keeping what comes from the Hub takes {need}",)
     if hub is None or cost is None or cost.downloads:
-        slow = [replace(disk, expert_bytes=stored)]
+        slow = [replace(disk, expert_bytes=round(stored))]
     else:
         left = 1 - cost.kept_share
         fetched = left * _used_experts(checkpoint, batch_size, input_tokens, output_tokens)
@@ -349,7 +349,7 @@ def estimate_fill(
     )
     encoder = layers["encoder"] * once
     from_disk = max(0.0, encoder + decoder - fetched)
-    load_bytes = round(from_disk * (checkpoint.expert_bytes if expert_bytes is None else expert_bytes))
+    load_bytes = round(from_disk * (checkpoint.mean_expert_bytes if expert_bytes is None else expert_bytes))
     dense = sum(
         size * (1 if module.startswith("encoder") else output_tokens) for module, size in dense_disk_bytes.items()
     )
@@ -381,7 +381,7 @@ def hub_cost(
     kept_share = min(1.0, hub.kept_experts / total)
     fetched = _used_experts(checkpoint, batch_size, input_tokens, output_tokens) * (1 - kept_share)
     dense = 0 if hub.kept_dense_bytes else sum(tensor.stored_bytes for tensor in checkpoint.dense.values())
-    expert_bytes = round(fetched * checkpoint.expert_bytes)
+    expert_bytes = round(fetched * checkpoint.mean_expert_bytes)
     more = round(fetched * hub.file_bytes)
     if hub.limit_bytes is not None:
         more = min(more, max(0, hub.limit_bytes - hub.kept_bytes))

@@ -12,10 +12,11 @@ from pathlib import Path
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, SwitchCheckpoint
+from switchrun.dtypes import QMOE
 from switchrun.errors import StorageError
 from switchrun.machine.processor import has_bf16_instructions
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
-from switchrun.store.layout import Layout, layout_of, nf4_layout
+from switchrun.store.layout import ALIGNMENT, Layout, layout_of, nf4_layout
 from switchrun.store.limit import SizeLimit
 from switchrun.store.manifest import Manifest, check_manifest, has_manifest
 from switchrun.store.paths import (
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 #: How an expert is stored; see `form_of`.
 ExpertForm = tuple[tuple[str, tuple[int, ...], bool], ...]
 #: What the stores of experts as stored are called, by safetensors' name of the dtype.
-_FOLDERS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+_FOLDERS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", QMOE: "qmoe"}
 
 #: Called with what the user should know, a sentence each; from any thread.
 Warn = Callable[[str], None]
@@ -337,6 +338,9 @@ def open_kept_stores(
 
 
 def _kept_layout(expert: ExpertSlices) -> Layout:
+    if expert.wi.dtype == QMOE:
+        # Experts differ in size: all have room for the largest, with each part where a multiple of ALIGNMENT is.
+        return Layout.of([("expert", "U8", (sum(part.nbytes + ALIGNMENT for part in expert.ranges),))])
     return Layout.of(
         (f"{name}.weight", tensor.dtype, tensor.shape[::-1] if tensor.transposed else tensor.shape)
         for name, tensor in zip(expert._fields, expert, strict=True)

@@ -10,10 +10,13 @@ import pytest
 
 from switchrun.bench import evaluation
 from switchrun.bench.child_process import ChildError
+from switchrun.checkpoint.locate import demo_folder
 from switchrun.errors import SwitchrunError
+from switchrun.kernels import native
 from tests.cli.conftest import Invoke
 from tests.conftest import RunSwitchrun, validate
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from tests.support.qmoe_checkpoints import qmoe_config, save_qmoe, save_twin, ternary_model
 from tests.support.sessions import small_process
 
 __all__ = ["small_process"]
@@ -112,6 +115,34 @@ def test_the_demo_model_in_int8(invoke: Invoke, tasks: Tasks, tmp_path: Path) ->
     assert (packed["dtype"], packed["compute_dtype"]) == ("int8", "bf16")
     assert 1 < full["loss"] < 8  # far below the 8.3 of guessing among 4,096 pieces
     assert "note: int8: experts were read from the checkpoint and packed" in done.stderr
+
+
+@pytest.mark.skipif(not native.paths(), reason="built without kernels, by which test models are encoded")
+def test_qmoe_beside_its_original(invoke: Invoke, tasks: Tasks, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(LINES)
+    model = ternary_model(qmoe_config(d_model=34, d_ff=70, num_experts=6), seed=4)
+    packed, twin = save_qmoe(model, tmp_path / "packed"), save_twin(model, tmp_path / "twin")
+    done = run(invoke, str(packed), "--reference-model", str(twin), "--format", "json")
+    assert done.code == 0, done.stderr
+    record = record_of(done)
+    # Its experts are stored in few bits, so there is nothing to compare them with but the other model.
+    original, row = record["rows"]
+    assert (original["name"], row["name"], row["dtype"]) == ("reference", "auto", "qmoe")
+    assert (record["reference"], record["reference_model"]["id"]) == ("reference", str(twin))
+    assert abs(row["loss_difference"]) < 0.01
+    assert row["token_agreement"] > 0.9
+    assert row["loss_pass"]["load_bytes"] < original["loss_pass"]["load_bytes"]
+    table = run(invoke, str(packed), "--reference-model", str(twin), "--format", "md").stdout
+    assert f"reference {twin} (BF16)" in table
+
+
+def test_a_reference_model_that_cuts_the_text_in_another_way(invoke: Invoke, tasks: Tasks, tiny: str) -> None:
+    done = run(invoke, tiny, "--dtype", "fp32", "--reference-model", str(demo_folder()))
+    assert (done.code, done.stdout) == (2, "")
+    assert "--reference-model: it cuts the text into other tokens than the model" in done.stderr
+    done = run(invoke, tiny, "--reference", "fp32", "--dtype", "fp32", "--reference-model", tiny)
+    assert done.code == 2
+    assert "--reference and --reference-model exclude one another" in done.stderr
 
 
 def test_the_limit_of_the_offload_folder(invoke: Invoke, tasks: Tasks, tiny: str, tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ class FakeHub:
     Args:
         latency_seconds: One round trip: before every answer, and once more for a new connection.
         bandwidth: Bytes per second of one connection; None for no limit.
+        line: Bytes per second of all connections together; None for no limit.
         quota: Requests to the Hub's own origin (not the API, not the CDN) in a window of so many seconds.
         url_seconds: How long a signed URL is good for.
         compresses: Ignore ranges of clients that also take compressed answers, as some of the CDN's machines do.
@@ -137,12 +138,15 @@ class FakeHub:
         *,
         latency_seconds: float = 0.0,
         bandwidth: float | None = None,
+        line: float | None = None,
         quota: tuple[int, float] | None = None,
         url_seconds: float = 3600.0,
         compresses: bool = False,
     ) -> None:
         self.latency_seconds = latency_seconds
         self.bandwidth = bandwidth
+        self.line = line
+        self._line_free = 0.0
         self.quota = quota
         self.url_seconds = url_seconds
         self.compresses = compresses
@@ -170,6 +174,14 @@ class FakeHub:
         self.closing.set()
         for server in self._servers:
             server.end()
+
+    def wait_for_line(self, size: int) -> None:
+        """Block for as long as the line needs for so many bytes, after all that others send before."""
+        if self.line is not None:
+            with self._lock:
+                self._line_free = max(self._line_free, time.monotonic()) + size / self.line
+                due = self._line_free
+            self.closing.wait(max(0.0, due - time.monotonic()))
 
     # What it serves.
 
@@ -499,7 +511,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _piece(self) -> int:
         # A hundredth of a second of a slow line, so that it flows evenly.
-        return max(1, int(self.hub.bandwidth / 100)) if self.hub.bandwidth else _SEND_BYTES
+        slowest = min(self.hub.bandwidth or _SEND_BYTES * 100, self.hub.line or _SEND_BYTES * 100)
+        return max(1, int(slowest / 100))
 
     def _body(self, pieces: Iterator[memoryview | tuple[int, int, int]]) -> None:
         left = self._fault.after
@@ -526,6 +539,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.hub.bandwidth:
                 due += size / self.hub.bandwidth
                 self.hub.closing.wait(max(0.0, due - time.monotonic()))
+            self.hub.wait_for_line(size)
         if left is not None:
             self._break()
 
@@ -568,8 +582,9 @@ def main() -> None:
     parser.add_argument("repos", nargs="+", metavar="REPO=FOLDER")
     parser.add_argument("--latency", type=float, default=0.0, metavar="SECONDS")
     parser.add_argument("--bandwidth", type=float, metavar="BYTES_PER_SECOND")
+    parser.add_argument("--line", type=float, metavar="BYTES_PER_SECOND", help="of all connections together")
     options = parser.parse_args()
-    with FakeHub(latency_seconds=options.latency, bandwidth=options.bandwidth) as hub:
+    with FakeHub(latency_seconds=options.latency, bandwidth=options.bandwidth, line=options.line) as hub:
         for each in options.repos:
             repo, _, folder = each.partition("=")
             hub.add(repo, Path(folder))
