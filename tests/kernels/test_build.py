@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import shutil
 import subprocess
@@ -88,7 +89,8 @@ def test_zig_is_asked_for_only_without_a_compiler(
 def test_an_index_without_zig(backend: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    if importlib.util.find_spec("pip"):
+    # Not `find_spec`, by which setuptools warns of distutils.
+    if any(importlib.metadata.distributions(name="pip")):
         assert not backend._index_has_zig()
     monkeypatch.setattr(backend.sys, "executable", shutil.which("false"))
     assert backend._index_has_zig()  # another program than pip installs
