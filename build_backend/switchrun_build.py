@@ -35,7 +35,7 @@ from setuptools.build_meta import (  # noqa: F401 - hooks that are setuptools' o
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = Path("switchrun", "kernels")
 #: What a wheel is made of.
-PARTS = ("pyproject.toml", "README.md", "LICENSE")
+PARTS = ("pyproject.toml", "README.md", "LICENSE", "switchrun/**/*")
 FLAGS = ["-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 STRIP = ("-s",)
 #: What a path's code may use, in the words of gcc and clang, and of zig, which else builds for this very processor.
@@ -124,10 +124,11 @@ def _copy() -> Iterator[Path]:
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in PARTS:
-            shutil.copy(ROOT / part, folder)
-        left = shutil.ignore_patterns("__pycache__", "_native_*", ".compiling-*")
-        shutil.copytree(ROOT / "switchrun", folder / "switchrun", ignore=left)
+        for source in (file for part in PARTS for file in ROOT.glob(part)):
+            if source.is_file() and source.suffix not in (".so", ".pyc"):
+                copy = folder / source.relative_to(ROOT)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)  # without its rights: the sources may be read-only
         os.chdir(folder)
         try:
             yield folder

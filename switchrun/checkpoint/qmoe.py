@@ -128,7 +128,7 @@ def read_part(file: Weights, layer: Layer, sizes: Sequence[int]) -> ExpertPlaces
             if number % 3 == 0 and tensor.shape[0] != sizes[2 * expert + number // 3]:
                 raise CorruptCheckpointError(
                     f"{file.place}: tensor {name} has {tensor.shape[0]} codes; "
-                    f"by {SIZES} it must have {sizes[2 * expert + number // 3]}",
+                    f"by sizes.pt it must have {sizes[2 * expert + number // 3]}",
                     file.remedy,
                 )
             places.offset.append(tensor.offset)

@@ -159,7 +159,7 @@ def _products(torch: Any) -> dict[str, float]:
             native.linear_nf4(x, packed, absmax, (rows, columns)),
             (torch.tensor(NF4_VALUES, dtype=torch.float64)[nibbles] * steps).view(rows, columns),
         ),
-        "qmoe": (native.linear_qmoe(x, qmoe.encode(ternary, extremes.flatten())), values.gather(1, ternary.long())),
+        "qmoe": (qmoe.linear_qmoe(x, qmoe.encode(ternary, extremes.flatten())), values.gather(1, ternary.long())),
     }
     found: dict[str, float] = {}
     for name, (result, weight) in wanted.items():

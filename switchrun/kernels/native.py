@@ -11,7 +11,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,6 @@ from switchrun.kernels.libraries import library
 from switchrun.kernels.libraries import path as path
 from switchrun.kernels.libraries import paths as paths
 from switchrun.store.layout import nf4_sizes
-
-if TYPE_CHECKING:
-    from switchrun.kernels.qmoe import QmoeMatrix
 
 #: Threads that may work on one product, the caller's among them.
 MOST_THREADS = 8
@@ -124,27 +120,32 @@ def quantise_nf4(values: torch.Tensor, packed: torch.Tensor, absmax: torch.Tenso
     _loaded().nf4_quantise(values.data_ptr(), len(values), packed.data_ptr(), absmax.data_ptr())
 
 
-def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None) -> torch.Tensor:
-    """Return `x @ weight.T` in float32; a `DamagedMatrixError` names the row that cannot be decoded."""
+def linear_qmoe(
+    x: torch.Tensor, codes: torch.Tensor, offsets: torch.Tensor, extremes: torch.Tensor, threads: int | None = None
+) -> torch.Tensor:
+    """Return `x @ weight.T` in float32; a `DamagedMatrixError` names the row that cannot be decoded.
+
+    The matrix is as `qmoe.QmoeMatrix` has it.
+    """
     library, table = _loaded(), dictionary().table
-    tokens, columns, rows = x.shape[0], matrix.columns, matrix.rows
+    (tokens, columns), rows = x.shape, len(offsets) - 1
     _check("x", x, (x.dtype,), (tokens, columns), contiguous=False)
-    _check_qmoe(matrix)
+    _check_qmoe(codes, offsets, extremes)
     x = x.float().contiguous()
     lanes = library.qmoe_lanes()
     stride = 1 if tokens == 1 else -(-tokens // lanes) * lanes
     given = torch.empty(columns, stride)
     # In C, as torch's threads would go on waiting for work on the cores that ours need.
     if not library.qmoe_beside(x.data_ptr(), tokens, columns, stride, given.data_ptr()):
-        return torch.nn.functional.linear(x, unpack_qmoe(matrix, 0, rows).float())
+        return torch.nn.functional.linear(x, unpack_qmoe(codes, offsets, extremes, columns, 0, rows).float())
     y = torch.empty(tokens, rows)
-    held = (given, y, table, matrix.codes, matrix.offsets, matrix.extremes)
+    held = (given, y, table, codes, offsets, extremes)
     at = [tensor.data_ptr() for tensor in held]
 
     def share(begin: int, end: int) -> None:
         _fine(
             library.qmoe_product(
-                at[0], tokens, columns, stride, at[1], rows, begin, end, at[2], QMOE_WORDS, at[3], len(matrix.codes),
+                at[0], tokens, columns, stride, at[1], rows, begin, end, at[2], QMOE_WORDS, at[3], len(codes),
                 *at[4:],
             )
         )  # fmt: skip
@@ -153,19 +154,21 @@ def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix, threads: int | None = None)
     return y
 
 
-def unpack_qmoe(matrix: QmoeMatrix, begin: int, end: int) -> torch.Tensor:
+def unpack_qmoe(
+    codes: torch.Tensor, offsets: torch.Tensor, extremes: torch.Tensor, columns: int, begin: int, end: int
+) -> torch.Tensor:
     """Return rows `begin` to `end` in bfloat16 `[end - begin, in]`; a `DamagedMatrixError` names one that is bad."""
-    _check_qmoe(matrix)
-    table, columns = dictionary().table, matrix.columns
+    _check_qmoe(codes, offsets, extremes)
+    table = dictionary().table
     result = torch.empty(end - begin, columns, dtype=torch.bfloat16)
-    held = (result, table, matrix.codes, matrix.offsets, matrix.extremes)
+    held = (result, table, codes, offsets, extremes)
     at = [tensor.data_ptr() for tensor in held]
 
     def share(first: int, last: int) -> None:
         where = at[0] + 2 * columns * first
         _fine(
             _loaded().qmoe_unpack(
-                where, columns, begin + first, begin + last, at[1], QMOE_WORDS, at[2], len(matrix.codes), *at[3:]
+                where, columns, begin + first, begin + last, at[1], QMOE_WORDS, at[2], len(codes), *at[3:]
             )
         )
 
@@ -195,10 +198,10 @@ def _check_nf4(packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int
     _check("absmax", absmax, (scales,), (blocks,))
 
 
-def _check_qmoe(matrix: QmoeMatrix) -> None:
-    _check("codes", matrix.codes, (torch.int16,), (len(matrix.codes),))
-    _check("row offsets", matrix.offsets, (torch.int32,), (matrix.rows + 1,))
-    _check("row extremes", matrix.extremes, (torch.bfloat16,), (2 * matrix.rows,))
+def _check_qmoe(codes: torch.Tensor, offsets: torch.Tensor, extremes: torch.Tensor) -> None:
+    _check("codes", codes, (torch.int16,), (len(codes),))
+    _check("row offsets", offsets, (torch.int32,), (len(offsets),))
+    _check("row extremes", extremes, (torch.bfloat16,), (2 * (len(offsets) - 1),))
 
 
 @cache

@@ -71,7 +71,7 @@ def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix) -> torch.Tensor:
         raise native.DamagedMatrixError(f"row offsets do not go from 0 to the {len(matrix.codes)} codes")
     many = len(tokens) >= _DECODE_TOKENS and x.dtype is torch.bfloat16 and has_bf16_instructions()
     if x.device.type == "cpu" and native.available() and not many:
-        result = native.linear_qmoe(tokens, matrix).to(x.dtype)
+        result = native.linear_qmoe(tokens, matrix.codes, matrix.offsets, matrix.extremes).to(x.dtype)
         return result.view(*x.shape[:-1], matrix.rows)
 
     shape = (matrix.rows, matrix.columns)
@@ -83,7 +83,8 @@ def decode(matrix: QmoeMatrix, rows: slice | None = None) -> torch.Tensor:
     """Return some rows, or all, in bfloat16 `[rows, columns]`; a `native.DamagedMatrixError` names a damaged one."""
     rows = rows or slice(0, matrix.rows)
     if matrix.codes.device.type == "cpu" and native.available():
-        return native.unpack_qmoe(matrix, rows.start, rows.stop)
+        parts = matrix.codes, matrix.offsets, matrix.extremes
+        return native.unpack_qmoe(*parts, matrix.columns, rows.start, rows.stop)
     return _decode_by_torch(matrix, rows)
 
 

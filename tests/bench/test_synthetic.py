@@ -37,10 +37,19 @@ def tiny_geometries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(synthetic, "GEOMETRIES", both | {"switch-wide-8": wide})
 
 
-@pytest.mark.parametrize(("name", "layers"), [("tiny-8", 2), ("switch-all-8", 4)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("tiny-8", 2),
+        ("switch-all-8", 4),
+        pytest.param("tiny-8-qmoe", 2, marks=needs_kernels),
+        pytest.param("switch-all-8-qmoe", 4, marks=needs_kernels),
+    ],
+)
 def test_routing_stays_among_real_experts(tmp_path: Path, name: str, layers: int) -> None:
     said: list[str] = []
-    made = make_synthetic(name, str(3 * layers * EXPERT), tmp_path, said.append)
+    real = str(3 * layers * synthetic.parse_geometry(name)[1].expert_bytes)
+    made = make_synthetic(name, real, tmp_path, said.append)
     assert len(said) == 1
     assert made.description["materialized_experts"] == 3
     assert "3 of 8" in made.description["note"]
@@ -51,7 +60,7 @@ def test_routing_stays_among_real_experts(tmp_path: Path, name: str, layers: int
         assert {key.expert for key in probe.use} <= {0, 1, 2}
         assert len({(key.stack, key.block) for key in probe.use}) == layers
     # Found again, and made anew for other parameters.
-    assert make_synthetic(name, str(3 * layers * EXPERT), tmp_path, said.append).path == made.path
+    assert make_synthetic(name, real, tmp_path, said.append).path == made.path
     assert len(said) == 1
     assert make_synthetic(f"{name}:experts=4", None, tmp_path, said.append).path != made.path
     assert len(said) == 2

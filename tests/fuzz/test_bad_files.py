@@ -19,9 +19,11 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from switchrun.kernels import native
 from tests.fuzz.mutations import Named, edits
 from tests.fuzz.zygote import Zygote
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
+from tests.support.qmoe_checkpoints import qmoe_config, save_qmoe, ternary_model
 
 TEXT = "the <extra_id_0> sat on the <extra_id_1> ."
 NEW_TOKENS = 6
@@ -43,6 +45,12 @@ TARGETS = {
     "kept expert": ("kept", "safetensors", "header"),
     "cached index": ("kept", "index", "json"),
 }
+if native.paths():  # by which the checkpoint is encoded
+    TARGETS |= {
+        "QMoE's dense weights": ("qmoe", "noexp.pt", "pickle"),
+        "QMoE's experts": ("qmoe", "exp02.pt", "pickle"),
+        "QMoE's sizes": ("qmoe", "sizes.pt", "pickle"),
+    }
 
 
 @dataclass
@@ -113,6 +121,10 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         sound = house.fill("--dtype", "int8")
         house.plain["int8"] = json.loads(sound["stdout"])["output_ids"]
         shutil.copytree(house.offload, root / "sound" / "offload")
+        if native.paths():
+            save_qmoe(ternary_model(qmoe_config(), seed=1), root / "sound" / "qmoe", string_order=True)
+            house.lay_out("qmoe")
+            house.plain["qmoe"] = json.loads(house.fill()["stdout"])["output_ids"]
         yield house
 
 
@@ -170,6 +182,9 @@ def _compare(house: House, kind: str, result: dict[str, Any]) -> str:
     if TARGETS[kind][0] == "kept":
         assert ids == house.plain["int8"]
         return "answered as without it"
+    if TARGETS[kind][0] == "qmoe":
+        assert ids == house.plain["qmoe"] or kind != "QMoE's sizes"
+        return "answered"
     if "→" in result["stderr"]:
         return "repaired"
     oracle = house.oracle()
