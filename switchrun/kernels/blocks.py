@@ -3,8 +3,8 @@
 A product in C (`native`) unpacks weights in registers, again for every few rows of `x`. From so many rows on, torch's
 product makes up for writing what is unpacked to memory. Measured with torch 2.13 on two cores of an Intel Xeon with
 AVX-512 and AMX, 6144 × 2080 in nf4, other programs at work: in bfloat16 C takes 3.0, 4.4 and 6.0 ms for 8, 16 and 24
-rows, a product by blocks 3.6 ms for each of them and 5.4 for 128. In float32, with AVX2, C takes 11.5 ms for 64 rows and
-22.5 for 128, by blocks it is 10.8 and 20.
+rows, a product by blocks 3.6 ms for each of them and 5.4 for 128. In float32, with AVX2, C takes 11.5 ms for 64 rows
+and 22.5 for 128, by blocks it is 10.8 and 20.
 """
 
 from __future__ import annotations
