@@ -89,13 +89,11 @@ class Evaluation:
             if dtypes is None and name != _REFERENCE and answers[name]["model"]["stored_dtype"] in _FEW_BITS:
                 names = names[:number]
                 break
-        if not answers:
-            raise as_error(next(iter(failures.values())))
-        _check_same_text(list(answers.values()))
-        reference = reference or names[0]
         first = next((answer for name, answer in answers.items() if name != _REFERENCE), None)
         if first is None:
             raise as_error(next(iter(failures.values())))
+        _check_same_text(list(answers.values()))
+        reference = reference or names[0]
         for repair in first["repairs"]:
             tell(f"note: {repair}")
         base = answers.get(reference)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from switchrun.bench.torch_zip import StoredTensor, write_torch_zip
-from switchrun.checkpoint.names import EMBEDDINGS, HEAD, SHARED, STACKS, mlp_prefix
+from switchrun.checkpoint.names import EMBEDDINGS, HEAD, SHARED, STACKS, expert_prefix
+from switchrun.checkpoint.qmoe import DENSE, SIZES, part_file
 from switchrun.errors import UsageError
 
 #: A hole still has a block of the disk before each of its tensors that is not empty.
@@ -51,7 +52,7 @@ def write_qmoe(folder: Path, measures: Measures, dense: dict[str, StoredTensor])
 
     # As in the published files, where the embedding has all its names.
     dense = dict.fromkeys((*EMBEDDINGS, HEAD), dense[SHARED]) | dense
-    write_torch_zip(folder / "noexp.pt", dense)
+    write_torch_zip(folder / DENSE, dense)
     tensors, sizes = len(dense), {}
     wi, wo = _Rows(measures.d_ff, measures.d_model), _Rows(measures.d_model, measures.d_ff)
     layers = itertools.product(STACKS, measures.sparse_blocks)
@@ -59,13 +60,13 @@ def write_qmoe(folder: Path, measures: Measures, dense: dict[str, StoredTensor])
         experts: dict[str, StoredTensor] = {}
         for expert in range(measures.num_experts):
             for name, rows in (("wi", wi), ("wo", wo)):
-                matrix = f"{mlp_prefix(stack, block)}.experts.expert_{expert}.{name}"
+                matrix = f"{expert_prefix(stack, block, expert)}.{name}"
                 parts = rows.next() if expert < measures.real_experts else rows.hole()
                 experts |= {f"{matrix}.{part}": stored for part, stored in parts.items()}
                 sizes[matrix] = parts["w_comp"].count
-        write_torch_zip(folder / f"exp{number:02d}.pt", experts)
+        write_torch_zip(folder / part_file(number), experts)
         tensors += len(experts)
-    torch.save(sizes, folder / "sizes.pt")
+    torch.save(sizes, folder / SIZES)
     return tensors
 
 

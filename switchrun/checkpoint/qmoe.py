@@ -26,6 +26,7 @@ from switchrun.checkpoint.types import (
     Stack,
     TensorSlice,
 )
+from switchrun.dtypes import QMOE
 from switchrun.errors import CorruptCheckpointError
 
 DENSE, SIZES = "noexp.pt", "sizes.pt"
@@ -205,7 +206,7 @@ class QmoeExperts(Experts):
             self._tensor(layer, at + 1, "I32", (shape[0] + 1,)),
             self._tensor(layer, at + 2, "BF16", (2 * shape[0],)),
         )
-        return self._tensor(layer, at, "QMOE", shape, parts)
+        return self._tensor(layer, at, QMOE, shape, parts)
 
     def _tensor(
         self, layer: int, at: int, dtype: str, shape: tuple[int, ...], parts: tuple[TensorSlice, ...] = ()

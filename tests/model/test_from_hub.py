@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,7 @@ import torch
 from huggingface_hub import constants
 
 from switchrun import Session, plan
-from switchrun.checkpoint import open_checkpoint, remote
-from switchrun.checkpoint.remote import Patience
+from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.types import RemoteFile
 from switchrun.errors import CorruptCheckpointError, NetworkError, StorageError
 from switchrun.experts.packing import ExpertPacker
@@ -39,14 +38,6 @@ ID = "google/switch-tiny"
 TEXTS = ["the <extra_id_0> sat on the <extra_id_1> .", "a man walks into a <extra_id_0> with the red cat"]
 #: Larger than what is read of a file for its headers, so that weights are not fetched with them.
 GEOMETRY = {"d_model": 64, "d_ff": 128, "num_experts": 6}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        hub.use(monkeypatch)
-        monkeypatch.setattr(remote, "Patience", lambda: Patience(2, 2, attempts=3, first_wait_seconds=0.01))
-        yield hub
 
 
 @pytest.fixture

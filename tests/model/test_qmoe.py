@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from switchrun import GenerationOptions, Session, plan
-from switchrun.checkpoint import open_checkpoint, remote
-from switchrun.checkpoint.remote import Patience
+from switchrun.checkpoint import open_checkpoint
 from switchrun.errors import CorruptCheckpointError, UsageError
 from switchrun.kernels import libraries, native
 from tests.model.test_same_tokens import MAX_NEW_TOKENS, TEXTS, check_ids, check_logits
@@ -160,14 +158,6 @@ def test_damaged_codes_name_file_and_tensor(folder: Path, kernels: str, monkeypa
     ):
         session.fill(TEXTS)
     assert error.value.exit_code == 7
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with FakeHub() as hub:
-        hub.use(monkeypatch)
-        monkeypatch.setattr(remote, "Patience", lambda: Patience(2, 2, attempts=3, first_wait_seconds=0.01))
-        yield hub
 
 
 @pytest.mark.parametrize("slots", [2, None])
