@@ -14,12 +14,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from switchrun.dtypes import STORED_ITEMSIZE
+
 #: Where torch begins a storage, and what it pads the local header with.
 _ALIGNMENT, _PADDING = 64, b"FB"
 #: An offset from here on stands in an extra field of 64 bits.
 _ZIP64_FROM = 0xFFFFFFFF
 _STORAGES = {"BF16": "BFloat16Storage", "I16": "ShortStorage", "I32": "IntStorage"}
-_ITEM_BYTES = {"BF16": 2, "I16": 2, "I32": 4}
 _Pieces = Iterable[bytes | memoryview]
 
 
@@ -37,7 +38,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return _ITEM_BYTES[self.dtype] * self.count
+        return STORED_ITEMSIZE[self.dtype] * self.count
 
     @property
     def count(self) -> int:
