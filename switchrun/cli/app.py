@@ -18,7 +18,7 @@ from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
 from switchrun.cli.signals import SIGNALS, Interrupted
-from switchrun.cli.startup import debugging, let_threads_sleep
+from switchrun.cli.startup import debugging, let_threads_sleep, share_one_heap
 from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.machine.limits import refused_by_system
@@ -65,6 +65,7 @@ def main() -> NoReturn:
     """Run the command line; the entry of the console script."""
     prepare_output()
     let_threads_sleep()
+    share_one_heap()
     try:
         SIGNALS.install()
         code = run(sys.argv[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from switchrun.bench.child_process import Answer, Task, answer_task
-from switchrun.cli.startup import import_libraries
+from switchrun.cli.startup import import_libraries, share_one_heap
 from switchrun.machine.limits import check_limits
 
 
@@ -20,4 +20,5 @@ def work(task: Task) -> Answer:
 
 
 if __name__ == "__main__":
+    share_one_heap()
     answer_task(work)

@@ -38,12 +38,12 @@ def quantise_int8(weight: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) 
         raise ValueError(f"codes must be int8 and SCB float32, not {codes.dtype} and {scb.dtype}")
     rows = max(1, _AT_A_TIME // max(1, weight.shape[1]))
     for some, into, largest in zip(*(torch.split(each, rows) for each in (weight.detach(), codes, scb)), strict=True):
-        values = some.float()
+        values = some.to(torch.float32, copy=True)
         # Two reductions are faster than abs and one, which writes the block once more. abs_ turns -0.0 into 0.0.
         largest.copy_(torch.maximum(values.amax(1), -values.amin(1)).abs_())
         scale = 127.0 / largest
         scale[scale.isinf()] = 0.0
-        into.copy_((values * scale.unsqueeze(1)).round_())
+        into.copy_(values.mul_(scale.unsqueeze(1)).round_())
 
 
 def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torch.Tensor:

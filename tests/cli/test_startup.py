@@ -110,3 +110,26 @@ def test_threads_of_torch_sleep_unless_told_otherwise(monkeypatch: pytest.Monkey
         monkeypatch.delenv("OMP_WAIT_POLICY")
     let_threads_sleep()
     assert os.environ["OMP_WAIT_POLICY"] == (own or "PASSIVE")
+
+
+def test_threads_share_one_heap() -> None:
+    """What many threads allocate lies between the bounds of one heap; glibc would begin another for each."""
+    script = """
+import ctypes, threading
+from switchrun.cli.startup import share_one_heap
+share_one_heap()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+heaps = set()
+barrier = threading.Barrier(4)
+def take():
+    barrier.wait()
+    pieces = [libc.malloc(4000) for _ in range(100)]
+    barrier.wait()
+    heaps.update(piece >> 26 for piece in pieces)
+threads = [threading.Thread(target=take) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert max(heaps) - min(heaps) <= 1, heaps
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
