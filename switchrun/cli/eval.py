@@ -11,8 +11,8 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.answering import EXIT_SOME_FAILED
 from switchrun.cli.downloads import open_for_processes
-from switchrun.cli.fill import EXIT_SOME_FAILED
 from switchrun.cli.streams import Entry, read_lines, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.output.measurement_tables import EvalFormat, format_evaluation

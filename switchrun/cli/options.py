@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
+from switchrun.model.records import GenerationOptions
 
 
 def named(option: str) -> Callable[[str], str]:
@@ -125,6 +126,45 @@ NumBeams = Annotated[
     int,
     typer.Option(envvar="SWITCHRUN_NUM_BEAMS", min=1, help="Beams of the search; 1 is greedy."),
 ]
+
+_DEFAULTS = GenerationOptions()
+_SAMPLING = "Only with --sample."
+Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(show_default=str(_DEFAULTS.temperature), help=f"Divides the logits before drawing. {_SAMPLING}"),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        show_default=str(_DEFAULTS.top_p),
+        help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}",
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        show_default=str(_DEFAULTS.top_k),
+        help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}",
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=2**63 - 1, show_default=str(_DEFAULTS.seed), help=f"The same seed draws the same. {_SAMPLING}"
+    ),
+]
+Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on stderr at the end.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
+
+
+def drawing(sample: bool, **values: float | None) -> dict[str, Any]:
+    """Return the options of drawing that are given; without `--sample` there may be none."""
+    given = {name: value for name, value in values.items() if value is not None}
+    if given and not sample:
+        raise UsageError(f"--{next(iter(given)).replace('_', '-')} does nothing without --sample", "add --sample")
+    return {"sample": sample, **given}
 
 
 class TableFormat(StrEnum):

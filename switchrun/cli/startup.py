@@ -68,8 +68,8 @@ def let_threads_sleep() -> None:
 def share_one_heap() -> None:
     """Have all threads take memory from one heap, where what one has freed serves the others; call it before any runs.
 
-    With a heap for each, as glibc has it, a fill that packs experts on their way took 792 to 852 MiB, and once 901, more
-    than its budget of 878. With one heap it took 730 to 769.
+    With a heap for each, as glibc has it, a fill that packs experts on their way took 792 to 852 MiB, and once 901,
+    more than its budget of 878. With one heap it took 730 to 769.
     """
     _mallopt(_M_ARENA_MAX, 1)
 

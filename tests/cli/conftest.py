@@ -56,8 +56,8 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
             sessions.append(FakeSession(*arguments))
             return sessions[-1]
 
-        monkeypatch.setattr("switchrun.cli.fill.open_session", open_session)
-        monkeypatch.setattr("switchrun.cli.fill.quieten_libraries", lambda: None)
+        monkeypatch.setattr("switchrun.cli.answering.open_session", open_session)
+        monkeypatch.setattr("switchrun.cli.answering.quieten_libraries", lambda: None)
         stdout, stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), _Stderr(terminal)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", _Stdin(input, terminal))

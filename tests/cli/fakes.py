@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import switchrun.cli.fill
+import switchrun.cli.answering
 from switchrun.errors import BudgetError, InputError
 from switchrun.model.records import (
     ExpertCounts,
@@ -134,5 +134,5 @@ class FakeSession:
 if __name__ == "__main__":
     from switchrun.cli.app import main
 
-    switchrun.cli.fill.open_session = FakeSession  # type: ignore[assignment]
+    switchrun.cli.answering.open_session = FakeSession  # type: ignore[assignment]
     main()

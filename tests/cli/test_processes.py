@@ -246,10 +246,10 @@ def fill_with(env: dict[str, str], first: str, *texts: str) -> subprocess.Comple
     """Run `fill` with a session that does something first, which is Python at work."""
     indented = first.strip().replace("\n", "\n        ")
     script = (
-        "import sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
+        "import sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.answering\n"
         f"class Session(fakes.FakeSession):\n    def fill(self, *args, **kwargs):\n        {indented}\n"
         "        return super().fill(*args, **kwargs)\n"
-        "switchrun.cli.fill.open_session = Session\n"
+        "switchrun.cli.answering.open_session = Session\n"
         f"sys.argv = ['switchrun', 'fill', '-q', *{texts!r}]\n"
         "from switchrun.cli.app import main\nmain()\n"
     )
@@ -276,14 +276,14 @@ def test_a_signal_that_a_library_swallows_at_work(hermetic: dict[str, str], swal
 
 def test_a_signal_after_the_last_answer(hermetic: dict[str, str]) -> None:
     script = (
-        "import atexit, os, signal, sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.fill\n"
+        "import atexit, os, signal, sys\nimport tests.cli.fakes as fakes\nimport switchrun.cli.answering\n"
         "from switchrun.cli import streams\n"
         "leave = streams.leave\n"
         "def interrupted(code):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    leave(code)\n"
         "streams.leave = interrupted\n"
-        "switchrun.cli.fill.open_session = fakes.FakeSession\n"
+        "switchrun.cli.answering.open_session = fakes.FakeSession\n"
         "sys.argv = ['switchrun', 'fill', '-q', '<extra_id_0>']\n"
         "from switchrun.__main__ import main\nmain()\n"
     )

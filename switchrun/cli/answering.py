@@ -1,0 +1,236 @@
+"""What commands have in common that answer texts, given as arguments or as lines on stdin: `fill` and its like.
+
+Answers come in the order of the texts, on stdout; whatever else there is to say goes to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
+
+import typer
+
+from switchrun.checkpoint.types import HubWay
+from switchrun.cli.downloads import ask_to_download
+from switchrun.cli.signals import SIGNALS
+from switchrun.cli.startup import import_libraries, quieten_libraries
+from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
+from switchrun.errors import InputError, UsageError
+from switchrun.machine import processor
+from switchrun.output.progress import SessionProgress
+from switchrun.output.sinks import FillFormat, format_failure, format_result
+from switchrun.units import format_bytes, format_rate, format_seconds
+
+if TYPE_CHECKING:
+    from switchrun.model.records import FillResult, Progress, ProgressCallback
+    from switchrun.model.session import Session
+    from switchrun.planning.options import OpenOptions
+    from switchrun.planning.plan import HubCost, Plan
+
+EXIT_SOME_FAILED = 3
+
+#: If more is expected from the Hub, the user hears of it before it begins.
+_MUCH_BYTES = 1_000_000_000
+#: So many unreadable entries may wait for a batch to be full: each may be as long as a line can be.
+_MOST_UNREADABLE = 8
+
+_Encoded = TypeVar("_Encoded")
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Generic[_Encoded]):
+    """What a command does with a text; each raises InputError for a text that it cannot do it with.
+
+    Attributes:
+        check: Returns the text to go on with; needs no model.
+        encode: Makes it ready for the model.
+        answer: Answers texts that were made ready, in their order; the first one's id is given.
+    """
+
+    check: Callable[[str], str]
+    encode: Callable[[Session, str], _Encoded]
+    answer: Callable[[Session, Sequence[_Encoded], int], Sequence[FillResult]]
+
+
+def answer_texts(
+    work: Work[_Encoded],
+    texts: Sequence[str] | None,
+    opening: OpenOptions,
+    *,
+    style: FillFormat,
+    stats: bool,
+    quiet: bool,
+) -> NoReturn:
+    """Answer the TEXT arguments, or the lines of stdin if there is none; ends the command with its exit code."""
+    arguments = [] if texts == ["-"] else list(texts or ())
+    if "-" in arguments:
+        raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
+    entries: Iterable[Entry] = _check(work, read_arguments(arguments) if arguments else stdin_lines())
+    hopeless = False
+    if arguments:
+        entries = list(entries)
+        hopeless = all(entry.error for entry in entries)
+    progress = SessionProgress(sys.stderr, wanted=not quiet)
+
+    def note(text: str) -> None:
+        if not quiet:
+            progress.clear()
+            report(text)
+
+    def show(step: Progress) -> None:
+        if threading.current_thread() is threading.main_thread():  # not in a download
+            SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
+        progress(step)
+
+    def announce(plan: Plan) -> None:
+        if plan.hub is not None:
+            progress.expected_hub_bytes = plan.hub.index_bytes + plan.hub.fetch_bytes
+            if plan.hub.fetch_bytes > _MUCH_BYTES:
+                note(_hub_costs(plan.model_id, plan.hub))
+
+    quieten_libraries()
+    label = "line" if not arguments else "text" if len(arguments) > 1 else None
+    with _Answers(style, label, progress.clear) as answers:
+        if hopeless:
+            answers.write(entries, ())
+            raise typer.Exit(answers.exit_code)
+        ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
+        with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
+            progress.clear()
+            for sentence in (*session.checkpoint.repairs, *session.plan.notes):
+                note(f"note: {sentence}")
+            if not arguments and sys.stdin.isatty():
+                note("type one input a line; Ctrl-D ends")
+            _answer(work, session, entries, opening.batch_size, answers)
+            if stats:
+                from switchrun.output.tables import render_stats
+
+                progress.clear()
+                report_lines(render_stats(session.stats()))
+    raise typer.Exit(answers.exit_code)
+
+
+def open_session(
+    opening: OpenOptions,
+    progress: ProgressCallback,
+    warn: Callable[[str], None],
+    on_plan: Callable[[Plan], None],
+) -> Session:
+    """Open the model. The tests put a session of their own in the place of this."""
+    from switchrun.model.session import open_session as open_it
+
+    started = time.perf_counter() - processor.process_age_seconds()
+    return open_it(
+        opening, progress=progress, warn=warn, started=started, import_libraries=import_libraries, on_plan=on_plan
+    )
+
+
+def _hub_costs(model: str, cost: HubCost) -> str:
+    """Write what a fill is expected to bring from the Hub."""
+    time, rate = format_seconds(cost.seconds), format_rate(cost.bandwidth_bytes_per_second)
+    source = "" if cost.bandwidth_source == "measured" else f" ({cost.bandwidth_source})"
+    fetched = format_bytes(cost.fetch_bytes)
+    return f"{model}: about {fetched} from the Hub, {time} at {rate}{source}; kept in {cost.folder}"
+
+
+def _check(work: Work[_Encoded], entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Mark the entries whose texts are wrong."""
+    for entry in entries:
+        if entry.error is None:
+            try:
+                entry = replace(entry, text=work.check(entry.text))
+            except InputError as error:
+                entry = replace(entry, error=error)
+        yield entry
+
+
+def _answer(
+    work: Work[_Encoded], session: Session, entries: Iterable[Entry], batch_size: int, answers: _Answers
+) -> None:
+    """Answer checked entries, a batch at a time; each batch's answers are written before the next entry is read."""
+    waiting: list[Entry] = []
+    texts: list[_Encoded] = []
+
+    def answer() -> None:
+        answers.write(waiting, work.answer(session, texts, waiting[0].id) if texts else ())
+        waiting.clear()
+        texts.clear()
+
+    for entry in entries:
+        if entry.error is None:
+            try:
+                texts.append(work.encode(session, entry.text))
+            except InputError as error:
+                entry = replace(entry, error=error)
+        waiting.append(entry)
+        # An unreadable entry is answered at once, unless answers of earlier entries must come first.
+        if len(texts) in (0, batch_size) or len(waiting) == batch_size + _MOST_UNREADABLE:
+            answer()
+    answer()
+
+
+class _Answers:
+    """Writes to stdout what comes of each input, in one format, and counts it.
+
+    In `json` all answers are one document, an array if there are several. Leaving the context ends a document that was
+    begun, also after an error or a signal. `label` is what an input is called in messages (`line`); None if only one
+    is possible. `clear_progress` is called before anything is written.
+    """
+
+    def __init__(self, style: FillFormat, label: str | None, clear_progress: Callable[[], None]) -> None:
+        self._style = style
+        self._label = label
+        self._clear_progress = clear_progress
+        self._answered = 0
+        self._failed = 0
+        self._written = 0
+        #: The first record, until it is known whether there is another.
+        self._first = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all inputs were answered, 3 if some were not, 4 if none was."""
+        if not self._failed:
+            return 0
+        return EXIT_SOME_FAILED if self._answered else InputError.exit_code
+
+    def write(self, entries: Iterable[Entry], results: Iterable[FillResult]) -> None:
+        """Write entries in their order, with the results of those that have no error."""
+        of_readable = iter(results)
+        for entry in entries:
+            if entry.error is None:
+                self._answered += 1
+                self._write(format_result(replace(next(of_readable), id=entry.id), self._style))
+                continue
+            self._failed += 1
+            self._clear_progress()
+            report(f"{self._label} {entry.id + 1}: {entry.error}" if self._label else str(entry.error))
+            if self._label:
+                self._write(format_failure(entry.id, entry.text, entry.error, self._style))
+
+    def _write(self, lines: str) -> None:
+        self._clear_progress()
+        self._written += 1
+        if self._style is not FillFormat.JSON:
+            write_answer(lines)
+        elif self._written == 1:
+            self._first = lines
+        else:
+            begin = f"[\n{self._first.rstrip()}" if self._written == 2 else ""
+            write_answer(f"{begin},\n{lines.rstrip()}")
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._clear_progress()
+        if self._style is not FillFormat.JSON:
+            return
+        if self._written:
+            write_answer(self._first if self._written == 1 else "\n]\n")
+        elif self._label and error is None:
+            write_answer("[]\n")
