@@ -22,7 +22,8 @@ def run_python(code: str) -> object:
 
 
 def test_exactly_these_names_are_public() -> None:
-    assert switchrun.__all__ == ["FillResult", "GenerationOptions", "Session", "__version__", "plan"]
+    names = ["FillResult", "Filling", "GenerationOptions", "ScoreResult", "Session", "__version__", "plan"]
+    assert switchrun.__all__ == names
 
 
 @pytest.mark.parametrize("name", switchrun.__all__)

@@ -26,7 +26,7 @@ from switchrun.output.sinks import FillFormat, format_failure, format_result
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from switchrun.model.records import FillResult, Progress, ProgressCallback
+    from switchrun.model.records import FillResult, Progress, ProgressCallback, ScoreResult
     from switchrun.model.session import Session
     from switchrun.planning.options import OpenOptions
     from switchrun.planning.plan import HubCost, Plan
@@ -38,26 +38,27 @@ _MUCH_BYTES = 1_000_000_000
 #: So many unreadable entries may wait for a batch to be full: each may be as long as a line can be.
 _MOST_UNREADABLE = 8
 
+_Checked = TypeVar("_Checked")
 _Encoded = TypeVar("_Encoded")
 
 
 @dataclass(frozen=True, slots=True)
-class Work(Generic[_Encoded]):
+class Work(Generic[_Checked, _Encoded]):
     """What a command does with a text; each raises InputError for a text that it cannot do it with.
 
     Attributes:
-        check: Returns the text to go on with; needs no model.
+        check: Returns what to go on with, whose `str` is the text that records show; needs no model.
         encode: Makes it ready for the model.
         answer: Answers texts that were made ready, in their order; the first one's id is given.
     """
 
-    check: Callable[[str], str]
-    encode: Callable[[Session, str], _Encoded]
-    answer: Callable[[Session, Sequence[_Encoded], int], Sequence[FillResult]]
+    check: Callable[[str], _Checked]
+    encode: Callable[[Session, _Checked], _Encoded]
+    answer: Callable[[Session, Sequence[_Encoded], int], Sequence[FillResult | ScoreResult]]
 
 
 def answer_texts(
-    work: Work[_Encoded],
+    work: Work[_Checked, _Encoded],
     texts: Sequence[str] | None,
     opening: OpenOptions,
     *,
@@ -137,19 +138,20 @@ def _hub_costs(model: str, cost: HubCost) -> str:
     return f"{model}: about {fetched} from the Hub, {time} at {rate}{source}; kept in {cost.folder}"
 
 
-def _check(work: Work[_Encoded], entries: Iterable[Entry]) -> Iterator[Entry]:
+def _check(work: Work[_Checked, _Encoded], entries: Iterable[Entry]) -> Iterator[Entry]:
     """Mark the entries whose texts are wrong."""
     for entry in entries:
         if entry.error is None:
             try:
-                entry = replace(entry, text=work.check(entry.text))
+                checked = work.check(entry.text)
+                entry = replace(entry, text=str(checked), checked=checked)
             except InputError as error:
                 entry = replace(entry, error=error)
         yield entry
 
 
 def _answer(
-    work: Work[_Encoded], session: Session, entries: Iterable[Entry], batch_size: int, answers: _Answers
+    work: Work[_Checked, _Encoded], session: Session, entries: Iterable[Entry], batch_size: int, answers: _Answers
 ) -> None:
     """Answer checked entries, a batch at a time; each batch's answers are written before the next entry is read."""
     waiting: list[Entry] = []
@@ -163,7 +165,7 @@ def _answer(
     for entry in entries:
         if entry.error is None:
             try:
-                texts.append(work.encode(session, entry.text))
+                texts.append(work.encode(session, entry.checked))
             except InputError as error:
                 entry = replace(entry, error=error)
         waiting.append(entry)
@@ -198,7 +200,7 @@ class _Answers:
             return 0
         return EXIT_SOME_FAILED if self._answered else InputError.exit_code
 
-    def write(self, entries: Iterable[Entry], results: Iterable[FillResult]) -> None:
+    def write(self, entries: Iterable[Entry], results: Iterable[FillResult | ScoreResult]) -> None:
         """Write entries in their order, with the results of those that have no error."""
         of_readable = iter(results)
         for entry in entries:

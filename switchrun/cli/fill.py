@@ -56,10 +56,7 @@ def fill(
             help="text: the sentence filled in; raw: the model's own output; json, jsonl: a record of each input.",
         ),
     ] = FillFormat.TEXT,
-    blank: Annotated[
-        str | None,
-        typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
-    ] = None,
+    blank: options.Blank = None,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -155,6 +155,10 @@ Seed = Annotated[
         min=0, max=2**63 - 1, show_default=str(_DEFAULTS.seed), help=f"The same seed draws the same. {_SAMPLING}"
     ),
 ]
+Blank = Annotated[
+    str | None,
+    typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on stderr at the end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
 

@@ -24,12 +24,14 @@ _NOT_UTF8_HINT = "convert it, for example with: iconv -f LATIN1 -t UTF-8"
 class Entry:
     """One input as it came in, and why it cannot be used, if so.
 
-    `id` is its position, from 0. `text` has no line end, and U+FFFD for bytes that are not UTF-8.
+    `id` is its position, from 0. `text` has no line end, and U+FFFD for bytes that are not UTF-8. `checked` is what the
+    command made of it.
     """
 
     id: int
     text: str
     error: InputError | None = None
+    checked: Any = None
 
 
 def read_arguments(texts: Iterable[str]) -> Iterator[Entry]:

@@ -71,6 +71,13 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class ScoredSpan(Span):
+    """A span and the sum of its tokens' log-probabilities, in nats: 0 if it has none, None if there is no span."""
+
+    log_probability: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class TokenCounts:
     """Tokens of one input: `dropped` were over an expert's capacity, summed over the layers."""
 
@@ -166,10 +173,46 @@ class FillResult:
 
     def as_record(self) -> dict[str, Any]:
         """Return the result as a JSON-ready dict."""
-        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        record["experts"]["hit_rate"] = self.experts.hit_rate
-        record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in self.experts.tiers]
-        return record
+        return _record(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTiming:
+    """Opening the model, and the batch that the input ran in."""
+
+    open_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """How likely one filling is. `as_record` returns the JSON of `docs/schemas/score.schema.json`.
+
+    `log_probability` is the sum over all of `target_ids`, in nats; `text` is the input, filled in.
+    """
+
+    id: int
+    input: str
+    text: str
+    target_ids: tuple[int, ...]
+    log_probability: float
+    spans: tuple[ScoredSpan, ...]
+    tokens: TokenCounts
+    timing: ScoreTiming
+    experts: ExpertCounts
+    memory: MemoryPeak
+    model: ModelInfo
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the result as a JSON-ready dict."""
+        return _record(self)
+
+
+def _record(result: FillResult | ScoreResult) -> dict[str, Any]:
+    record = {"schema_version": SCHEMA_VERSION, **asdict(result)}
+    record["experts"]["hit_rate"] = result.experts.hit_rate
+    record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in result.experts.tiers]
+    return record
 
 
 @dataclass(frozen=True, slots=True)

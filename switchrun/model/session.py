@@ -5,6 +5,7 @@ Nothing of torch is imported before the dense weights are on their way into memo
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from switchrun.errors import BudgetError, UsageError
+from switchrun.errors import BudgetError, InputError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
@@ -27,14 +28,18 @@ from switchrun.model.records import (
     ModelInfo,
     Progress,
     ProgressCallback,
+    ScoredSpan,
+    ScoreResult,
+    ScoreTiming,
     SessionStats,
+    Span,
     Stage,
     TierCounts,
     Timing,
     TokenCounts,
 )
-from switchrun.model.sentinels import fill_in, parse_spans
-from switchrun.model.tokenizer import Encoded, Tokenizer
+from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
+from switchrun.model.tokenizer import Encoded, EncodedFilling, Tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
@@ -42,9 +47,11 @@ from switchrun.planning.options import OpenOptions
 
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
+    from switchrun.model.scoring import RawScore
 
 #: Imports torch, transformers and what else a plan needs.
 ImportLibraries = Callable[[Plan], None]
+_Input = TypeVar("_Input")
 
 
 class Session:
@@ -161,8 +168,45 @@ class Session:
             self._check_reserved(options)
             self._check_way(options)
             results: list[FillResult] = []
-            for batch in self._batches(encoded):
+            for batch in self._batches(encoded, self._can_fill):
                 results += self._fill_batch(batch, options, first_id + len(results))
+            return results
+
+    def encode_filling(self, filling: Filling) -> EncodedFilling:
+        """Make a filling ready to be scored.
+
+        Raises:
+            InputError: As `encode`, or there is no memory for the length of its spans.
+        """
+        encoded = self._tokenizer.encode_filling(filling, self._most_tokens)
+        tokens, target = len(encoded.text.ids), len(encoded.target)
+        if not has_room(self.checkpoint, self.plan, 1, tokens, target):
+            raise InputError(
+                f"there is no memory to score {target} tokens of spans in a text of {tokens}",
+                "score shorter ones, or reserve more with a larger --batch-size",
+            )
+        return encoded
+
+    def score(self, fillings: Sequence[Filling | EncodedFilling], *, first_id: int = 0) -> list[ScoreResult]:
+        """Return how likely fillings are, or what `encode_filling` returned for them.
+
+        A batch takes one pass of the encoder and one of the decoder, each expert read once. The results are in the
+        order of the fillings, their ids from `first_id` on.
+
+        Raises:
+            InputError: A filling cannot be scored.
+            ModelError: The model's scores are no numbers.
+            BudgetError: A GPU's memory runs out.
+            UsageError: Another thread is using this session, it is closed, or an argument is of another kind.
+        """
+        if isinstance(fillings, Filling) or not all(isinstance(each, Filling | EncodedFilling) for each in fillings):
+            raise UsageError("fillings: they must be a list of Filling, also if there is one", option="fillings")
+        with self._one_thread():
+            self._check_open()
+            encoded = [each if isinstance(each, EncodedFilling) else self.encode_filling(each) for each in fillings]
+            results: list[ScoreResult] = []
+            for batch in self._batches(encoded, self._can_score):
+                results += self._score_batch(batch, first_id + len(results))
             return results
 
     def stats(self) -> SessionStats:
@@ -175,7 +219,7 @@ class Session:
             inputs=totals.inputs,
             output_tokens=totals.output_tokens,
             fill_seconds=totals.fill_seconds,
-            ttft_seconds=totals.ttft_seconds / totals.inputs if totals.inputs else None,
+            ttft_seconds=totals.ttft_seconds / totals.fills if totals.fills else None,
             itl_seconds=totals.later_seconds / totals.later_tokens if totals.later_tokens else None,
             experts=_expert_counts(tiers),
             wait_seconds=total(tiers).wait_seconds,
@@ -239,20 +283,59 @@ class Session:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
 
-    def _batches(self, texts: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-        """Divide texts into batches; one that is longer than what memory is reserved for takes the place of several."""
-        batch: list[Encoded] = []
-        for text in texts:
-            longest = max(len(each.ids) for each in (*batch, text))
-            full = len(batch) == self.plan.batch_size or not has_room(
-                self.checkpoint, self.plan, len(batch) + 1, longest
-            )
-            if batch and full:
+    def _batches(
+        self, inputs: Sequence[_Input], have_room: Callable[[Sequence[_Input]], bool]
+    ) -> Iterator[list[_Input]]:
+        """Divide inputs into batches; one longer than what memory is reserved for takes the place of several."""
+        batch: list[_Input] = []
+        for each in inputs:
+            if batch and (len(batch) == self.plan.batch_size or not have_room([*batch, each])):
                 yield batch
                 batch = []
-            batch.append(text)
+            batch.append(each)
         if batch:
             yield batch
+
+    def _can_fill(self, batch: Sequence[Encoded]) -> bool:
+        return has_room(self.checkpoint, self.plan, len(batch), max(len(each.ids) for each in batch))
+
+    def _can_score(self, batch: Sequence[EncodedFilling]) -> bool:
+        tokens, target = (max(len(each.text.ids) for each in batch), max(len(each.target) for each in batch))
+        return has_room(self.checkpoint, self.plan, len(batch), tokens, target)
+
+    def _score_batch(self, batch: Sequence[EncodedFilling], first_id: int) -> list[ScoreResult]:
+        start = time.perf_counter()
+        before = self.engine.tiers.counters()
+        scores = self.engine.score(
+            [each.text.ids for each in batch], [each.target for each in batch], on_layer=partial(self._show, "encode")
+        )
+        experts = _expert_counts(since(self.engine.tiers.counters(), before))
+        timing = ScoreTiming(self.open_seconds, time.perf_counter() - start)
+        self._totals.fill_seconds += timing.total_seconds
+        self._totals.inputs += len(batch)
+        return [
+            self._score_result(number, filling, score, timing, experts)
+            for number, (filling, score) in enumerate(zip(batch, scores, strict=True), start=first_id)
+        ]
+
+    def _score_result(
+        self, number: int, filling: EncodedFilling, score: RawScore, timing: ScoreTiming, experts: ExpertCounts
+    ) -> ScoreResult:
+        given = [Span(sentinel(at), span) for at, span in enumerate(filling.spans)]
+        spans = _scored(given, filling.text, filling.target, score.log_probabilities)
+        return ScoreResult(
+            id=number,
+            input=filling.text.text,
+            text=fill_in(filling.text.text, spans),
+            target_ids=filling.target,
+            log_probability=math.fsum(score.log_probabilities),
+            spans=spans,
+            tokens=TokenCounts(len(filling.text.ids), len(filling.target), score.dropped),
+            timing=timing,
+            experts=experts,
+            memory=self.engine.memory_peak(),
+            model=self._model_info(),
+        )
 
     def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
         start = time.perf_counter()
@@ -282,7 +365,7 @@ class Session:
     def _result(
         self, number: int, text: Encoded, output: RawOutput, timing: Timing, experts: ExpertCounts
     ) -> FillResult:
-        spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode)
+        spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode, text.closing)
         return FillResult(
             id=number,
             input=text.text,
@@ -295,8 +378,11 @@ class Session:
             timing=timing,
             experts=experts,
             memory=self.engine.memory_peak(),
-            model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
+            model=self._model_info(),
         )
+
+    def _model_info(self) -> ModelInfo:
+        return ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype)
 
     def _show(self, stage: Stage, done: int, most: int, load_bytes: int | None = None) -> None:
         if self._progress is not None:
@@ -374,15 +460,32 @@ def fetch_dense_weights(planned: PlannedModel, progress: ProgressCallback | None
         raise
 
 
+def _scored(
+    spans: Sequence[Span], text: Encoded, ids: Sequence[int], log_probabilities: Sequence[float]
+) -> tuple[ScoredSpan, ...]:
+    """Return the spans of an answer with what their tokens add up to."""
+    places = span_places(ids, text.sentinels, text.closing)
+    return tuple(
+        ScoredSpan(
+            span.sentinel,
+            span.text,
+            math.fsum(log_probabilities[place] for place in places[number]) if number in places else None,
+        )
+        for number, span in enumerate(spans)
+    )
+
+
 class _Totals:
     """Sums over the inputs that a session answered."""
 
     def __init__(self) -> None:
-        self.inputs = self.output_tokens = self.later_tokens = 0
+        #: Of the inputs, `fills` were generated for.
+        self.inputs = self.fills = self.output_tokens = self.later_tokens = 0
         self.fill_seconds = self.ttft_seconds = self.later_seconds = 0.0
 
     def add(self, result: FillResult) -> None:
         self.inputs += 1
+        self.fills += 1
         self.output_tokens += result.tokens.output
         self.ttft_seconds += result.timing.ttft_seconds
         if result.timing.itl_seconds is not None:

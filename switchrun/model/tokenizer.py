@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from switchrun.checkpoint.locate import locate_settings
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import InputError, ModelError, printable
-from switchrun.model.sentinels import NUM_SENTINELS, check_sentinels, sentinel
+from switchrun.model.sentinels import NUM_SENTINELS, Filling, check_sentinels, sentinel
 from switchrun.model.tokenizer_files import TokenizerSettings, check_files
 
 _HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
@@ -27,11 +27,24 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A text that can be filled, the ids of its tokens, the end mark included, and those of its sentinels, in order."""
+    """A text that can be filled, the ids of its tokens, the end mark included, and those of its sentinels, in order.
+
+    `closing` is the id of the sentinel that ends an answer, if the vocabulary has it.
+    """
 
     text: str
     ids: tuple[int, ...]
     sentinels: tuple[int, ...]
+    closing: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFilling:
+    """A filling that can be scored: its text, and the answer that it is, as ids with the end mark."""
+
+    text: Encoded
+    spans: tuple[str, ...]
+    target: tuple[int, ...]
 
 
 class Tokenizer:
@@ -84,7 +97,7 @@ class Tokenizer:
 
     def sentinel_id(self, number: int) -> int | None:
         """Return the id of a sentinel; None if the vocabulary has not so many."""
-        found = self._sentinels[number]
+        found = self._sentinels[number] if number < NUM_SENTINELS else None
         return None if found is None or found >= self._vocabulary else found
 
     def encode(self, text: str, most_tokens: int) -> Encoded:
@@ -101,7 +114,15 @@ class Tokenizer:
         ids = self._ids(text)
         if len(ids) > most_tokens:
             raise _too_long(f"{len(ids)} tokens", most_tokens)
-        return Encoded(text, tuple(ids), tuple(sentinels))
+        return Encoded(text, tuple(ids), tuple(sentinels), self.sentinel_id(len(sentinels)))
+
+    def encode_filling(self, filling: Filling, most_tokens: int) -> EncodedFilling:
+        """Make a filling ready for the model; see `Session.encode_filling`. Its text may have so many tokens."""
+        text = self.encode(filling.text, most_tokens)
+        target = filling.target(closed=text.closing is not None)
+        if len(target) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            raise InputError(f"the spans have {len(target)} characters, too many for the memory", "score shorter ones")
+        return EncodedFilling(text, tuple(filling.spans), tuple(self._ids(target)))
 
     def plain_ids(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens; errors are those of `encode`."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
 from switchrun.errors import OBEYED, InputError, escape
-from switchrun.model.records import SCHEMA_VERSION, FillResult
+from switchrun.model.records import SCHEMA_VERSION, FillResult, ScoreResult
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
@@ -32,13 +32,26 @@ class FillFormat(StrEnum):
     JSONL = "jsonl"
 
 
-def format_result(result: FillResult, style: FillFormat) -> str:
-    """Write an answer as whole lines; one line, except in `json`."""
-    if style is FillFormat.TEXT:
-        return _one_line(result.text)
-    if style is FillFormat.RAW:
-        return _one_line(result.raw)
-    return format_record(result.as_record(), indent=style is FillFormat.JSON)
+class ScoreFormat(StrEnum):
+    """What `switchrun score --format` takes."""
+
+    TEXT = "text"
+    JSON = "json"
+    JSONL = "jsonl"
+
+
+def format_result(result: FillResult | ScoreResult, style: FillFormat) -> str:
+    """Write an answer as whole lines; one line, except in `json`.
+
+    A score's line has the log-probability of all, the text filled in, and each span's log-probability, with tabs
+    between.
+    """
+    if style in (FillFormat.JSON, FillFormat.JSONL):
+        return format_record(result.as_record(), indent=style is FillFormat.JSON)
+    if isinstance(result, ScoreResult):
+        spans = ("" if span.log_probability is None else f"{span.log_probability:.4f}" for span in result.spans)
+        return _columns(f"{result.log_probability:.4f}", result.text, *spans)
+    return _one_line(result.text if style is FillFormat.TEXT else result.raw)
 
 
 def format_failure(position: int, text: str, error: InputError, style: FillFormat) -> str:
@@ -106,6 +119,10 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
             for check in checks
         ],
     }
+
+
+def _columns(*texts: str) -> str:
+    return _one_line("\t".join(text.replace("\t", " ") for text in texts))
 
 
 def _one_line(text: str) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
@@ -62,6 +63,8 @@ GPU_ALIGNMENT = 256
 MOST_RESERVED_TOKENS = 2048
 #: What a token takes in the lists that say which expert is to compute it.
 _POSITION_BYTES = 400
+#: The scores of so many tokens of a target are in memory at a time: a few vocabularies' worth.
+HEAD_TOKENS = 64
 _PAGE = 4096
 #: The linear layers outside the experts: attention, and the MLPs of blocks without experts.
 _LINEAR = re.compile(r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|\.mlp\.w[io]\.weight")
@@ -253,19 +256,24 @@ def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The largest batch that memory is reserved for: `rows` sequences of `tokens` tokens in and `new_tokens` out."""
+    """The largest batch that memory is reserved for: `rows` sequences of `tokens` tokens in and `new_tokens` out.
+
+    With `target` tokens, the decoder also goes over so many at once, to score them: for each row, and for each beam.
+    """
 
     rows: int
     tokens: int
     new_tokens: int
     beams: int = 1
+    target: int = 0
 
 
 def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: BatchShape) -> int:
     """Return the most memory that one batch's hidden states, attention, caches and scratch take.
 
-    The largest of the encoder's and the decoder's moment: nothing of a layer but its output and the position bias
-    outlives it, except the decoder's key-value caches. `benchmarks/memory_promise.py` compares it with the truth.
+    The largest of the encoder's moment, the decoder's, and that of scoring: nothing of a layer but its output and the
+    position bias outlives it, except the decoder's key-value caches. `benchmarks/memory_promise.py` compares it with
+    the truth.
     """
     c = checkpoint.config
     item, rows, tokens = precision.compute.itemsize, shape.rows, shape.tokens
@@ -273,8 +281,8 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
     narrow = item < 4 or precision.few_bits
-    positions = rows * tokens
-    hidden, squared = positions * d_model, tokens * tokens
+    sequences = max(rows, shape.beams)
+    has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
 
     def product(length: int, width: int) -> int:
         """What multiplying takes, for each token, besides what goes in and comes out."""
@@ -284,28 +292,45 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
         inside = max(product(d_model, d_ff), product(d_ff, d_model), _activation_temporaries(checkpoint) * d_ff * item)
         return count * (2 * d_model * item + d_ff * item + inside)
 
-    # The embeddings, what goes into a block and comes out of its attention, and the norm of that; bias and mask.
-    encoder = 4 * hidden * item + squared * (heads * item + rows * (item + 1))
-    # Queries, keys and values, and copies of two; scores before and after each step, which bfloat16 sums in float32.
-    scores = rows * heads * squared * item
-    attend = 5 * positions * inner * item
-    attend += max((3 if item < 4 else 2) * scores, scores + positions * product(d_model, inner), 5 * 8 * squared)
-    # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
-    route = (hidden * 4 if narrow else 0) + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
-    # The choices and logits stay. No expert has more tokens of a text than its capacity.
-    chosen = rows * min(tokens, c["expert_capacity"])
-    experts = positions * (c["num_experts"] * (8 + 4) + _POSITION_BYTES) + hidden * item + mlp(chosen)
-    has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
-    encoder += max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
+    def attention(rows: int, queries: int, keys: int) -> tuple[int, int]:
+        """What stays of an attention, its bias and mask, and what it takes meanwhile."""
+        squared, positions = queries * keys, rows * max(queries, keys)
+        # Queries, keys and values, and copies of two; scores before and after each step: bfloat16 sums in float32.
+        scores = rows * heads * squared * item
+        attend = 5 * positions * inner * item
+        attend += max((3 if item < 4 else 2) * scores, scores + positions * product(d_model, inner), 5 * 8 * squared)
+        return squared * (heads * item + rows * (item + 1)), attend
 
-    sequences = max(rows, shape.beams)
+    def one_pass(rows: int, length: int, others: int = 0) -> Any:
+        """What a stack takes for tokens that go through it together; it may look at what the other one made, too."""
+        positions = rows * length
+        hidden = positions * d_model
+        kept, attend = attention(rows, length, length)
+        if others:
+            more, cross = attention(rows, length, others)
+            kept, attend = kept + more + rows * others * d_model * item, max(attend, cross)
+        # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
+        route = (hidden * 4 if narrow else 0) + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
+        # The choices and logits stay. No expert has more tokens of a text than its capacity.
+        chosen = rows * min(length, c["expert_capacity"])
+        experts = positions * (c["num_experts"] * (8 + 4) + _POSITION_BYTES) + hidden * item + mlp(chosen)
+        # The embeddings, what goes into a block and comes out of its attention, and the norm of that; bias and mask.
+        most = max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
+        return 4 * hidden * item + kept + most
+
+    encoder = one_pass(rows, tokens)
+    scoring = 0
+    if shape.target:
+        # Logits as they come, in float32, and their normalised ones.
+        scoring = one_pass(sequences, shape.target, tokens)
+        scoring += min(sequences * shape.target, HEAD_TOKENS) * c["vocab_size"] * (item + 4 + 4)
     kept = sequences * (tokens + shape.new_tokens) * inner * item
     # One layer's keys and values are copied when they grow or their order changes.
     decoder = 2 * kept * (c["num_decoder_layers"] + 1) + sequences * tokens * (d_model * item + product(d_model, inner))
-    decoder += hidden * item + 3 * sequences * heads * (tokens + shape.new_tokens) * item
+    decoder += rows * tokens * d_model * item + 3 * sequences * heads * (tokens + shape.new_tokens) * item
     # What sampling sorts has numbers of eight bytes.
     decoder += 8 * sequences * c["vocab_size"] * 4 + mlp(sequences)
-    most = max(encoder, decoder)
+    most = max(encoder, decoder, scoring)
     return int(most + min(most * MALLOC_SHARE, MALLOC_BYTES))
 
 
@@ -314,15 +339,25 @@ def _activation_temporaries(checkpoint: SwitchCheckpoint) -> int:
     return 2 if checkpoint.config.get("dense_act_fn", "relu") == "relu" else 4
 
 
-def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int) -> bool:
-    """Whether a batch of so many texts of so many tokens fits: into what is reserved, and what budgets have left."""
-    if rows <= plan.batch_size and tokens <= max_input_tokens(checkpoint):
-        return True
-    new_tokens = max_output_tokens(checkpoint, plan.estimate.output_tokens)
-    shape = BatchShape(rows, tokens, new_tokens, plan.num_beams)
+def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int, target: int = 0) -> bool:
+    """Whether a batch of so many texts of so many tokens fits: into what is reserved, and what budgets have left.
+
+    With a `target` it is about scoring as many tokens for each text, else about generating.
+    """
+    shape = BatchShape(rows, tokens, 0, target=target)
+    if not target:
+        if rows <= plan.batch_size and tokens <= max_input_tokens(checkpoint):
+            return True
+        shape = _fill_shape(checkpoint, rows, tokens, plan.estimate.output_tokens, plan.num_beams)
     needed = activation_bytes(checkpoint, plan.precision, shape)
     computing = [use for use in plan.tiers if use.activation_bytes]
     return all(needed <= use.activation_bytes + max(0, (use.budget_bytes or 0) - use.total_bytes) for use in computing)
+
+
+def _fill_shape(checkpoint: SwitchCheckpoint, rows: int, tokens: int, output_tokens: int, beams: int) -> BatchShape:
+    """Return what a fill may take. With beams, its answers may be scored once they are there."""
+    new_tokens = max_output_tokens(checkpoint, output_tokens)
+    return BatchShape(rows, tokens, new_tokens, beams, output_tokens if beams > 1 else 0)
 
 
 def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
@@ -410,8 +445,7 @@ def needs_of(
     checkpoint: SwitchCheckpoint, precision: Precision, batch_size: int, num_beams: int, output_tokens: int
 ) -> Needs:
     """Add up what a checkpoint needs for batches of a size."""
-    tokens = max_input_tokens(checkpoint)
-    shape = BatchShape(batch_size, tokens, max_output_tokens(checkpoint, output_tokens), num_beams)
+    shape = _fill_shape(checkpoint, batch_size, max_input_tokens(checkpoint), output_tokens, num_beams)
     sizes = {name: dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):

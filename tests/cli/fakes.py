@@ -23,12 +23,15 @@ from switchrun.model.records import (
     ModelInfo,
     Progress,
     ProgressCallback,
+    ScoredSpan,
+    ScoreResult,
+    ScoreTiming,
     Span,
     Timing,
     TokenCounts,
 )
-from switchrun.model.sentinels import check_sentinels
-from switchrun.model.tokenizer import Encoded
+from switchrun.model.sentinels import Filling, check_sentinels, fill_in, sentinel
+from switchrun.model.tokenizer import Encoded, EncodedFilling
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import HubCost
 
@@ -103,6 +106,31 @@ class FakeSession:
         self._tell(Progress("decode", 3, 64, 5_000_000))
         time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
         return [self._answer(text) for text in texts]
+
+    def encode_filling(self, filling: Filling) -> EncodedFilling:
+        """As `encode`."""
+        return EncodedFilling(self.encode(filling.text), tuple(filling.spans), (32099, 5, 1))
+
+    def score(self, encoded: Sequence[EncodedFilling], *, first_id: int) -> list[ScoreResult]:
+        """Give each filling -3.5, and each span -1."""
+        self.batches.append([each.text.text for each in encoded])
+        return [self._score(each) for each in encoded]
+
+    def _score(self, filling: EncodedFilling) -> ScoreResult:
+        spans = tuple(ScoredSpan(sentinel(at), span, -1.0) for at, span in enumerate(filling.spans))
+        return ScoreResult(
+            id=0,
+            input=filling.text.text,
+            text=fill_in(filling.text.text, spans),
+            target_ids=filling.target,
+            log_probability=-3.5,
+            spans=spans,
+            tokens=TokenCounts(6, 4, 0),
+            timing=ScoreTiming(0.5, 0.2),
+            experts=ExpertCounts(0, 0, 0, 0, 0.0),
+            memory=MemoryPeak(10**9, None),
+            model=ModelInfo(str(self.opening.model or "demo"), None, "bf16"),
+        )
 
     def _tell(self, progress: Progress) -> None:
         if self.progress is not None:
