@@ -65,8 +65,12 @@ def answer_texts(
     style: FillFormat,
     stats: bool,
     quiet: bool,
+    lines: int = 1,
 ) -> NoReturn:
-    """Answer the TEXT arguments, or the lines of stdin if there is none; ends the command with its exit code."""
+    """Answer the TEXT arguments, or the lines of stdin if there is none; ends the command with its exit code.
+
+    In `text` and `raw` every input has so many lines.
+    """
     arguments = [] if texts == ["-"] else list(texts or ())
     if "-" in arguments:
         raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
@@ -95,7 +99,7 @@ def answer_texts(
 
     quieten_libraries()
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    with _Answers(style, label, progress.clear) as answers:
+    with _Answers(style, label, progress.clear, lines) as answers:
         if hopeless:
             answers.write(entries, ())
             raise typer.Exit(answers.exit_code)
@@ -180,11 +184,12 @@ class _Answers:
 
     In `json` all answers are one document, an array if there are several. Leaving the context ends a document that was
     begun, also after an error or a signal. `label` is what an input is called in messages (`line`); None if only one
-    is possible. `clear_progress` is called before anything is written.
+    is possible. `clear_progress` is called before anything is written; `lines` are those of an input.
     """
 
-    def __init__(self, style: FillFormat, label: str | None, clear_progress: Callable[[], None]) -> None:
+    def __init__(self, style: FillFormat, label: str | None, clear_progress: Callable[[], None], lines: int) -> None:
         self._style = style
+        self._lines = lines
         self._label = label
         self._clear_progress = clear_progress
         self._answered = 0
@@ -206,13 +211,23 @@ class _Answers:
         for entry in entries:
             if entry.error is None:
                 self._answered += 1
-                self._write(format_result(replace(next(of_readable), id=entry.id), self._style))
+                result = replace(next(of_readable), id=entry.id)
+                self._write(format_result(result, self._style, self._lines))
+                self._explain(result)
                 continue
             self._failed += 1
             self._clear_progress()
             report(f"{self._label} {entry.id + 1}: {entry.error}" if self._label else str(entry.error))
             if self._label:
-                self._write(format_failure(entry.id, entry.text, entry.error, self._style))
+                self._write(format_failure(entry.id, entry.text, entry.error, self._style, self._lines))
+
+    def _explain(self, result: FillResult | ScoreResult) -> None:
+        """Show a person where the tokens of an answer went; records have it themselves."""
+        routing = getattr(result, "routing", None)
+        if routing is not None and self._style in (FillFormat.TEXT, FillFormat.RAW):
+            from switchrun.output.tables import render_routing
+
+            report_lines(render_routing(routing, f"{self._label} {result.id + 1}" if self._label else "the text"))
 
     def _write(self, lines: str) -> None:
         self._clear_progress()

@@ -48,6 +48,17 @@ def fill(
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
+    alternatives: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="The N best answers, best first, each with its log-probability: different ones of a beam search, or "
+            "with --sample N draws. In text, N lines an input.",
+        ),
+    ] = None,
+    explain: options.Explain = False,
     style: Annotated[
         FillFormat,
         typer.Option(
@@ -63,6 +74,16 @@ def fill(
     """Fill in the sentinels of each TEXT: <extra_id_0>, <extra_id_1> and so on."""
     from switchrun.planning.options import OpenOptions
 
+    if blank is not None:
+        replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
+    drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    generation = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        alternatives=alternatives or 0,
+        explain=explain,
+        **drawing,
+    )
     opening = OpenOptions(
         model=model,
         dtype=dtype.value,
@@ -75,13 +96,9 @@ def fill(
         hub=hub.value,
         network_bandwidth=network_bandwidth,
         batch_size=batch_size,
-        num_beams=num_beams,
+        num_beams=generation.sequences,
         max_new_tokens=max_new_tokens,
     )
-    if blank is not None:
-        replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
-    drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    generation = GenerationOptions(max_new_tokens=max_new_tokens, num_beams=num_beams, **drawing)
 
     def check(text: str) -> str:
         if blank is not None:
@@ -94,4 +111,4 @@ def fill(
         encode=lambda session, text: session.encode(text),
         answer=lambda session, encoded, first_id: session.fill(encoded, generation, first_id=first_id),
     )
-    answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet)
+    answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet, lines=alternatives or 1)

@@ -159,6 +159,13 @@ Blank = Annotated[
     str | None,
     typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
 ]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say which expert each token went to, in each layer: in records, or as a table on stderr.",
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on stderr at the end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
 

@@ -138,17 +138,29 @@ class Engine:
         *,
         seed: int,
         stop: StoppingCriteria | None = None,
+        closings: Sequence[int | None] = (),
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
     ) -> list[RawOutput]:
         """Generate for one batch of token ids.
 
         `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
-        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens.
+        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each row's own of
+        the `closings` its alternatives.
         """
 
         def generate(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawOutput]:
-            return generate_batch(self.model, self.context, input_ids, mask, options, on_token, seed=seed, stop=stop)
+            return generate_batch(
+                self.model,
+                self.context,
+                input_ids,
+                mask,
+                options,
+                on_token,
+                seed=seed,
+                stop=stop,
+                closings=closings,
+            )
 
         return self._run(rows, generate, len(self.checkpoint.sparse_blocks["encoder"]), on_layer)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import (
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
 
 from switchrun.experts.module import RoutingContext
-from switchrun.model.records import GenerationOptions
+from switchrun.model.records import GenerationOptions, LayerRouting
+from switchrun.model.routing import RouterRecorder
+from switchrun.model.scoring import score_targets
 
 #: transformers 5.24 renamed it, and warns of the old name.
 CACHE_ARGUMENT = (
@@ -35,13 +38,20 @@ class RawOutput:
 
     `ids` are the start token, the generated ids, and the end of sequence if it was reached (`finished`); no padding.
     `dropped` are tokens over an expert's capacity.
+
+    Of alternatives, this is the first, and `others` are all of them, in no order. `log_probabilities` are those of the
+    ids after the start token, if they were asked for. `routing` is the decoder's, or if it is not one of several the
+    encoder's and the decoder's.
     """
 
     ids: tuple[int, ...]
     finished: bool
     first_token_at: float
     last_token_at: float
-    dropped: int
+    dropped: int = 0
+    others: tuple[RawOutput, ...] = ()
+    log_probabilities: tuple[float, ...] = ()
+    routing: tuple[LayerRouting, ...] = ()
 
 
 class _Watch(StoppingCriteria):
@@ -94,11 +104,13 @@ def generate_batch(
     min_new_tokens: int = 0,
     seed: int = 0,
     stop: StoppingCriteria | None = None,
+    closings: Sequence[int | None] = (),
 ) -> list[RawOutput]:
     """Generate for one batch.
 
     Beam search runs row by row after a common encoder step: transformers goes on with the beams of a finished row
-    until all rows are finished, and each of their tokens would load experts for nothing.
+    until all rows are finished, and each of their tokens would load experts for nothing. So do alternatives; a row's
+    end with its own of the `closings`, too.
 
     `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
     `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
@@ -106,7 +118,7 @@ def generate_batch(
     sequences too.
     """
     rows, width = input_ids.shape
-    groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
+    groups = [slice(row, row + 1) for row in range(rows)] if options.one_by_one else [slice(0, rows)]
     widths = [width] * rows
     if _looks_at_input(model.generation_config):  # it must not see padding there
         groups, widths = [slice(row, row + 1) for row in range(rows)], attention_mask.sum(dim=1).tolist()
@@ -115,15 +127,22 @@ def generate_batch(
     outputs: list[RawOutput] = []
     context.live = attention_mask.bool().tolist()
     dropped = context.dropped = [0] * rows
+    recording = RouterRecorder(model) if options.explain else nullcontext()
     try:
-        encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        context.dropped = None
-        with torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample):
+        with (
+            recording as recorder,
+            torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample),
+        ):
+            encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            context.dropped = None
+            routing = recorder.take(attention_mask.sum(dim=1).tolist()) if recorder else [()] * rows
             if options.sample:
                 torch.manual_seed(seed)
             for group in groups:
                 context.live = None
-                watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token, stop=stop)
+                closing = closings[group.start] if options.alternatives else None
+                ending = stop if closing is None else _Closing(closing, stop)
+                watch = _Watch(context, eos, mark=options.beams == 1, on_token=on_token, stop=ending)
                 place = group, slice(0, widths[group.start])
                 sequences = model.generate(
                     input_ids[place],
@@ -134,13 +153,52 @@ def generate_batch(
                     **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
                     **settings,
                 )
-                if options.num_beams > 1 and stop is not None and stop(sequences, None).all():
-                    watch.ends[0] = sequences.shape[1]
-                for row, ids in enumerate(sequences.tolist()):
-                    outputs.append(_row(ids, eos.tolist(), watch.times, watch.ends.get(row)))
+                if options.beams > 1 and ending is not None:
+                    watch.ends = {row: end for row, ids in enumerate(sequences) if (end := _stopped_at(ids, ending))}
+                found = [
+                    _row(ids, eos.tolist(), watch.times, watch.ends.get(row))
+                    for row, ids in enumerate(sequences.tolist())
+                ]
+                found = [_ended(output, closing, eos) for output in found]
+                if options.scored:
+                    if recorder:
+                        recorder.take(())  # what the search tried
+                    answers = [output.ids for output in found]
+                    scores = score_targets(
+                        model,
+                        context,
+                        encoded[place].expand(len(found), -1, -1),
+                        attention_mask[place].expand(len(found), -1),
+                        answers,
+                    )
+                    found = [replace(each, log_probabilities=score) for each, score in zip(found, scores, strict=True)]
+                if recorder:
+                    steps = recorder.take([len(output.ids) - 1 for output in found])
+                    found = [replace(each, routing=choices) for each, choices in zip(found, steps, strict=True)]
+                outputs += [replace(found[0], others=tuple(found))] if options.alternatives else found
     finally:
         context.live = context.dropped = None
-    return [replace(output, dropped=count) for output, count in zip(outputs, dropped, strict=True)]
+    return [
+        replace(output, dropped=count, routing=choices + output.routing)
+        for output, count, choices in zip(outputs, dropped, routing, strict=True)
+    ]
+
+
+class _Closing(StoppingCriteria):
+    """Stops at a token, and where other criteria do."""
+
+    def __init__(self, token: int, others: StoppingCriteria | None) -> None:
+        self._token = token
+        self._others = others
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **__: Any) -> torch.Tensor:
+        stopped = input_ids[:, -1] == self._token
+        return stopped if self._others is None else stopped | self._others(input_ids, scores)
+
+
+def _stopped_at(ids: torch.Tensor, stop: StoppingCriteria) -> int | None:
+    """Return the length with which a sequence was stopped; what fills it up comes after that."""
+    return next((end for end in range(2, len(ids) + 1) if stop(ids[None, :end], None).all()), None)
 
 
 def _gpus_of(model: Any) -> list[int]:
@@ -150,13 +208,14 @@ def _gpus_of(model: Any) -> list[int]:
 
 def _settings(options: GenerationOptions) -> dict[str, Any]:
     """Return the options as transformers' `generate` takes them."""
+    returned = options.alternatives if options.sample else options.beams
     sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
     return {
         "max_new_tokens": options.max_new_tokens,
-        "num_beams": options.num_beams,
+        "num_beams": options.beams,
         "do_sample": options.sample,
-        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, one for each input.
-        "num_return_sequences": 1,
+        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, as many for each input.
+        "num_return_sequences": returned if options.alternatives else 1,
         "return_dict_in_generate": False,
         "use_cache": True,
         **(sampling if options.sample else {}),
@@ -167,7 +226,13 @@ def _row(ids: list[int], eos: list[int], times: list[float], stopped: int | None
     ends = [at + 1 for at in range(1, len(ids)) if ids[at] in eos][:1] + ([] if stopped is None else [stopped])
     kept = ids[: min(ends, default=len(ids))]
     last = max(0, min(len(kept) - 1, len(times)) - 1)
-    return RawOutput(tuple(kept), bool(ends), times[0], times[last], dropped=0)
+    return RawOutput(tuple(kept), bool(ends), times[0], times[last])
+
+
+def _ended(output: RawOutput, closing: int | None, eos: torch.Tensor) -> RawOutput:
+    """Return an output that stopped at the closing sentinel with the end of sequence, which belongs to every answer."""
+    ends = output.ids[-1] == closing and len(eos) > 0
+    return replace(output, ids=(*output.ids, int(eos[0]))) if ends else output
 
 
 def _looks_at_input(generation_config: Any) -> bool:

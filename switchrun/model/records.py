@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from switchrun.errors import UsageError, check_count
 
 if TYPE_CHECKING:
+    from switchrun.checkpoint.types import Stack
     from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
@@ -30,6 +31,10 @@ class GenerationOptions:
         top_p: Draw from the likeliest tokens that together have this probability.
         top_k: Draw from this many likeliest tokens; 0 is all of them.
         seed: Seed of the draws; the id of a batch's first input is added to it.
+        alternatives: So many answers for each input, best first, with their log-probabilities: the best different ones
+            of a beam search, or so many draws. 0 is one answer without them. Each ends with the sentinel that follows
+            the input's own and the end of sequence, if not before.
+        explain: Say which expert each token went to, in each sparse layer.
 
     Raises:
         UsageError: A value that makes no sense; its `option` names the field.
@@ -42,13 +47,36 @@ class GenerationOptions:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    alternatives: int = 0
+    explain: bool = False
+
+    @property
+    def beams(self) -> int:
+        """Beams that the search keeps: for alternatives twice as many, since some say the same."""
+        return self.num_beams if self.sample else max(self.num_beams, 2 * self.alternatives)
+
+    @property
+    def sequences(self) -> int:
+        """What `num_beams` a session must be opened with."""
+        return max(self.num_beams, 2 * self.alternatives)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the decoder has one input at a time."""
+        return self.beams > 1 or self.alternatives > 0
+
+    @property
+    def scored(self) -> bool:
+        """Whether the decoder goes over the answers once more: a step of beam search does not say whose it was."""
+        return self.alternatives > 0 or (self.explain and self.beams > 1)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
             check_count(name, getattr(self, name))
-        if not isinstance(self.sample, bool):
-            raise UsageError(f"sample: {self.sample!r} is neither True nor False", option="sample")
-        for name, least, most in (("top_k", 0, 2**31), ("seed", -(2**63), 2**63)):
+        for name in ("sample", "explain"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: {getattr(self, name)!r} is neither True nor False", option=name)
+        for name, least, most in (("top_k", 0, 2**31), ("seed", -(2**63), 2**63), ("alternatives", 0, 2**31)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < most:
                 raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {most - 1}", option=name)
@@ -60,6 +88,8 @@ class GenerationOptions:
             if not isinstance(value, int | float) or not 0 < value <= highest or value == math.inf:
                 limit = "above 0" if highest == math.inf else f"above 0 and at most {highest:g}"
                 raise UsageError(f"{name} must be {limit}, not {value}", hint, option=name)
+        if self.alternatives and self.sample and self.num_beams > 1:
+            raise UsageError("alternatives: with sampling they are draws, which have no beams", option="alternatives")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +185,49 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """One of several answers; `log_probability` is the sum over all of `output_ids` but the start token, in nats."""
+
+    text: str
+    raw: str
+    output_ids: tuple[int, ...]
+    spans: tuple[ScoredSpan, ...]
+    finish_reason: FinishReason
+    log_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRouting:
+    """The experts that a sparse layer's router chose, the probability of each, and which tokens were dropped.
+
+    `dropped` are positions: these tokens were over the capacity of the expert that is named.
+    """
+
+    stack: Stack
+    block: int
+    experts: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    dropped: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where the tokens of one input went: layers of the encoder have an expert for each of the input's tokens.
+
+    Those of the decoder have one for each generated token, as which the step ended that the expert was chosen in.
+    """
+
+    input_tokens: tuple[str, ...]
+    output_tokens: tuple[str, ...]
+    layers: tuple[LayerRouting, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FillResult:
-    """One filled input. `as_record` returns the JSON of `docs/schemas/fill.schema.json`."""
+    """One filled input. `as_record` returns the JSON of `docs/schemas/fill.schema.json`.
+
+    `alternatives` and `routing` are None unless they were asked for; then the answer is the first alternative.
+    """
 
     id: int
     input: str
@@ -170,10 +241,16 @@ class FillResult:
     experts: ExpertCounts
     memory: MemoryPeak
     model: ModelInfo
+    alternatives: tuple[Alternative, ...] | None = None
+    routing: Routing | None = None
 
     def as_record(self) -> dict[str, Any]:
         """Return the result as a JSON-ready dict."""
-        return _record(self)
+        record = _record(self)
+        for name in ("alternatives", "routing"):
+            if record[name] is None:
+                del record[name]
+        return record
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +22,7 @@ from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
+    Alternative,
     ExpertCounts,
     FillResult,
     GenerationOptions,
@@ -28,6 +30,7 @@ from switchrun.model.records import (
     ModelInfo,
     Progress,
     ProgressCallback,
+    Routing,
     ScoredSpan,
     ScoreResult,
     ScoreTiming,
@@ -262,12 +265,15 @@ class Session:
             raise UsageError("this session is closed", "open another one")
 
     def _check_reserved(self, options: GenerationOptions) -> None:
-        if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):
+        beams = self.plan.num_beams if options.scored else max(self.plan.num_beams, self.plan.batch_size)
+        if options.sequences > beams:
             raise BudgetError(
-                f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
-                "open the session with num_beams",
+                f"{options.sequences} beams are asked for, memory is reserved for {self.plan.num_beams}",
+                f"open the session with num_beams={options.sequences}",
             )
-        most = max_output_tokens(self.checkpoint, self.plan.estimate.output_tokens)
+        most = self.plan.estimate.output_tokens
+        if not options.scored:
+            most = max_output_tokens(self.checkpoint, most)
         if options.max_new_tokens > most:
             raise BudgetError(
                 f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
@@ -278,7 +284,7 @@ class Session:
         """Try the model's own settings in a way to generate that they have not been tried in."""
         from switchrun.model.settings import check_settings
 
-        beams, sample = way = options.num_beams > 1, options.sample
+        beams, sample = way = options.beams > 1, options.sample
         if way not in self._checked:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
@@ -346,6 +352,7 @@ class Session:
             # Else the same text on two lines would get the same answer twice.
             seed=options.seed + first_id,
             stop=self._stop,
+            closings=[text.closing for text in batch],
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
@@ -354,13 +361,45 @@ class Session:
         self._totals.fill_seconds += end - start
         results = []
         for number, (text, output) in enumerate(zip(batch, outputs, strict=True), start=first_id):
+            alternatives, output = self._alternatives(text, output, options)
             later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
             result = self._result(number, text, output, timing, experts)
+            if options.alternatives:
+                result = replace(result, alternatives=alternatives)
+            if options.explain:
+                pieces = self._tokenizer.pieces
+                result = replace(result, routing=Routing(pieces(text.ids), pieces(output.ids[1:]), output.routing))
             self._totals.add(result)
             results.append(result)
         return results
+
+    def _alternatives(
+        self, text: Encoded, output: RawOutput, options: GenerationOptions
+    ) -> tuple[tuple[Alternative, ...], RawOutput]:
+        """Return the alternatives that an output has, best first, and the output with the best one in its place.
+
+        Of those of a search that say the same, the likeliest stays; draws all do.
+        """
+        found: dict[object, tuple[Alternative, RawOutput]] = {}
+        for each in sorted(output.others, key=lambda other: -math.fsum(other.log_probabilities)):
+            spans = parse_spans(each.ids, text.sentinels, self._tokenizer.decode, text.closing)
+            alternative = Alternative(
+                text=fill_in(text.text, spans),
+                raw=self._tokenizer.decode(each.ids, special=True),
+                output_ids=each.ids,
+                spans=_scored(spans, text, each.ids[1:], each.log_probabilities),
+                finish_reason="stop" if each.finished else "length",
+                log_probability=math.fsum(each.log_probabilities),
+            )
+            found.setdefault(len(found) if options.sample else alternative.text, (alternative, each))
+        best = list(found.values())[: options.alternatives]
+        if best:
+            first = best[0][1]
+            encoder = tuple(layer for layer in output.routing if layer.stack == "encoder")
+            output = replace(first, dropped=output.dropped, routing=encoder + first.routing)
+        return tuple(alternative for alternative, _ in best), output
 
     def _result(
         self, number: int, text: Encoded, output: RawOutput, timing: Timing, experts: ExpertCounts

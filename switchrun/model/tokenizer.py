@@ -148,6 +148,14 @@ class Tokenizer:
         except _LibraryError as error:
             raise ModelError(f"the tokenizer cannot write the model's answer: {error}", _HINT) from error
 
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Return what the tokenizer calls tokens; one that it lacks has no name. Errors are those of `decode`."""
+        try:
+            found = _apart(lambda: self._tokenizer.convert_ids_to_tokens(list(ids)))
+        except _LibraryError as error:
+            raise ModelError(f"the tokenizer cannot name the model's tokens: {error}", _HINT) from error
+        return tuple("" if piece is None else str(piece) for piece in found)
+
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         """Return a text's ids: all of them, and no padding, whatever the tokenizer's own settings say."""
         settings = {"add_special_tokens": special, "padding": False, "truncation": False}

@@ -40,9 +40,10 @@ class ScoreFormat(StrEnum):
     JSONL = "jsonl"
 
 
-def format_result(result: FillResult | ScoreResult, style: FillFormat) -> str:
-    """Write an answer as whole lines; one line, except in `json`.
+def format_result(result: FillResult | ScoreResult, style: FillFormat, lines: int = 1) -> str:
+    """Write an answer as whole lines; so many, except in `json` and `jsonl`.
 
+    Alternatives have a line each, with the log-probability before it; where they are fewer, empty lines follow.
     A score's line has the log-probability of all, the text filled in, and each span's log-probability, with tabs
     between.
     """
@@ -51,16 +52,22 @@ def format_result(result: FillResult | ScoreResult, style: FillFormat) -> str:
     if isinstance(result, ScoreResult):
         spans = ("" if span.log_probability is None else f"{span.log_probability:.4f}" for span in result.spans)
         return _columns(f"{result.log_probability:.4f}", result.text, *spans)
-    return _one_line(result.text if style is FillFormat.TEXT else result.raw)
+    if result.alternatives is None:
+        return _one_line(result.text if style is FillFormat.TEXT else result.raw)
+    answers = (
+        _columns(f"{each.log_probability:.4f}", each.text if style is FillFormat.TEXT else each.raw)
+        for each in result.alternatives
+    )
+    return "".join(answers) + "\n" * (lines - len(result.alternatives))
 
 
-def format_failure(position: int, text: str, error: InputError, style: FillFormat) -> str:
+def format_failure(position: int, text: str, error: InputError, style: FillFormat, lines: int = 1) -> str:
     """Write what stands in the place of an answer that could not be given.
 
-    For `text` and `raw` that is an empty line, so that line n of the output still belongs to line n of the input.
+    For `text` and `raw` these are empty lines, so that line n of the output still belongs to line n of the input.
     """
     if style in (FillFormat.TEXT, FillFormat.RAW):
-        return "\n"
+        return "\n" * lines
     record = {
         "schema_version": SCHEMA_VERSION,
         "id": position,

@@ -357,7 +357,7 @@ def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int, t
 def _fill_shape(checkpoint: SwitchCheckpoint, rows: int, tokens: int, output_tokens: int, beams: int) -> BatchShape:
     """Return what a fill may take. With beams, its answers may be scored once they are there."""
     new_tokens = max_output_tokens(checkpoint, output_tokens)
-    return BatchShape(rows, tokens, new_tokens, beams, output_tokens if beams > 1 else 0)
+    return BatchShape(rows, tokens, new_tokens, beams, output_tokens + 1 if beams > 1 else 0)
 
 
 def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
