@@ -214,8 +214,10 @@ def _settings(options: GenerationOptions) -> dict[str, Any]:
         "max_new_tokens": options.max_new_tokens,
         "num_beams": options.beams,
         "do_sample": options.sample,
-        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, as many for each input.
+        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, as many for each input, and
+        # alternatives are the likeliest as a whole.
         "num_return_sequences": returned if options.alternatives else 1,
+        **({"length_penalty": 0.0} if options.alternatives and not options.sample else {}),
         "return_dict_in_generate": False,
         "use_cache": True,
         **(sampling if options.sample else {}),

@@ -46,9 +46,9 @@ def target_of(filling: Filling) -> str:
     return "".join(parts) + f"<extra_id_{len(parts)}>"
 
 
-def by_span(ids: Sequence[int], values: Sequence[float], count: int) -> list[float]:
-    """The sums between sentinels: these are 127, 126, …, and the text ends with one."""
-    places = [ids.index(127 - at) for at in range(count + 1)]
+def by_span(ids: Sequence[int], values: Sequence[float], count: int, first: int = 127) -> list[float]:
+    """The sums between sentinels, whose ids go down from the first one's; the text ends with one."""
+    places = [ids.index(first - at) for at in range(count + 1)]
     return [sum(values[left + 1 : right]) for left, right in pairwise(places)]
 
 
