@@ -9,20 +9,23 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
 import switchrun.cli.answering
 from switchrun.errors import BudgetError, InputError
 from switchrun.model.records import (
+    Alternative,
     ExpertCounts,
     FillResult,
     GenerationOptions,
+    LayerRouting,
     MemoryPeak,
     ModelInfo,
     Progress,
     ProgressCallback,
+    Routing,
     ScoredSpan,
     ScoreResult,
     ScoreTiming,
@@ -105,7 +108,19 @@ class FakeSession:
         self.options.append(options)
         self._tell(Progress("decode", 3, 64, 5_000_000))
         time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
-        return [self._answer(text) for text in texts]
+        return [self._detailed(self._answer(text), options) for text in texts]
+
+    def _detailed(self, result: FillResult, options: GenerationOptions) -> FillResult:
+        """Add what is asked for: two alternatives at the most, and a layer's routing with a dropped token."""
+        if options.alternatives:
+            spans = (ScoredSpan("<extra_id_0>", WORD, -1.0),)
+            first = Alternative(result.text, result.raw, result.output_ids, spans, "stop", -1.5)
+            second = replace(first, text="second\tone", raw="2", log_probability=-22.0)
+            result = replace(result, alternatives=(first, second)[: options.alternatives])
+        if options.explain:
+            layer = LayerRouting("encoder", 1, (7, 3, 7, 7, 1, 2, 5, 6, 9), (0.5,) * 9, (3,))
+            result = replace(result, routing=Routing(("a",) * 9, ("b",) * 3, (layer,)))
+        return result
 
     def encode_filling(self, filling: Filling) -> EncodedFilling:
         """As `encode`."""
