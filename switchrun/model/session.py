@@ -348,8 +348,7 @@ def open_session(
         if progress is not None:
             progress(Progress("fetch", done, most, 0, done))
 
-    expected = min(EXPECTED_NEW_TOKENS, options.max_new_tokens)
-    planned = plan_model(options, hub_output_tokens=expected, warn=warn, on_download=on_download)
+    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
     on_plan(planned.plan)
     planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
