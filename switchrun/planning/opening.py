@@ -122,7 +122,7 @@ def plan_model(
             flags = " or ".join(f"--{name.replace('_', '-')}" for name in own)
             raise BudgetError(
                 f"{error.message}; {generation_file(checkpoint.path)} asks for {wishes}",
-                f"{error.hint}, or a smaller {flags}".removeprefix(", or "),
+                ", or ".join(filter(None, (error.hint, f"use a smaller {flags}"))),
             ) from error
         stack.pop_all()
     return PlannedModel(options, checkpoint, plan, own_bytes, hub)
