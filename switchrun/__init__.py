@@ -13,17 +13,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchrun.model.records import FillResult, GenerationOptions
+    from switchrun.model.records import FillResult, GenerateResult, GenerationOptions
     from switchrun.model.session import Session
     from switchrun.planning.opening import plan
 
 __version__ = "0.1.0"
 
-__all__ = ["FillResult", "GenerationOptions", "Session", "__version__", "plan"]
+__all__ = ["FillResult", "GenerateResult", "GenerationOptions", "Session", "__version__", "plan"]
 
 #: Where each name is imported from when it is first asked for (PEP 562).
 _HOMES = {
     "FillResult": "switchrun.model.records",
+    "GenerateResult": "switchrun.model.records",
     "GenerationOptions": "switchrun.model.records",
     "Session": "switchrun.model.session",
     "plan": "switchrun.planning.opening",

@@ -142,7 +142,9 @@ def command(
     return shlex.join(["switchrun", *words, *options])
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise UsageError for what is not a whole number above 0."""
-    if type(value) is not int or value < 1:
-        raise UsageError(f"{name}: {value!r} is not a whole number above 0", option=name)
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise UsageError for what is not a whole number of at least that, or too large to reckon with."""
+    if type(value) is not int or value < least:
+        raise UsageError(f"{name}: {printable(repr(value), 100)} is not a whole number above {least - 1}", option=name)
+    if value >= 2**31:
+        raise UsageError(f"{name}: {printable(value, 100)} is more than {2**31 - 1}", option=name)

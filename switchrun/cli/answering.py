@@ -26,7 +26,7 @@ from switchrun.output.sinks import FillFormat, format_failure, format_result
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from switchrun.model.records import FillResult, Progress, ProgressCallback
+    from switchrun.model.records import GenerateResult, Progress, ProgressCallback
     from switchrun.model.session import Session
     from switchrun.planning.options import OpenOptions
     from switchrun.planning.plan import HubCost, Plan
@@ -49,11 +49,13 @@ class Work(Generic[_Encoded]):
         check: Returns the text to go on with; needs no model.
         encode: Makes it ready for the model.
         answer: Answers texts that were made ready, in their order; the first one's id is given.
+        remark: Returns what a person should know of a batch's answers, if anything; it is noted once.
     """
 
     check: Callable[[str], str]
     encode: Callable[[Session, str], _Encoded]
-    answer: Callable[[Session, Sequence[_Encoded], int], Sequence[FillResult]]
+    answer: Callable[[Session, Sequence[_Encoded], int], Sequence[GenerateResult]]
+    remark: Callable[[Sequence[GenerateResult]], str | None] = lambda _results: None
 
 
 def answer_texts(
@@ -105,7 +107,7 @@ def answer_texts(
                 note(f"note: {sentence}")
             if not arguments and sys.stdin.isatty():
                 note("type one input a line; Ctrl-D ends")
-            _answer(work, session, entries, opening.batch_size, answers)
+            _answer(work, session, entries, opening.batch_size, answers, note)
             if stats:
                 from switchrun.output.tables import render_stats
 
@@ -149,14 +151,24 @@ def _check(work: Work[_Encoded], entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def _answer(
-    work: Work[_Encoded], session: Session, entries: Iterable[Entry], batch_size: int, answers: _Answers
+    work: Work[_Encoded],
+    session: Session,
+    entries: Iterable[Entry],
+    batch_size: int,
+    answers: _Answers,
+    note: Callable[[str], None],
 ) -> None:
     """Answer checked entries, a batch at a time; each batch's answers are written before the next entry is read."""
     waiting: list[Entry] = []
     texts: list[_Encoded] = []
+    remark: str | None = None
 
     def answer() -> None:
-        answers.write(waiting, work.answer(session, texts, waiting[0].id) if texts else ())
+        nonlocal remark
+        results = work.answer(session, texts, waiting[0].id) if texts else ()
+        answers.write(waiting, results)
+        if results and remark is None and (remark := work.remark(results)):
+            note(f"note: {remark}")
         waiting.clear()
         texts.clear()
 
@@ -198,7 +210,7 @@ class _Answers:
             return 0
         return EXIT_SOME_FAILED if self._answered else InputError.exit_code
 
-    def write(self, entries: Iterable[Entry], results: Iterable[FillResult]) -> None:
+    def write(self, entries: Iterable[Entry], results: Iterable[GenerateResult]) -> None:
         """Write entries in their order, with the results of those that have no error."""
         of_readable = iter(results)
         for entry in entries:

@@ -159,7 +159,7 @@ Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
 
 
-def drawing(sample: bool, **values: float | None) -> dict[str, Any]:
+def drawing(sample: bool | None, **values: float | None) -> dict[str, Any]:
     """Return the options of drawing that are given; without `--sample` there may be none."""
     given = {name: value for name, value in values.items() if value is not None}
     if given and not sample:

@@ -1,4 +1,4 @@
-"""What a fill is asked for and what it gives back, as plain values without torch."""
+"""What a session is asked for and what it gives back, as plain values without torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
+
+#: What is less about the answer than about how it came to be, at the end of a record.
+_LAST_KEYS = ("finish_reason", "tokens", "timing", "experts", "memory", "model")
 
 FinishReason = Literal["stop", "length"]
 Stage = Literal["fetch", "open", "encode", "decode"]
@@ -148,15 +151,14 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class FillResult:
-    """One filled input. `as_record` returns the JSON of `docs/schemas/fill.schema.json`."""
+class GenerateResult:
+    """One answered input. `as_record` returns the JSON of `docs/schemas/generate.schema.json`."""
 
     id: int
     input: str
     text: str
     raw: str
     output_ids: tuple[int, ...]
-    spans: tuple[Span, ...]
     finish_reason: FinishReason
     tokens: TokenCounts
     timing: Timing
@@ -169,7 +171,16 @@ class FillResult:
         record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
         record["experts"]["hit_rate"] = self.experts.hit_rate
         record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in self.experts.tiers]
+        for name in _LAST_KEYS:
+            record[name] = record.pop(name)
         return record
+
+
+@dataclass(frozen=True, slots=True)
+class FillResult(GenerateResult):
+    """One filled input: its `text` with the `spans` in it. Its JSON is that of `docs/schemas/fill.schema.json`."""
+
+    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def check_sentinels(text: str) -> int:
     if not numbers:
         raise InputError(
             "the text has no sentinel, so there is nothing to fill in",
-            'write <extra_id_0> for the first blank, and quote the text for the shell: "A <extra_id_0> walks in"',
+            'quote it for the shell: "A <extra_id_0> walks in"; or use --blank ___, or switchrun generate',
         )
     if len(numbers) > NUM_SENTINELS:
         raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")
@@ -68,6 +68,11 @@ def check_sentinels(text: str) -> int:
                 "number the sentinels 0, 1, 2, … in order",
             )
     return len(numbers)
+
+
+def has_sentinel(text: str) -> bool:
+    """Whether there is a sentinel in a text."""
+    return _SENTINEL.search(text) is not None
 
 
 def parse_spans(

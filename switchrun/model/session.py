@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-from switchrun.errors import BudgetError, UsageError
+from switchrun.checkpoint.generation import generation_file, own_options
+from switchrun.errors import BudgetError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
@@ -22,6 +23,7 @@ from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
     FillResult,
+    GenerateResult,
     GenerationOptions,
     HubCounts,
     ModelInfo,
@@ -34,17 +36,16 @@ from switchrun.model.records import (
     TokenCounts,
 )
 from switchrun.model.sentinels import fill_in, parse_spans
-from switchrun.model.tokenizer import Encoded, Tokenizer
+from switchrun.model.tokenizer import Encoded, EncodedText, Tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 
-if TYPE_CHECKING:
-    from switchrun.model.generate import RawOutput
-
 #: Imports torch, transformers and what else a plan needs.
 ImportLibraries = Callable[[Plan], None]
+_Text = TypeVar("_Text", bound=EncodedText)
+_Result = TypeVar("_Result", bound=GenerateResult)
 
 
 class Session:
@@ -100,8 +101,8 @@ class Session:
         tokenizer: str | None = None,
         hub: str = "auto",
         batch_size: int = 1,
-        num_beams: int = 1,
-        max_new_tokens: int = 64,
+        num_beams: int | None = 1,
+        max_new_tokens: int | None = 64,
         progress: ProgressCallback | None = None,
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
@@ -150,19 +151,73 @@ class Session:
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
         options = GenerationOptions() if options is None else options
+        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id)
+
+    def own_options(self, **changes: Any) -> GenerationOptions:
+        """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
+
+        Raises:
+            ModelError: A setting of the model's makes no sense, and no change takes its place.
+            UsageError: A change makes no sense.
+        """
+        GenerationOptions(**changes)
+        try:
+            return GenerationOptions(**own_options(self.checkpoint, changes))
+        except UsageError as error:
+            file, flag = generation_file(self.checkpoint.path), error.option.replace("_", "-")
+            raise ModelError(f"{file}: {error.message}", f"use --{flag} with --sample, or --no-sample") from error
+
+    def encode_text(self, text: str, prefix: str = "") -> EncodedText:
+        """Make any text ready for `generate`, with a prefix before it.
+
+        Raises:
+            InputError: There is no memory for its length, or the tokenizer does not take it.
+        """
+        return self._tokenizer.encode_text(text, prefix, self._most_tokens)
+
+    def generate(
+        self,
+        texts: Sequence[str | EncodedText],
+        options: GenerationOptions | None = None,
+        *,
+        prefix: str = "",
+        first_id: int = 0,
+    ) -> list[GenerateResult]:
+        """Answer texts with a model that was fine-tuned to: with summaries, or translations.
+
+        A `prefix` is put before each text, but not before what `encode_text` returned. Without `options`, the model's
+        own settings decide: `own_options`. The results are in the order of the texts, their ids from `first_id` on.
+
+        Raises:
+            SwitchrunError: As `fill`; ModelError also for settings that make no sense.
+        """
+        options = self.own_options() if options is None else options
+        encode = partial(self.encode_text, prefix=prefix)
+        return self._answer(texts, EncodedText, encode, options, self._generated, first_id)
+
+    def _answer(
+        self,
+        texts: Sequence[str | _Text],
+        kind: type[_Text],
+        encode: Callable[[str], _Text],
+        options: GenerationOptions,
+        result: Callable[..., _Result],
+        first_id: int,
+    ) -> list[_Result]:
+        """Answer texts, or what `encode` made of them, a `kind`; `result` makes one of what came out."""
         if not isinstance(options, GenerationOptions):
             raise UsageError(f"options: {options!r} is no GenerationOptions", option="options")
         inputs = [None] if isinstance(texts, str) else list(texts)
-        if not all(isinstance(text, str | Encoded) for text in inputs):
+        if not all(isinstance(text, str | kind) for text in inputs):
             raise UsageError("texts: they must be a list of texts, also if there is one", option="texts")
         with self._one_thread():
             self._check_open()
-            encoded = [text if isinstance(text, Encoded) else self.encode(str(text)) for text in inputs]
+            encoded = [text if isinstance(text, kind) else encode(str(text)) for text in inputs]
             self._check_reserved(options)
             self._check_way(options)
-            results: list[FillResult] = []
+            results: list[_Result] = []
             for batch in self._batches(encoded):
-                results += self._fill_batch(batch, options, first_id + len(results))
+                results += self._answer_batch(batch, options, result, first_id + len(results))
             return results
 
     def stats(self) -> SessionStats:
@@ -221,13 +276,13 @@ class Session:
         if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):
             raise BudgetError(
                 f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
-                "open the session with num_beams",
+                f"open the session with num_beams={options.num_beams}",
             )
         most = max_output_tokens(self.checkpoint, self.plan.estimate.output_tokens)
         if options.max_new_tokens > most:
             raise BudgetError(
                 f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
-                "open the session with max_new_tokens",
+                f"open the session with max_new_tokens={options.max_new_tokens}",
             )
 
     def _check_way(self, options: GenerationOptions) -> None:
@@ -239,9 +294,9 @@ class Session:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
 
-    def _batches(self, texts: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    def _batches(self, texts: Sequence[_Text]) -> Iterator[list[_Text]]:
         """Divide texts into batches; one that is longer than what memory is reserved for takes the place of several."""
-        batch: list[Encoded] = []
+        batch: list[_Text] = []
         for text in texts:
             longest = max(len(each.ids) for each in (*batch, text))
             full = len(batch) == self.plan.batch_size or not has_room(
@@ -254,7 +309,9 @@ class Session:
         if batch:
             yield batch
 
-    def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
+    def _answer_batch(
+        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], first_id: int
+    ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         outputs = self.engine.generate(
@@ -274,29 +331,30 @@ class Session:
             later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
-            result = self._result(number, text, output, timing, experts)
+            result = make(
+                text,
+                output.ids,
+                id=number,
+                input=text.text,
+                raw=self._tokenizer.decode(output.ids, special=True),
+                output_ids=output.ids,
+                finish_reason="stop" if output.finished else "length",
+                tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
+                timing=timing,
+                experts=experts,
+                memory=self.engine.memory_peak(),
+                model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
+            )
             self._totals.add(result)
             results.append(result)
         return results
 
-    def _result(
-        self, number: int, text: Encoded, output: RawOutput, timing: Timing, experts: ExpertCounts
-    ) -> FillResult:
-        spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode)
-        return FillResult(
-            id=number,
-            input=text.text,
-            text=fill_in(text.text, spans),
-            raw=self._tokenizer.decode(output.ids, special=True),
-            output_ids=output.ids,
-            spans=spans,
-            finish_reason="stop" if output.finished else "length",
-            tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
-            timing=timing,
-            experts=experts,
-            memory=self.engine.memory_peak(),
-            model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
-        )
+    def _filled(self, text: Encoded, ids: Sequence[int], **rest: Any) -> FillResult:
+        spans = parse_spans(ids, text.sentinels, self._tokenizer.decode)
+        return FillResult(text=fill_in(text.text, spans), spans=spans, **rest)
+
+    def _generated(self, _text: EncodedText, ids: Sequence[int], **rest: Any) -> GenerateResult:
+        return GenerateResult(text=self._tokenizer.decode(ids).strip(), **rest)
 
     def _show(self, stage: Stage, done: int, most: int, load_bytes: int | None = None) -> None:
         if self._progress is not None:
@@ -348,8 +406,7 @@ def open_session(
         if progress is not None:
             progress(Progress("fetch", done, most, 0, done))
 
-    expected = min(EXPECTED_NEW_TOKENS, options.max_new_tokens)
-    planned = plan_model(options, hub_output_tokens=expected, warn=warn, on_download=on_download)
+    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
     on_plan(planned.plan)
     planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
@@ -381,7 +438,7 @@ class _Totals:
         self.inputs = self.output_tokens = self.later_tokens = 0
         self.fill_seconds = self.ttft_seconds = self.later_seconds = 0.0
 
-    def add(self, result: FillResult) -> None:
+    def add(self, result: GenerateResult) -> None:
         self.inputs += 1
         self.output_tokens += result.tokens.output
         self.ttft_seconds += result.timing.ttft_seconds

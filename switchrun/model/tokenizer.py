@@ -26,11 +26,17 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """A text that can be filled, the ids of its tokens, the end mark included, and those of its sentinels, in order."""
+class EncodedText:
+    """A text, and the ids of its tokens, the end mark included."""
 
     text: str
     ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(EncodedText):
+    """A text that can be filled, with the ids of its sentinels, in order."""
+
     sentinels: tuple[int, ...]
 
 
@@ -95,13 +101,20 @@ class Tokenizer:
             if found is None:
                 raise InputError(f"the vocabulary of this model has no {sentinel(number)}", "use fewer sentinels")
             sentinels.append(found)
+        return Encoded(text, self._fitting_ids(text, most_tokens), tuple(sentinels))
+
+    def encode_text(self, text: str, prefix: str, most_tokens: int) -> EncodedText:
+        """Make any text ready for the model, with a prefix before it; see `Session.encode_text`."""
+        return EncodedText(text, self._fitting_ids(prefix + text, most_tokens))
+
+    def _fitting_ids(self, text: str, most_tokens: int) -> tuple[int, ...]:
         # A text that cannot fit is not tokenised: that takes memory which is not reserved.
         if len(text) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
             raise _too_long(f"{len(text)} characters", most_tokens)
         ids = self._ids(text)
         if len(ids) > most_tokens:
             raise _too_long(f"{len(ids)} tokens", most_tokens)
-        return Encoded(text, tuple(ids), tuple(sentinels))
+        return tuple(ids)
 
     def plain_ids(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens; errors are those of `encode`."""

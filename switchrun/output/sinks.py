@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
 from switchrun.errors import OBEYED, InputError, escape
-from switchrun.model.records import SCHEMA_VERSION, FillResult
+from switchrun.model.records import SCHEMA_VERSION, GenerateResult
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
@@ -24,7 +24,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
 class FillFormat(StrEnum):
-    """What `switchrun fill --format` takes."""
+    """What `--format` takes where texts are answered."""
 
     TEXT = "text"
     RAW = "raw"
@@ -32,7 +32,7 @@ class FillFormat(StrEnum):
     JSONL = "jsonl"
 
 
-def format_result(result: FillResult, style: FillFormat) -> str:
+def format_result(result: GenerateResult, style: FillFormat) -> str:
     """Write an answer as whole lines; one line, except in `json`."""
     if style is FillFormat.TEXT:
         return _one_line(result.text)

@@ -37,8 +37,8 @@ class OpenOptions:
         network_bandwidth: How fast the Hub is, for the estimate, such as `12MB/s`, or bytes per second; None is what
             was last measured, else an assumption.
         batch_size: Most inputs to run together; memory is reserved for as many.
-        num_beams: Most beams that fills will ask for.
-        max_new_tokens: Most tokens that fills will generate for an input.
+        num_beams: Most beams that will be asked for; None is the model's own, as `generate` takes it.
+        max_new_tokens: Most tokens that will be generated for an input; None as above.
         cpu_bytes: `cpu_memory` in bytes; None if that is None. This and what follows is made of the above.
         gpu_bytes: `gpu_memory` in bytes by the GPU's number; None if that is None and the map may use GPUs.
         folder: The offload folder; `limit_bytes` is `offload_limit` in bytes.
@@ -60,8 +60,8 @@ class OpenOptions:
     hub: str = HubWay.AUTO
     network_bandwidth: str | float | None = None
     batch_size: int = 1
-    num_beams: int = 1
-    max_new_tokens: int = 64
+    num_beams: int | None = 1
+    max_new_tokens: int | None = 64
     cpu_bytes: int | None = field(init=False)
     gpu_bytes: Mapping[int, int] | None = field(init=False)
     folder: Path = field(init=False)
@@ -82,8 +82,10 @@ class OpenOptions:
             if value not in kind.__members__.values():
                 *names, last = kind
                 raise UsageError(f"{name}: {value!r} is not one", f"use {', '.join(names)} or {last}", name)
-        for name in ("batch_size", "num_beams", "max_new_tokens"):
-            check_count(name, getattr(self, name))
+        check_count("batch_size", self.batch_size)
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         tiers = self._read_map()
         gpu_memory = self.gpu_memory
         if gpu_memory is None and tiers is not None and all(tier.gpu is None for tier in tiers.values()):

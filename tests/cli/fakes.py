@@ -18,6 +18,7 @@ from switchrun.errors import BudgetError, InputError
 from switchrun.model.records import (
     ExpertCounts,
     FillResult,
+    GenerateResult,
     GenerationOptions,
     MemoryPeak,
     ModelInfo,
@@ -28,7 +29,7 @@ from switchrun.model.records import (
     TokenCounts,
 )
 from switchrun.model.sentinels import check_sentinels
-from switchrun.model.tokenizer import Encoded
+from switchrun.model.tokenizer import Encoded, EncodedText
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import HubCost
 
@@ -103,6 +104,40 @@ class FakeSession:
         self._tell(Progress("decode", 3, 64, 5_000_000))
         time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
         return [self._answer(text) for text in texts]
+
+    def encode_text(self, text: str, prefix: str) -> EncodedText:
+        """Refuse what the real session would refuse."""
+        if "TOO LONG" in text:
+            raise InputError("the text has 600 tokens, there is memory for 512", "shorten it")
+        return EncodedText(prefix + text, (5, 1))
+
+    def own_options(self, **changes: Any) -> GenerationOptions:
+        """Add what is given to 4 beams."""
+        return GenerationOptions(**{"num_beams": 4} | changes)
+
+    def generate(
+        self, encoded: Sequence[EncodedText], options: GenerationOptions, *, first_id: int
+    ) -> list[GenerateResult]:
+        """Answer each text by itself."""
+        texts = [each.text for each in encoded]
+        self.batches.append(texts)
+        self.options.append(options)
+        return [self._generated(text) for text in texts]
+
+    def _generated(self, text: str) -> GenerateResult:
+        return GenerateResult(
+            id=0,
+            input=text,
+            text=text.replace("<extra_id_0>", ""),
+            raw=f"<pad> {text}</s>",
+            output_ids=(0, 5, 1),
+            finish_reason="stop",
+            tokens=TokenCounts(6, 2, 0),
+            timing=Timing(0.5, 0.1, None, 0.2),
+            experts=ExpertCounts(0, 0, 0, 0, 0.0),
+            memory=MemoryPeak(10**9, None),
+            model=ModelInfo(str(self.opening.model or "demo"), None, "bf16"),
+        )
 
     def _tell(self, progress: Progress) -> None:
         if self.progress is not None:
