@@ -18,6 +18,7 @@ from switchrun.errors import BudgetError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
+from switchrun.model.batching import batches_of
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
@@ -36,9 +37,10 @@ from switchrun.model.records import (
 from switchrun.model.sentinels import fill_in, parse_spans
 from switchrun.model.tokenizer import Encoded, Tokenizer
 from switchrun.planning import Plan
-from switchrun.planning.memory import has_room, longest_input, max_output_tokens
+from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
+from switchrun.planning.plan import BatchSize
 
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
@@ -99,7 +101,7 @@ class Session:
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         hub: str = "auto",
-        batch_size: int = 1,
+        batch_size: BatchSize = 1,
         num_beams: int = 1,
         max_new_tokens: int = 64,
         progress: ProgressCallback | None = None,
@@ -137,11 +139,18 @@ class Session:
         return self._tokenizer.encode(text, self._most_tokens)
 
     def fill(
-        self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
+        self,
+        texts: Sequence[str | Encoded],
+        options: GenerationOptions | None = None,
+        *,
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
     ) -> list[FillResult]:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
-        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on.
+        Give all texts that there are: they are filled in batches of like length, as large as the session's batch size.
+        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on, or
+        `ids`.
 
         Raises:
             InputError: A text cannot be filled.
@@ -160,10 +169,12 @@ class Session:
             encoded = [text if isinstance(text, Encoded) else self.encode(str(text)) for text in inputs]
             self._check_reserved(options)
             self._check_way(options)
-            results: list[FillResult] = []
-            for batch in self._batches(encoded):
-                results += self._fill_batch(batch, options, first_id + len(results))
-            return results
+            numbers = range(first_id, first_id + len(encoded)) if ids is None else ids
+            results: dict[int, FillResult] = {}
+            for batch in self._batches(encoded, options):
+                answers = self._fill_batch([encoded[at] for at in batch], options, [numbers[at] for at in batch])
+                results |= zip(batch, answers, strict=True)
+            return [results[at] for at in range(len(encoded))]
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
@@ -218,7 +229,7 @@ class Session:
             raise UsageError("this session is closed", "open another one")
 
     def _check_reserved(self, options: GenerationOptions) -> None:
-        if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):
+        if options.num_beams > max(self.plan.num_beams, self.plan.sure_rows):
             raise BudgetError(
                 f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
                 "open the session with num_beams",
@@ -239,29 +250,25 @@ class Session:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
 
-    def _batches(self, texts: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-        """Divide texts into batches; one that is longer than what memory is reserved for takes the place of several."""
-        batch: list[Encoded] = []
-        for text in texts:
-            longest = max(len(each.ids) for each in (*batch, text))
-            full = len(batch) == self.plan.batch_size or not has_room(
-                self.checkpoint, self.plan, len(batch) + 1, longest
-            )
-            if batch and full:
-                yield batch
-                batch = []
-            batch.append(text)
-        if batch:
-            yield batch
+    def _batches(self, texts: Sequence[Encoded], options: GenerationOptions) -> list[list[int]]:
+        """Divide texts into batches; a long one takes the place of several."""
+        most = len(texts) if self.plan.batch_size == "auto" else self.plan.batch_size
+        together = options.num_beams == 1 and not options.sample
 
-    def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
+        def fits(rows: int, tokens: int) -> bool:
+            shape = BatchShape(rows, tokens, options.max_new_tokens, options.num_beams, together)
+            return rows <= most and has_room(self.checkpoint, self.plan, shape)
+
+        return batches_of([len(text.ids) for text in texts], fits)
+
+    def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, ids: Sequence[int]) -> list[FillResult]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         outputs = self.engine.generate(
             [text.ids for text in batch],
             options,
             # Else the same text on two lines would get the same answer twice.
-            seed=options.seed + first_id,
+            seeds=[options.seed + number for number in ids],
             stop=self._stop,
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
@@ -270,7 +277,7 @@ class Session:
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
         self._totals.fill_seconds += end - start
         results = []
-        for number, (text, output) in enumerate(zip(batch, outputs, strict=True), start=first_id):
+        for number, text, output in zip(ids, batch, outputs, strict=True):
             later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)

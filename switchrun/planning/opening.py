@@ -20,7 +20,7 @@ from switchrun.machine import disks, network, ram
 from switchrun.planning.budgets import parse_rate, resolve_budgets
 from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES
 from switchrun.planning.options import OpenOptions
-from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
+from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, BatchSize, HubState, Plan
 from switchrun.planning.planner import make_plan
 from switchrun.store import ExpertStore, expert_path, open_checkpoint_store, open_kept_stores, stored_experts
 from switchrun.store.dense_file import DenseFile
@@ -246,7 +246,7 @@ def plan(
     gpu_memory: str | int | None = None,
     offload_folder: str | Path | None = None,
     device_map: str | Path | Mapping[str, Any] | None = None,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     num_beams: int = 1,
     input_tokens: int = 24,
     output_tokens: int = 12,
