@@ -76,8 +76,8 @@ class TierUse:
         slot_bytes: Size of one slot; on a GPU, with what torch leaves unused around it.
         expert_bytes: All slots together; on disk, every expert of the checkpoint as stored, or if it is on the Hub
             those that are kept; on the Hub, the others.
-        activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch. That is for as many rows as the
-            plan says, or if that is `auto` for one row, and a share of what is left.
+        activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch: the plan's batch size,
+            or for `auto` one row and a share of what is left.
         overhead_bytes: Reserved for the interpreter, libraries, the index and buffers; on a GPU, for libraries and for
             dense weights on their way.
         total_bytes: The sum; never above the budget.

@@ -48,7 +48,7 @@ def test_where_there_is_none(folder: Path) -> None:
 
 def test_a_long_one_takes_the_place_of_several(folder: Path) -> None:
     texts = [SHORT, LONG, SHORT, SHORT, LONG, LONG, SHORT, LONG, LONG, LONG]
-    with open_with_slots(folder, None, batch_size=4, max_new_tokens=4) as session:
+    with open_with_slots(folder, None, batch_size=6, max_new_tokens=4) as session:
         encoded = [session.encode(text) for text in texts]
         batches = session._batches(encoded, OPTIONS)
         results = session.fill(encoded, OPTIONS)
