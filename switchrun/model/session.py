@@ -170,6 +170,8 @@ class Session:
             self._check_reserved(options)
             self._check_way(options)
             numbers = range(first_id, first_id + len(encoded)) if ids is None else ids
+            if len(numbers) != len(encoded):
+                raise UsageError(f"ids: {len(numbers)} for {len(encoded)} texts", option="ids")
             results: dict[int, FillResult] = {}
             for batch in self._batches(encoded, options):
                 answers = self._fill_batch([encoded[at] for at in batch], options, [numbers[at] for at in batch])
