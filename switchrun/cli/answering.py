@@ -35,8 +35,10 @@ EXIT_SOME_FAILED = 3
 
 #: If more is expected from the Hub, the user hears of it before it begins.
 _MUCH_BYTES = 1_000_000_000
-#: So many unreadable entries may wait for a batch to be full: each may be as long as a line can be.
-_MOST_UNREADABLE = 8
+#: So many texts, or together about so many characters, are answered at most before their answers are written: some
+#: batches, so that those of like length are found together, and no more, so that memory is bounded.
+_WINDOW_TEXTS = 512
+_WINDOW_CHARACTERS = 1024**2
 
 _Encoded = TypeVar("_Encoded")
 
@@ -48,13 +50,13 @@ class Work(Generic[_Encoded]):
     Attributes:
         check: Returns the text to go on with; needs no model.
         encode: Makes it ready for the model.
-        answer: Answers texts that were made ready, in their order; the first one's id is given.
-        remark: Returns what a person should know of a batch's answers, if anything; it is noted once.
+        answer: Answers texts that were made ready, in their order; their ids are given.
+        remark: Returns what a person should know of some answers, if anything; it is noted once.
     """
 
     check: Callable[[str], str]
     encode: Callable[[Session, str], _Encoded]
-    answer: Callable[[Session, Sequence[_Encoded], int], Sequence[GenerateResult]]
+    answer: Callable[[Session, Sequence[_Encoded], Sequence[int]], Sequence[GenerateResult]]
     remark: Callable[[Sequence[GenerateResult]], str | None] = lambda _results: None
 
 
@@ -71,7 +73,8 @@ def answer_texts(
     arguments = [] if texts == ["-"] else list(texts or ())
     if "-" in arguments:
         raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
-    entries: Iterable[Entry] = _check(work, read_arguments(arguments) if arguments else stdin_lines())
+    lines = None if arguments else stdin_lines()
+    entries: Iterable[Entry] = _check(work, read_arguments(arguments) if lines is None else lines)
     hopeless = False
     if arguments:
         entries = list(entries)
@@ -107,7 +110,10 @@ def answer_texts(
                 note(f"note: {sentence}")
             if not arguments and sys.stdin.isatty():
                 note("type one input a line; Ctrl-D ends")
-            _answer(work, session, entries, opening.batch_size, answers, note)
+            size = opening.batch_size
+            most = _WINDOW_TEXTS if size == "auto" else size
+            ready = lines.ready if size == "auto" and lines is not None else lambda: True
+            _answer(work, session, entries, most, ready, answers, note)
             if stats:
                 from switchrun.output.tables import render_stats
 
@@ -154,18 +160,20 @@ def _answer(
     work: Work[_Encoded],
     session: Session,
     entries: Iterable[Entry],
-    batch_size: int,
+    most: int,
+    ready: Callable[[], bool],
     answers: _Answers,
     note: Callable[[str], None],
 ) -> None:
-    """Answer checked entries, a batch at a time; each batch's answers are written before the next entry is read."""
+    """Answer checked entries, at most so many at a time, and no more than are `ready`; then write their answers."""
     waiting: list[Entry] = []
     texts: list[_Encoded] = []
     remark: str | None = None
 
     def answer() -> None:
         nonlocal remark
-        results = work.answer(session, texts, waiting[0].id) if texts else ()
+        ids = [entry.id for entry in waiting if entry.error is None]
+        results = work.answer(session, texts, ids) if texts else ()
         answers.write(waiting, results)
         if results and remark is None and (remark := work.remark(results)):
             note(f"note: {remark}")
@@ -180,7 +188,8 @@ def _answer(
                 entry = replace(entry, error=error)
         waiting.append(entry)
         # An unreadable entry is answered at once, unless answers of earlier entries must come first.
-        if len(texts) in (0, batch_size) or len(waiting) == batch_size + _MOST_UNREADABLE:
+        full = len(texts) in (0, most) or len(waiting) == most + _WINDOW_TEXTS
+        if full or sum(len(each.text) for each in waiting) >= _WINDOW_CHARACTERS or not ready():
             answer()
     answer()
 

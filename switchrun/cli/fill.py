@@ -37,7 +37,7 @@ def fill(
     tokenizer: options.Tokenizer = None,
     hub: options.Hub = HubWay.AUTO,
     network_bandwidth: options.NetworkBandwidth = None,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     max_new_tokens: Annotated[
         int,
         typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
@@ -77,7 +77,7 @@ def fill(
         tokenizer=tokenizer,
         hub=hub.value,
         network_bandwidth=network_bandwidth,
-        batch_size=batch_size,
+        batch_size=options.batch_size_for(batch_size, texts),
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
     )
@@ -95,6 +95,6 @@ def fill(
     work = Work(
         check=check,
         encode=lambda session, text: session.encode(text),
-        answer=lambda session, encoded, first_id: session.fill(encoded, generation, first_id=first_id),
+        answer=lambda session, encoded, ids: session.fill(encoded, generation, ids=ids),
     )
     answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet)

@@ -42,7 +42,7 @@ def generate(
     tokenizer: options.Tokenizer = None,
     hub: options.Hub = HubWay.AUTO,
     network_bandwidth: options.NetworkBandwidth = None,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -110,7 +110,7 @@ def generate(
         tokenizer=tokenizer,
         hub=hub.value,
         network_bandwidth=network_bandwidth,
-        batch_size=batch_size,
+        batch_size=options.batch_size_for(batch_size, texts),
         num_beams=num_beams,
         max_new_tokens=max_new_tokens,
     )
@@ -121,9 +121,7 @@ def generate(
     work = Work(
         check=lambda text: text,
         encode=lambda session, text: session.encode_text(text, prefix),
-        answer=lambda session, encoded, first_id: session.generate(
-            encoded, session.own_options(**given), first_id=first_id
-        ),
+        answer=lambda session, encoded, ids: session.generate(encoded, session.own_options(**given), ids=ids),
         remark=_remark,
     )
     answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet)

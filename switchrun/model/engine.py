@@ -133,7 +133,7 @@ class Engine:
         rows: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
-        seed: int,
+        seeds: Sequence[int],
         stop: StoppingCriteria | None = None,
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
@@ -141,7 +141,8 @@ class Engine:
         """Generate for one batch of token ids; if the memory of a GPU runs out, once more with half of the GPUs' slots.
 
         `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
-        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens.
+        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens. Each row draws with
+        its own of the `seeds`.
         """
         width = max(map(len, rows))
         # The padding may be any id: the mask hides it.
@@ -159,7 +160,7 @@ class Engine:
         def once() -> list[RawOutput]:
             ids, attention_mask = input_ids.to(self.device), mask.long().to(self.device)
             return generate_batch(
-                self.model, self.context, ids, attention_mask, options, on_token, seed=seed, stop=stop
+                self.model, self.context, ids, attention_mask, options, on_token, seeds=seeds, stop=stop
             )
 
         self.context.on_layer = count_layer

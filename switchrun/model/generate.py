@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,13 +92,14 @@ def generate_batch(
     on_token: Callable[[int], None],
     *,
     min_new_tokens: int = 0,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
     stop: StoppingCriteria | None = None,
 ) -> list[RawOutput]:
     """Generate for one batch.
 
-    Beam search runs row by row after a common encoder step: transformers goes on with the beams of a finished row
-    until all rows are finished, and each of their tokens would load experts for nothing.
+    Beam search and sampling run row by row after a common encoder step. transformers goes on with the beams of a
+    finished row until all rows are finished, and each of their tokens would load experts for nothing. What is drawn
+    for a row must not depend on the others: each has its own of the `seeds`.
 
     `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
     `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
@@ -106,9 +107,8 @@ def generate_batch(
     sequences too.
     """
     rows, width = input_ids.shape
-    groups = [slice(0, rows)] if options.num_beams == 1 else [slice(row, row + 1) for row in range(rows)]
-    widths = [width] * rows
-    if _looks_at_input(model.generation_config):  # it must not see padding there
+    groups, widths = [slice(0, rows)], [width]
+    if options.num_beams > 1 or options.sample or _looks_at_input(model.generation_config):
         groups, widths = [slice(row, row + 1) for row in range(rows)], attention_mask.sum(dim=1).tolist()
     settings = _settings(options) | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
     eos = _eos_ids(model.generation_config)
@@ -119,12 +119,12 @@ def generate_batch(
         encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         context.dropped = None
         with torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample):
-            if options.sample:
-                torch.manual_seed(seed)
-            for group in groups:
+            for group, width in zip(groups, widths, strict=True):
+                if options.sample:
+                    torch.manual_seed(seeds[group.start])
                 context.live = None
                 watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token, stop=stop)
-                place = group, slice(0, widths[group.start])
+                place = group, slice(0, width)
                 sequences = model.generate(
                     input_ids[place],
                     attention_mask=attention_mask[place],
@@ -171,7 +171,7 @@ def _row(ids: list[int], eos: list[int], times: list[float], stopped: int | None
 
 
 def _looks_at_input(generation_config: Any) -> bool:
-    """Whether the logits depend on which tokens are in the input."""
+    """Whether the logits depend on which tokens are in the input: they must not see padding there."""
     penalty = generation_config.encoder_repetition_penalty
     return bool(generation_config.encoder_no_repeat_ngram_size) or penalty not in (None, 1.0)
 

@@ -32,7 +32,7 @@ class GenerationOptions:
         temperature: Divides the logits before drawing.
         top_p: Draw from the likeliest tokens that together have this probability.
         top_k: Draw from this many likeliest tokens; 0 is all of them.
-        seed: Seed of the draws; the id of a batch's first input is added to it.
+        seed: Seed of the draws; an input's id is added to it.
 
     Raises:
         UsageError: A value that makes no sense; its `option` names the field.

@@ -19,6 +19,7 @@ from switchrun.errors import BudgetError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
+from switchrun.model.batching import batches_of
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     ExpertCounts,
@@ -38,9 +39,10 @@ from switchrun.model.records import (
 from switchrun.model.sentinels import fill_in, parse_spans
 from switchrun.model.tokenizer import Encoded, EncodedText, Tokenizer
 from switchrun.planning import Plan
-from switchrun.planning.memory import has_room, longest_input, max_output_tokens
+from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
+from switchrun.planning.plan import BatchSize
 
 #: Imports torch, transformers and what else a plan needs.
 ImportLibraries = Callable[[Plan], None]
@@ -100,7 +102,7 @@ class Session:
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         hub: str = "auto",
-        batch_size: int = 1,
+        batch_size: BatchSize = 1,
         num_beams: int | None = 1,
         max_new_tokens: int | None = 64,
         progress: ProgressCallback | None = None,
@@ -138,11 +140,18 @@ class Session:
         return self._tokenizer.encode(text, self._most_tokens)
 
     def fill(
-        self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
+        self,
+        texts: Sequence[str | Encoded],
+        options: GenerationOptions | None = None,
+        *,
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
     ) -> list[FillResult]:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
-        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on.
+        Give all texts that there are: they are filled in batches of like length, as large as the session's batch size.
+        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on, or
+        `ids`.
 
         Raises:
             InputError: A text cannot be filled.
@@ -151,7 +160,7 @@ class Session:
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
         options = GenerationOptions() if options is None else options
-        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id)
+        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id, ids)
 
     def own_options(self, **changes: Any) -> GenerationOptions:
         """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
@@ -182,18 +191,19 @@ class Session:
         *,
         prefix: str = "",
         first_id: int = 0,
+        ids: Sequence[int] | None = None,
     ) -> list[GenerateResult]:
         """Answer texts with a model that was fine-tuned to: with summaries, or translations.
 
         A `prefix` is put before each text, but not before what `encode_text` returned. Without `options`, the model's
-        own settings decide: `own_options`. The results are in the order of the texts, their ids from `first_id` on.
+        own settings decide: `own_options`. Batches, order and ids are as of `fill`.
 
         Raises:
             SwitchrunError: As `fill`; ModelError also for settings that make no sense.
         """
         options = self.own_options() if options is None else options
         encode = partial(self.encode_text, prefix=prefix)
-        return self._answer(texts, EncodedText, encode, options, self._generated, first_id)
+        return self._answer(texts, EncodedText, encode, options, self._generated, first_id, ids)
 
     def _answer(
         self,
@@ -203,6 +213,7 @@ class Session:
         options: GenerationOptions,
         result: Callable[..., _Result],
         first_id: int,
+        ids: Sequence[int] | None,
     ) -> list[_Result]:
         """Answer texts, or what `encode` made of them, a `kind`; `result` makes one of what came out."""
         if not isinstance(options, GenerationOptions):
@@ -215,10 +226,16 @@ class Session:
             encoded = [text if isinstance(text, kind) else encode(str(text)) for text in inputs]
             self._check_reserved(options)
             self._check_way(options)
-            results: list[_Result] = []
-            for batch in self._batches(encoded):
-                results += self._answer_batch(batch, options, result, first_id + len(results))
-            return results
+            numbers = range(first_id, first_id + len(encoded)) if ids is None else ids
+            if len(numbers) != len(encoded):
+                raise UsageError(f"ids: {len(numbers)} for {len(encoded)} texts", option="ids")
+            results: dict[int, _Result] = {}
+            for batch in self._batches(encoded, options):
+                answers = self._answer_batch(
+                    [encoded[at] for at in batch], options, result, [numbers[at] for at in batch]
+                )
+                results |= zip(batch, answers, strict=True)
+            return [results[at] for at in range(len(encoded))]
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
@@ -273,7 +290,7 @@ class Session:
             raise UsageError("this session is closed", "open another one")
 
     def _check_reserved(self, options: GenerationOptions) -> None:
-        if options.num_beams > max(self.plan.num_beams, self.plan.batch_size):
+        if options.num_beams > max(self.plan.num_beams, self.plan.sure_rows):
             raise BudgetError(
                 f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
                 f"open the session with num_beams={options.num_beams}",
@@ -294,23 +311,19 @@ class Session:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
 
-    def _batches(self, texts: Sequence[_Text]) -> Iterator[list[_Text]]:
-        """Divide texts into batches; one that is longer than what memory is reserved for takes the place of several."""
-        batch: list[_Text] = []
-        for text in texts:
-            longest = max(len(each.ids) for each in (*batch, text))
-            full = len(batch) == self.plan.batch_size or not has_room(
-                self.checkpoint, self.plan, len(batch) + 1, longest
-            )
-            if batch and full:
-                yield batch
-                batch = []
-            batch.append(text)
-        if batch:
-            yield batch
+    def _batches(self, texts: Sequence[EncodedText], options: GenerationOptions) -> list[list[int]]:
+        """Divide texts into batches; a long one takes the place of several."""
+        most = len(texts) if self.plan.batch_size == "auto" else self.plan.batch_size
+        together = options.num_beams == 1 and not options.sample
+
+        def fits(rows: int, tokens: int) -> bool:
+            shape = BatchShape(rows, tokens, options.max_new_tokens, options.num_beams, together)
+            return rows <= most and has_room(self.checkpoint, self.plan, shape)
+
+        return batches_of([len(text.ids) for text in texts], fits)
 
     def _answer_batch(
-        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], first_id: int
+        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], ids: Sequence[int]
     ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
@@ -318,7 +331,7 @@ class Session:
             [text.ids for text in batch],
             options,
             # Else the same text on two lines would get the same answer twice.
-            seed=options.seed + first_id,
+            seeds=[options.seed + number for number in ids],
             stop=self._stop,
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
@@ -327,7 +340,7 @@ class Session:
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
         self._totals.fill_seconds += end - start
         results = []
-        for number, (text, output) in enumerate(zip(batch, outputs, strict=True), start=first_id):
+        for number, text, output in zip(ids, batch, outputs, strict=True):
             later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import QMOE, PackedDtype, Precision
-from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
+from switchrun.planning.plan import DISK, BatchSize, Plan, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
@@ -60,6 +60,9 @@ GPU_ALIGNMENT = 256
 
 #: Memory is never reserved for longer inputs than this, unless for several in a batch.
 MOST_RESERVED_TOKENS = 2048
+#: With a batch size of `auto`, memory is reserved for at most so many rows of so many tokens in, and as many out.
+MOST_ROWS = 256
+ROW_TOKENS = 64
 #: What a token takes in the lists that say which expert is to compute it.
 _POSITION_BYTES = 400
 _PAGE = 4096
@@ -253,12 +256,16 @@ def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The largest batch that memory is reserved for: `rows` sequences of `tokens` tokens in and `new_tokens` out."""
+    """A batch: `rows` sequences of `tokens` tokens in, the longest one's, and up to `new_tokens` out.
+
+    The decoder has all rows at once, or if not `together` one row, with its beams, after the other.
+    """
 
     rows: int
     tokens: int
     new_tokens: int
     beams: int = 1
+    together: bool = True
 
 
 def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: BatchShape) -> int:
@@ -298,7 +305,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
     encoder += max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
 
-    sequences = max(rows, shape.beams)
+    sequences = max(rows if shape.together else 1, shape.beams)
     kept = sequences * (tokens + shape.new_tokens) * inner * item
     # One layer's keys and values are copied when they grow or their order changes.
     decoder = 2 * kept * (c["num_decoder_layers"] + 1) + sequences * tokens * (d_model * item + product(d_model, inner))
@@ -314,12 +321,15 @@ def _activation_temporaries(checkpoint: SwitchCheckpoint) -> int:
     return 2 if checkpoint.config.get("dense_act_fn", "relu") == "relu" else 4
 
 
-def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int) -> bool:
-    """Whether a batch of so many texts of so many tokens fits: into what is reserved, and what budgets have left."""
-    if rows <= plan.batch_size and tokens <= max_input_tokens(checkpoint):
-        return True
+def least_activation_bytes(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
+    """Return what a plan reserves for activations whatever the budget."""
     new_tokens = max_output_tokens(checkpoint, plan.estimate.output_tokens)
-    shape = BatchShape(rows, tokens, new_tokens, plan.num_beams)
+    shape = BatchShape(plan.sure_rows, max_input_tokens(checkpoint), new_tokens, plan.num_beams)
+    return activation_bytes(checkpoint, plan.precision, shape)
+
+
+def has_room(checkpoint: SwitchCheckpoint, plan: Plan, shape: BatchShape) -> bool:
+    """Whether a batch fits: into what is reserved, and what budgets have left."""
     needed = activation_bytes(checkpoint, plan.precision, shape)
     computing = [use for use in plan.tiers if use.activation_bytes]
     return all(needed <= use.activation_bytes + max(0, (use.budget_bytes or 0) - use.total_bytes) for use in computing)
@@ -327,10 +337,12 @@ def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int) -
 
 def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
     """Return how many tokens a text can have, filled alone."""
+    new_tokens = max_output_tokens(checkpoint, plan.estimate.output_tokens)
     fits, too_many = max_input_tokens(checkpoint), 1 << 20
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if has_room(checkpoint, plan, 1, middle) else (fits, middle)
+        room = has_room(checkpoint, plan, BatchShape(1, middle, new_tokens, plan.num_beams))
+        fits, too_many = (middle, too_many) if room else (fits, middle)
     return fits
 
 
@@ -340,7 +352,8 @@ class Needs:
 
     Attributes:
         overhead: The process without weights.
-        activations: One batch, on each device that computes.
+        activations: One batch, on each device that computes; `most_activations` is what is useful for it, if there is
+            memory.
         slot: A slot in CPU memory; `gpu_slot` is one on a GPU.
         num_experts: Experts of the whole model.
         sparse_layers: The layers that have them, in the model's order.
@@ -350,6 +363,7 @@ class Needs:
 
     overhead: int
     activations: int
+    most_activations: int
     slot: int
     gpu_slot: int
     num_experts: int
@@ -407,18 +421,24 @@ class Needs:
 
 
 def needs_of(
-    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: int, num_beams: int, output_tokens: int
+    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: BatchSize, num_beams: int, output_tokens: int
 ) -> Needs:
     """Add up what a checkpoint needs for batches of a size."""
     tokens = max_input_tokens(checkpoint)
-    shape = BatchShape(batch_size, tokens, max_output_tokens(checkpoint, output_tokens), num_beams)
+    rows = 1 if batch_size == "auto" else batch_size
+    shape = BatchShape(rows, tokens, max_output_tokens(checkpoint, output_tokens), num_beams)
+    activations = most_activations = activation_bytes(checkpoint, precision, shape)
+    if batch_size == "auto":
+        shape = BatchShape(MOST_ROWS, ROW_TOKENS, max(ROW_TOKENS, output_tokens), num_beams)
+        most_activations = max(activations, activation_bytes(checkpoint, precision, shape))
     sizes = {name: dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
         groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
     return Needs(
         overhead=overhead_bytes(checkpoint, precision),
-        activations=activation_bytes(checkpoint, precision, shape),
+        activations=activations,
+        most_activations=most_activations,
         slot=slot_bytes(checkpoint, precision),
         gpu_slot=gpu_slot_bytes(checkpoint, precision),
         num_experts=len(checkpoint.experts),

@@ -21,7 +21,7 @@ from switchrun.machine import disks, network, ram
 from switchrun.planning.budgets import parse_rate, resolve_budgets
 from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES, max_input_tokens
 from switchrun.planning.options import OpenOptions
-from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
+from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, BatchSize, HubState, Plan
 from switchrun.planning.planner import make_plan
 from switchrun.store import ExpertStore, expert_path, open_checkpoint_store, open_kept_stores, stored_experts
 from switchrun.store.dense_file import DenseFile
@@ -114,7 +114,8 @@ def plan_model(
             )
         except BudgetError as error:
             # So much is reserved in any case.
-            least = {"num_beams": options.batch_size, "max_new_tokens": max_input_tokens(checkpoint)}
+            rows = 1 if options.batch_size == "auto" else options.batch_size
+            least = {"num_beams": rows, "max_new_tokens": max_input_tokens(checkpoint)}
             own = [name for name in asked if asked[name] is None and resolved[name] > least[name]]
             if not own:
                 raise
@@ -263,7 +264,7 @@ def plan(
     gpu_memory: str | int | None = None,
     offload_folder: str | Path | None = None,
     device_map: str | Path | Mapping[str, Any] | None = None,
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     num_beams: int = 1,
     input_tokens: int = 24,
     output_tokens: int = 12,

@@ -77,6 +77,7 @@ class FakeSession:
         self.plan = FakePlan(hub=HUB_COST)
         on_plan(self.plan)
         self.batches: list[list[str]] = []
+        self.ids: list[int] = []
         self.options: list[GenerationOptions] = []
         self.closed = False
 
@@ -96,14 +97,15 @@ class FakeSession:
             raise InputError("the text has 600 tokens, there is memory for 512", "shorten it")
         return Encoded(text, (5, 1), tuple(range(32099, 32099 - count, -1)))
 
-    def fill(self, encoded: Sequence[Encoded], options: GenerationOptions, *, first_id: int) -> list[FillResult]:
+    def fill(self, encoded: Sequence[Encoded], options: GenerationOptions, *, ids: Sequence[int]) -> list[FillResult]:
         """Answer each text, or fail as its words ask for."""
         texts = [each.text for each in encoded]
         self.batches.append(texts)
+        self.ids += ids
         self.options.append(options)
         self._tell(Progress("decode", 3, 64, 5_000_000))
         time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
-        return [self._answer(text) for text in texts]
+        return [self._answer(text, number) for text, number in zip(texts, ids, strict=True)]
 
     def encode_text(self, text: str, prefix: str) -> EncodedText:
         """Refuse what the real session would refuse."""
@@ -143,7 +145,7 @@ class FakeSession:
         if self.progress is not None:
             self.progress(progress)
 
-    def _answer(self, text: str) -> FillResult:
+    def _answer(self, text: str, number: int) -> FillResult:
         if "CRASH" in text:
             raise ZeroDivisionError("division by zero\nin the second line")
         if "OOM" in text:
@@ -151,7 +153,7 @@ class FakeSession:
         if "BUDGET" in text:
             raise BudgetError("this batch needs 2 GiB", "use --batch-size 1")
         return FillResult(
-            id=0,
+            id=number,
             input=text,
             text=text.replace("<extra_id_0>", WORD),
             raw=f"<pad> <extra_id_0> {WORD}</s>",
