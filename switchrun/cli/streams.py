@@ -36,7 +36,7 @@ def read_arguments(texts: Iterable[str]) -> Iterator[Entry]:
     """Yield each TEXT argument."""
     for position, text in enumerate(texts):
         # Python hands bytes that are not UTF-8 to a program as lone surrogates.
-        yield _decode(position, os.fsencode(text))
+        yield decode(position, os.fsencode(text))
 
 
 def read_lines(stream: BinaryIO) -> Iterator[Entry]:
@@ -54,7 +54,7 @@ def read_lines(stream: BinaryIO) -> Iterator[Entry]:
         else:
             if position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            yield _decode(position, line.removesuffix(b"\n").removesuffix(b"\r"))
+            yield decode(position, line.removesuffix(b"\n").removesuffix(b"\r"))
         position += 1
 
 
@@ -162,7 +162,8 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _decode(position: int, raw: bytes) -> Entry:
+def decode(position: int, raw: bytes) -> Entry:
+    """Return an input of these bytes, marked if they are not UTF-8."""
     try:
         return Entry(position, raw.decode("utf-8"))
     except UnicodeDecodeError as error:
