@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
@@ -76,10 +77,40 @@ def answer_texts(
         hopeless = all(entry.error for entry in entries)
     progress = SessionProgress(sys.stderr, wanted=not quiet)
 
+    note = notes_of(progress, quiet)
+    label = "line" if not arguments else "text" if len(arguments) > 1 else None
+    with _Answers(style, label, progress.clear) as answers:
+        if hopeless:
+            answers.write(entries, ())
+            raise typer.Exit(answers.exit_code)
+        with open_with_notes(opening, progress, note) as session:
+            if not arguments and sys.stdin.isatty():
+                note("type one input a line; Ctrl-D ends")
+            _answer(work, session, entries, opening.batch_size, answers)
+            if stats:
+                from switchrun.output.tables import render_stats
+
+                progress.clear()
+                report_lines(render_stats(session.stats()))
+    raise typer.Exit(answers.exit_code)
+
+
+def notes_of(progress: SessionProgress, quiet: bool) -> Callable[[str], None]:
+    """Return what reports a line for a human, where the line of progress is."""
+
     def note(text: str) -> None:
         if not quiet:
             progress.clear()
             report(text)
+
+    return note
+
+
+@contextmanager
+def open_with_notes(
+    opening: OpenOptions, progress: SessionProgress, note: Callable[[str], None]
+) -> Iterator[Session]:
+    """Open the model, and report what is to know of it; asks before much is downloaded."""
 
     def show(step: Progress) -> None:
         if threading.current_thread() is threading.main_thread():  # not in a download
@@ -93,25 +124,12 @@ def answer_texts(
                 note(_hub_costs(plan.model_id, plan.hub))
 
     quieten_libraries()
-    label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    with _Answers(style, label, progress.clear) as answers:
-        if hopeless:
-            answers.write(entries, ())
-            raise typer.Exit(answers.exit_code)
-        ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
-        with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
-            progress.clear()
-            for sentence in (*session.checkpoint.repairs, *session.plan.notes):
-                note(f"note: {sentence}")
-            if not arguments and sys.stdin.isatty():
-                note("type one input a line; Ctrl-D ends")
-            _answer(work, session, entries, opening.batch_size, answers)
-            if stats:
-                from switchrun.output.tables import render_stats
-
-                progress.clear()
-                report_lines(render_stats(session.stats()))
-    raise typer.Exit(answers.exit_code)
+    ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
+    with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
+        progress.clear()
+        for sentence in (*session.checkpoint.repairs, *session.plan.notes):
+            note(f"note: {sentence}")
+        yield session
 
 
 def open_session(

@@ -38,10 +38,7 @@ def fill(
     hub: options.Hub = HubWay.AUTO,
     network_bandwidth: options.NetworkBandwidth = None,
     batch_size: options.BatchSize = 1,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
-    ] = _DEFAULTS.max_new_tokens,
+    max_new_tokens: options.MaxNewTokens = _DEFAULTS.max_new_tokens,
     num_beams: options.NumBeams = _DEFAULTS.num_beams,
     sample: options.Sample = False,
     temperature: options.Temperature = None,
@@ -56,10 +53,7 @@ def fill(
             help="text: the sentence filled in; raw: the model's own output; json, jsonl: a record of each input.",
         ),
     ] = FillFormat.TEXT,
-    blank: Annotated[
-        str | None,
-        typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
-    ] = None,
+    blank: options.Blank = None,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:

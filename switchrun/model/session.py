@@ -137,11 +137,17 @@ class Session:
         return self._tokenizer.encode(text, self._most_tokens)
 
     def fill(
-        self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
+        self,
+        texts: Sequence[str | Encoded],
+        options: GenerationOptions | None = None,
+        *,
+        first_id: int = 0,
+        on_results: Callable[[Sequence[FillResult]], None] | None = None,
     ) -> list[FillResult]:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
         Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on.
+        `on_results` is called with the results of each batch as soon as they are there.
 
         Raises:
             InputError: A text cannot be filled.
@@ -162,7 +168,10 @@ class Session:
             self._check_way(options)
             results: list[FillResult] = []
             for batch in self._batches(encoded):
-                results += self._fill_batch(batch, options, first_id + len(results))
+                answered = self._fill_batch(batch, options, first_id + len(results))
+                if on_results is not None:
+                    on_results(answered)
+                results += answered
             return results
 
     def stats(self) -> SessionStats:

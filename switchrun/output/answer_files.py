@@ -96,9 +96,12 @@ def _whole_file(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _lines(file: BinaryIO) -> Iterator[TextIO]:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    yield text
-    text.flush()
-    text.detach()
+    try:
+        yield text
+        text.flush()
+    finally:
+        with suppress(OSError):
+            text.detach()  # else it would close the file
 
 
 @contextmanager
