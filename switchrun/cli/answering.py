@@ -107,9 +107,7 @@ def notes_of(progress: SessionProgress, quiet: bool) -> Callable[[str], None]:
 
 
 @contextmanager
-def open_with_notes(
-    opening: OpenOptions, progress: SessionProgress, note: Callable[[str], None]
-) -> Iterator[Session]:
+def open_with_notes(opening: OpenOptions, progress: SessionProgress, note: Callable[[str], None]) -> Iterator[Session]:
     """Open the model, and report what is to know of it; asks before much is downloaded."""
 
     def show(step: Progress) -> None:

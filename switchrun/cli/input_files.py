@@ -85,7 +85,7 @@ class InputFile:
 def open_inputs(
     path: Path, input_format: InputFormat | None, field: str | None, on_bytes: Callable[[int, int], None]
 ) -> InputFile:
-    """Read a file once, to know its content and how many inputs it has; its ending says what it is if nothing else does.
+    """Read a file to know its content, and how many inputs it has; without a format its ending says what it is.
 
     Raises:
         UsageError: It cannot be opened, there is no such field, or a field is given for lines.

@@ -1,7 +1,7 @@
 """What `map` has answered so far, kept beside its output, so that a run that was killed can go on.
 
-The first line names what is answered, and how: the key. Each other line is the record of one input, in the order in
-which they were answered, as `fill --format jsonl` writes it, with a checksum behind it. Nothing in it is trusted: a line
+The first line names what is answered, and how: the key. Each other line is the record of one input, as `fill --format
+jsonl` writes it, with a checksum behind it; in the order in which they were answered. Nothing in it is trusted: a line
 that is torn or damaged counts as absent, so its input is answered again.
 """
 
@@ -262,5 +262,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     if record is None or type(number := record.get("id")) is not int or number < 0:
         return None
     error = record.get("error")
-    needed = (record.get("input"), *(map(error.get, ("message",)) if isinstance(error, dict) else (record.get("text"),)))
+    needed = (
+        record.get("input"),
+        *(map(error.get, ("message",)) if isinstance(error, dict) else (record.get("text"),)),
+    )
     return record if all(type(each) is str for each in needed) else None

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import switchrun.cli.answering
+from switchrun.checkpoint.locate import demo_folder
 from switchrun.errors import BudgetError, InputError
 from switchrun.model.records import (
     ExpertCounts,
@@ -42,17 +44,23 @@ UNUSED = "gpu:0 is not used: a layer with experts needs 1234 MiB there, 512 MiB 
 
 @dataclass(frozen=True)
 class FakeCheckpoint:
-    """What `fill` asks of a checkpoint."""
+    """What `fill` and `map` ask of a checkpoint."""
 
     repairs: tuple[str, ...] = (REPAIR,)
+    path: Path = field(default_factory=demo_folder)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = "f" * 64
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
 class FakePlan:
-    """What `fill` asks of a plan."""
+    """What `fill` and `map` ask of a plan."""
 
     notes: tuple[str, ...] = (UNUSED,)
     model_id: str = "google/switch-c-2048"
+    dtype: str = "bf16"
     hub: HubCost | None = None
 
 
@@ -95,14 +103,26 @@ class FakeSession:
             raise InputError("the text has 600 tokens, there is memory for 512", "shorten it")
         return Encoded(text, (5, 1), tuple(range(32099, 32099 - count, -1)))
 
-    def fill(self, encoded: Sequence[Encoded], options: GenerationOptions, *, first_id: int) -> list[FillResult]:
+    def fill(
+        self,
+        encoded: Sequence[Encoded],
+        options: GenerationOptions,
+        *,
+        first_id: int,
+        on_results: Callable[[Sequence[FillResult]], None] = lambda _: None,
+    ) -> list[FillResult]:
         """Answer each text, or fail as its words ask for."""
-        texts = [each.text for each in encoded]
-        self.batches.append(texts)
-        self.options.append(options)
-        self._tell(Progress("decode", 3, 64, 5_000_000))
-        time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
-        return [self._answer(text) for text in texts]
+        results: list[FillResult] = []
+        for start in range(0, len(encoded), self.opening.batch_size):
+            texts = [each.text for each in encoded[start : start + self.opening.batch_size]]
+            self.batches.append(texts)
+            self.options.append(options)
+            self._tell(Progress("decode", 3, 64, 5_000_000))
+            time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
+            answered = [replace(self._answer(text), id=first_id + start + at) for at, text in enumerate(texts)]
+            on_results(answered)
+            results += answered
+        return results
 
     def _tell(self, progress: Progress) -> None:
         if self.progress is not None:
