@@ -18,7 +18,7 @@ from switchrun.cli.streams import MAX_LINE_BYTES, Entry, decode, read_lines
 from switchrun.errors import InputError, UsageError, printable
 from switchrun.machine.files import open_regular
 from switchrun.output.answer_files import import_pyarrow
-from switchrun.units import MIB
+from switchrun.units import MIB, format_count
 
 DEFAULT_FIELD = "text"
 #: A row of a CSV file may have several long fields, but not go on for ever.
@@ -230,7 +230,7 @@ def _read_csv(file: BinaryIO, path: Path, field: str) -> Iterator[Entry]:
             if not row:
                 continue
             if len(row) <= column:
-                reason = f"the row has {len(row)} fields, and '{field}' is number {column + 1}"
+                reason = f"the row has {format_count(len(row), 'field')}, and '{field}' is number {column + 1}"
                 yield Entry(position, "", InputError(reason))
             else:
                 yield _bounded(decode(position, row[column].encode("utf-8", "surrogateescape")))
