@@ -20,7 +20,6 @@ import pytest
 from switchrun.cli import map as command
 from switchrun.cli.journal import Journal, open_journal
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
-from switchrun.model.records import FillResult
 from tests.cli.conftest import Invoke
 from tests.cli.fakes import FakeCheckpoint, FakeSession
 from tests.conftest import ROOT, validate
@@ -153,7 +152,7 @@ def test_blanks(invoke: Invoke, tmp_path: Path) -> None:
 def test_refusals(invoke: Invoke, source: Path, tmp_path: Path, args: list[str], message: str) -> None:
     (tmp_path / "link").symlink_to("in.txt")
     (tmp_path / "dangling").symlink_to("nothing")
-    (tmp_path / "linked.journal").symlink_to("in.txt")
+    (tmp_path / "linked.journal").symlink_to("old")
     (tmp_path / "old").write_text("old")
     (tmp_path / "strange.journal").write_text("dear diary")
     before = names(tmp_path)
@@ -171,7 +170,7 @@ def test_force_writes_over_a_file(invoke: Invoke, source: Path) -> None:
     assert Path("out").read_text() == ANSWERS
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Ends a run in the middle, as a kill would."""
 
 
@@ -186,7 +185,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
         def appending(self: Journal, records: Any) -> None:
             if batches and len(kept) == batches:
-                raise Stop
+                raise StopError
             kept.append(len(records))
             append(self, records)
 
@@ -209,7 +208,7 @@ def test_it_goes_on(invoke: Invoke, many: Path, tmp_path: Path, stop_after: Call
         assert done.code == 1
         texts += asked(done.sessions)[:-16]
         assert names(tmp_path) == {"whole", "whole.errors.jsonl", "out.journal"}
-    assert "switchrun: note: resuming: 226 of 2,500 inputs are answered\n" in done.stderr
+    assert "switchrun: note: resuming: 231 of 2,500 inputs are answered\n" in done.stderr
     stop_after(0)
     done = invoke(*args, "out", "--cpu-memory", "8GiB")
     assert done.code == 3
@@ -225,11 +224,7 @@ def test_draws_are_by_the_number_of_the_input(
 ) -> None:
     """A session numbers the texts it gets from the first on, and draws by the number."""
     seen: dict[str, int] = {}
-
-    def answer(self: FakeSession, text: str) -> FillResult:
-        return answer_it(self, text)
-
-    fill, answer_it = FakeSession.fill, FakeSession._answer
+    fill = FakeSession.fill
 
     def filling(self: FakeSession, encoded: Any, options: Any, *, first_id: int, on_results: Any) -> Any:
         for number, each in enumerate(encoded, start=first_id):
