@@ -167,7 +167,8 @@ def map_inputs(
         except Interrupted:
             run.progress.clear()
             if journal.key is not None and not quiet:
-                report(f"stopped: {run.so_far()}; the same command goes on from there")
+                again = "the same command without --restart" if restart else "the same command"
+                report(f"stopped: {run.so_far()}; {again} goes on from there")
             raise
         finally:
             run.progress.clear()

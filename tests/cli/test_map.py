@@ -170,6 +170,20 @@ def test_force_writes_over_a_file(invoke: Invoke, source: Path) -> None:
     assert Path("out").read_text() == ANSWERS
 
 
+def test_a_kill_when_all_is_done_but_for_the_journal(
+    invoke: Invoke, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "remove", lambda self: (_ for _ in ()).throw(StopError))
+        assert invoke("map", str(source), "-o", "out", "--force").code == 1
+    assert Path("out").read_text() == ANSWERS
+    done = invoke("map", str(source), "-o", "out")
+    assert (done.code, asked(done.sessions)) == (3, []), "the journal says that OUT may be written over"
+    assert Path("out").read_text() == ANSWERS
+    assert names(source.parent) == {"out", "out.errors.jsonl"}
+
+
 class StopError(Exception):
     """Ends a run in the middle, as a kill would."""
 
