@@ -18,7 +18,7 @@ from switchrun.units import MIB
 _COLUMNS = ("id", "input", "text")
 #: A Parquet file is written in groups of as many rows, or of as many characters.
 _GROUP_ROWS = 10_000
-_GROUP_CHARACTERS = 16 * MIB
+_GROUP_CHARACTERS = 4 * MIB
 
 Write = Callable[[Mapping[str, Any]], None]
 
