@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
@@ -41,6 +42,8 @@ _WINDOW_TEXTS = 512
 _WINDOW_CHARACTERS = 1024**2
 
 _Encoded = TypeVar("_Encoded")
+#: Called with the results of a batch as soon as they are there.
+OnResults = Callable[[Sequence["GenerateResult"]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,14 @@ class Work(Generic[_Encoded]):
     Attributes:
         check: Returns the text to go on with; needs no model.
         encode: Makes it ready for the model.
-        answer: Answers texts that were made ready, in their order; their ids are given.
+        answer: Answers texts that were made ready, in their order; their ids are given, and what to call with the
+            results of each batch.
         remark: Returns what a person should know of some answers, if anything; it is noted once.
     """
 
     check: Callable[[str], str]
     encode: Callable[[Session, str], _Encoded]
-    answer: Callable[[Session, Sequence[_Encoded], Sequence[int]], Sequence[GenerateResult]]
+    answer: Callable[[Session, Sequence[_Encoded], Sequence[int], OnResults], Sequence[GenerateResult]]
     remark: Callable[[Sequence[GenerateResult]], str | None] = lambda _results: None
 
 
@@ -81,10 +85,41 @@ def answer_texts(
         hopeless = all(entry.error for entry in entries)
     progress = SessionProgress(sys.stderr, wanted=not quiet)
 
+    note = notes_of(progress, quiet)
+    label = "line" if not arguments else "text" if len(arguments) > 1 else None
+    with _Answers(style, label, progress.clear) as answers:
+        if hopeless:
+            answers.write(entries, ())
+            raise typer.Exit(answers.exit_code)
+        with open_with_notes(opening, progress, note) as session:
+            if not arguments and sys.stdin.isatty():
+                note("type one input a line; Ctrl-D ends")
+            size = opening.batch_size
+            most = _WINDOW_TEXTS if size == "auto" else size
+            ready = lines.ready if size == "auto" and lines is not None else lambda: True
+            _answer(work, session, entries, most, ready, answers, note)
+            if stats:
+                from switchrun.output.tables import render_stats
+
+                progress.clear()
+                report_lines(render_stats(session.stats()))
+    raise typer.Exit(answers.exit_code)
+
+
+def notes_of(progress: SessionProgress, quiet: bool) -> Callable[[str], None]:
+    """Return what reports a line for a human, where the line of progress is."""
+
     def note(text: str) -> None:
         if not quiet:
             progress.clear()
             report(text)
+
+    return note
+
+
+@contextmanager
+def open_with_notes(opening: OpenOptions, progress: SessionProgress, note: Callable[[str], None]) -> Iterator[Session]:
+    """Open the model, and report what is to know of it; asks before much is downloaded."""
 
     def show(step: Progress) -> None:
         if threading.current_thread() is threading.main_thread():  # not in a download
@@ -98,28 +133,12 @@ def answer_texts(
                 note(_hub_costs(plan.model_id, plan.hub))
 
     quieten_libraries()
-    label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    with _Answers(style, label, progress.clear) as answers:
-        if hopeless:
-            answers.write(entries, ())
-            raise typer.Exit(answers.exit_code)
-        ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
-        with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
-            progress.clear()
-            for sentence in (*session.checkpoint.repairs, *session.plan.notes):
-                note(f"note: {sentence}")
-            if not arguments and sys.stdin.isatty():
-                note("type one input a line; Ctrl-D ends")
-            size = opening.batch_size
-            most = _WINDOW_TEXTS if size == "auto" else size
-            ready = lines.ready if size == "auto" and lines is not None else lambda: True
-            _answer(work, session, entries, most, ready, answers, note)
-            if stats:
-                from switchrun.output.tables import render_stats
-
-                progress.clear()
-                report_lines(render_stats(session.stats()))
-    raise typer.Exit(answers.exit_code)
+    ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
+    with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
+        progress.clear()
+        for sentence in (*session.checkpoint.repairs, *session.plan.notes):
+            note(f"note: {sentence}")
+        yield session
 
 
 def open_session(
@@ -173,7 +192,7 @@ def _answer(
     def answer() -> None:
         nonlocal remark
         ids = [entry.id for entry in waiting if entry.error is None]
-        results = work.answer(session, texts, ids) if texts else ()
+        results = work.answer(session, texts, ids, lambda _results: None) if texts else ()
         answers.write(waiting, results)
         if results and remark is None and (remark := work.remark(results)):
             note(f"note: {remark}")

@@ -15,6 +15,7 @@ from switchrun.cli.doctor import doctor
 from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
 from switchrun.cli.generate import generate
+from switchrun.cli.map import map_inputs
 from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
@@ -30,6 +31,7 @@ EXIT_BROKEN_PIPE = 141
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(fill)
 app.command()(generate)
+app.command("map")(map_inputs)
 app.command()(plan)
 app.command()(bench)
 app.command("eval")(evaluate)

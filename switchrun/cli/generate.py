@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from switchrun.dtypes import DtypeChoice
 from switchrun.model.records import GenerateResult, GenerationOptions
 from switchrun.model.sentinels import has_sentinel
 from switchrun.output.sinks import FillFormat
+
+if TYPE_CHECKING:
+    from switchrun.model.tokenizer import EncodedText
 
 _OWN = "as the model says"
 _SAMPLING = "Only with --sample."
@@ -117,14 +120,24 @@ def generate(
     drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     asked = drawing | {"max_new_tokens": max_new_tokens, "num_beams": num_beams}
     given = {name: value for name, value in asked.items() if value is not None}
-    GenerationOptions(**given)  # refuses what makes no sense before the model is opened
-    work = Work(
+    answer_texts(generate_work(given, prefix), texts, opening, style=style, stats=stats, quiet=quiet)
+
+
+def generate_work(given: Mapping[str, Any], prefix: str) -> Work[EncodedText]:
+    """Return how texts are answered; `given` are fields of `GenerationOptions`, the rest is as the model says.
+
+    Raises:
+        UsageError: What is given makes no sense.
+    """
+    GenerationOptions(**given)
+    return Work(
         check=lambda text: text,
         encode=lambda session, text: session.encode_text(text, prefix),
-        answer=lambda session, encoded, ids: session.generate(encoded, session.own_options(**given), ids=ids),
+        answer=lambda session, encoded, ids, on_results: session.generate(
+            encoded, session.own_options(**given), ids=ids, on_results=on_results
+        ),
         remark=_remark,
     )
-    answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet)
 
 
 def _remark(results: Sequence[GenerateResult]) -> str | None:

@@ -128,6 +128,10 @@ BatchSize = Annotated[
         help="Inputs filled together; an expert they share is read once. auto: what has come, as many as fit.",
     ),
 ]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
+]
 NumBeams = Annotated[
     int,
     typer.Option(envvar="SWITCHRUN_NUM_BEAMS", min=1, help="Beams of the search; 1 is greedy."),
@@ -160,6 +164,10 @@ Seed = Annotated[
     typer.Option(
         min=0, max=2**63 - 1, show_default=str(_DEFAULTS.seed), help=f"The same seed draws the same. {_SAMPLING}"
     ),
+]
+Blank = Annotated[
+    str | None,
+    typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
 ]
 Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on stderr at the end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]

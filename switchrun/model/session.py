@@ -146,12 +146,13 @@ class Session:
         *,
         first_id: int = 0,
         ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[FillResult]], None] | None = None,
     ) -> list[FillResult]:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
         Give all texts that there are: they are filled in batches of like length, as large as the session's batch size.
         Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on, or
-        `ids`.
+        `ids`. `on_results` is called with the results of each batch as soon as they are there.
 
         Raises:
             InputError: A text cannot be filled.
@@ -160,7 +161,7 @@ class Session:
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
         options = GenerationOptions() if options is None else options
-        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id, ids)
+        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id, ids, on_results)
 
     def own_options(self, **changes: Any) -> GenerationOptions:
         """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
@@ -192,6 +193,7 @@ class Session:
         prefix: str = "",
         first_id: int = 0,
         ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[GenerateResult]], None] | None = None,
     ) -> list[GenerateResult]:
         """Answer texts with a model that was fine-tuned to: with summaries, or translations.
 
@@ -203,7 +205,7 @@ class Session:
         """
         options = self.own_options() if options is None else options
         encode = partial(self.encode_text, prefix=prefix)
-        return self._answer(texts, EncodedText, encode, options, self._generated, first_id, ids)
+        return self._answer(texts, EncodedText, encode, options, self._generated, first_id, ids, on_results)
 
     def _answer(
         self,
@@ -214,6 +216,7 @@ class Session:
         result: Callable[..., _Result],
         first_id: int,
         ids: Sequence[int] | None,
+        on_results: Callable[[Sequence[_Result]], None] | None,
     ) -> list[_Result]:
         """Answer texts, or what `encode` made of them, a `kind`; `result` makes one of what came out."""
         if not isinstance(options, GenerationOptions):
@@ -235,6 +238,8 @@ class Session:
                     [encoded[at] for at in batch], options, result, [numbers[at] for at in batch]
                 )
                 results |= zip(batch, answers, strict=True)
+                if on_results is not None:
+                    on_results(answers)
             return [results[at] for at in range(len(encoded))]
 
     def stats(self) -> SessionStats:

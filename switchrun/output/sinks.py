@@ -35,9 +35,9 @@ class FillFormat(StrEnum):
 def format_result(result: GenerateResult, style: FillFormat) -> str:
     """Write an answer as whole lines; one line, except in `json`."""
     if style is FillFormat.TEXT:
-        return _one_line(result.text)
+        return one_line(result.text)
     if style is FillFormat.RAW:
-        return _one_line(result.raw)
+        return one_line(result.raw)
     return format_record(result.as_record(), indent=style is FillFormat.JSON)
 
 
@@ -108,5 +108,6 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
     }
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Write a text as one line, without codes that a terminal would obey."""
     return escape(_LINE_BREAK.sub(" ", text)) + "\n"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import switchrun.cli.answering
+from switchrun.checkpoint.locate import demo_folder
 from switchrun.errors import BudgetError, InputError
 from switchrun.model.records import (
     ExpertCounts,
@@ -43,17 +45,23 @@ UNUSED = "gpu:0 is not used: a layer with experts needs 1234 MiB there, 512 MiB 
 
 @dataclass(frozen=True)
 class FakeCheckpoint:
-    """What `fill` asks of a checkpoint."""
+    """What `fill` and `map` ask of a checkpoint."""
 
     repairs: tuple[str, ...] = (REPAIR,)
+    path: Path = field(default_factory=demo_folder)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str = "f" * 64
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
 class FakePlan:
-    """What `fill` asks of a plan."""
+    """What `fill` and `map` ask of a plan."""
 
     notes: tuple[str, ...] = (UNUSED,)
     model_id: str = "google/switch-c-2048"
+    dtype: str = "bf16"
     hub: HubCost | None = None
 
 
@@ -97,15 +105,29 @@ class FakeSession:
             raise InputError("the text has 600 tokens, there is memory for 512", "shorten it")
         return Encoded(text, (5, 1), tuple(range(32099, 32099 - count, -1)))
 
-    def fill(self, encoded: Sequence[Encoded], options: GenerationOptions, *, ids: Sequence[int]) -> list[FillResult]:
+    def fill(
+        self,
+        encoded: Sequence[Encoded],
+        options: GenerationOptions,
+        *,
+        ids: Sequence[int],
+        on_results: Callable[[Sequence[FillResult]], None] = lambda _: None,
+    ) -> list[FillResult]:
         """Answer each text, or fail as its words ask for."""
-        texts = [each.text for each in encoded]
-        self.batches.append(texts)
-        self.ids += ids
-        self.options.append(options)
-        self._tell(Progress("decode", 3, 64, 5_000_000))
-        time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
-        return [self._answer(text, number) for text, number in zip(texts, ids, strict=True)]
+        size = self.opening.batch_size
+        size = max(1, len(encoded)) if size == "auto" else size
+        results: list[FillResult] = []
+        for start in range(0, len(encoded), size):
+            texts, numbers = [each.text for each in encoded[start : start + size]], ids[start : start + size]
+            self.batches.append(texts)
+            self.ids += numbers
+            self.options.append(options)
+            self._tell(Progress("decode", 3, 64, 5_000_000))
+            time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
+            answered = [self._answer(text, number) for text, number in zip(texts, numbers, strict=True)]
+            on_results(answered)
+            results += answered
+        return results
 
     def encode_text(self, text: str, prefix: str) -> EncodedText:
         """Refuse what the real session would refuse."""
@@ -118,17 +140,24 @@ class FakeSession:
         return GenerationOptions(**{"num_beams": 4} | changes)
 
     def generate(
-        self, encoded: Sequence[EncodedText], options: GenerationOptions, *, first_id: int
+        self,
+        encoded: Sequence[EncodedText],
+        options: GenerationOptions,
+        *,
+        ids: Sequence[int],
+        on_results: Callable[[Sequence[GenerateResult]], None] = lambda _: None,
     ) -> list[GenerateResult]:
         """Answer each text by itself."""
         texts = [each.text for each in encoded]
         self.batches.append(texts)
         self.options.append(options)
-        return [self._generated(text) for text in texts]
+        results = [self._generated(text, number) for text, number in zip(texts, ids, strict=True)]
+        on_results(results)
+        return results
 
-    def _generated(self, text: str) -> GenerateResult:
+    def _generated(self, text: str, number: int) -> GenerateResult:
         return GenerateResult(
-            id=0,
+            id=number,
             input=text,
             text=text.replace("<extra_id_0>", ""),
             raw=f"<pad> {text}</s>",
