@@ -123,7 +123,7 @@ def test_inputs_have_a_rate_and_an_end(clock: list[float], monkeypatch: pytest.M
         "open: 954 MiB of 1.86 GiB",
         "1,000 of 5,000 inputs (20 %); encode: 1 of 15 layers, 0 B read",
         "1,040 of 5,000 inputs (20 %), 4.0 inputs/s, 16 min 30 s left; decode: 1 of 64 tokens, 0 B read",
-        "1,050 of 5,000 inputs (21 %), 2.00 s an input, 2 h 12 min left; decode: 2 of 64 tokens, 0 B read",
+        "1,050 of 5,000 inputs (21 %), 2.00 s an input, 2 h 11 min left; decode: 2 of 64 tokens, 0 B read",
     ]
     assert line.describe() == "5,000 of 5,000 inputs (100 %), 40.0 inputs/s"
 
