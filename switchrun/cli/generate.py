@@ -10,7 +10,9 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import Work, answer_texts
+from switchrun.cli.streams import read_arguments
 from switchrun.dtypes import DtypeChoice
+from switchrun.errors import UsageError
 from switchrun.model.records import GenerateResult, GenerationOptions
 from switchrun.model.sentinels import has_sentinel
 from switchrun.output.sinks import FillFormat
@@ -102,6 +104,9 @@ def generate(
     """Answer each TEXT with a fine-tuned model: with a summary, a translation. No sentinels are needed."""
     from switchrun.planning.options import OpenOptions
 
+    unreadable = next(read_arguments([prefix])).error
+    if unreadable is not None:
+        raise UsageError(f"prefix: {unreadable.message}", unreadable.hint, "prefix")
     opening = OpenOptions(
         model=model,
         dtype=dtype.value,

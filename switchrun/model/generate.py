@@ -150,7 +150,7 @@ def _gpus_of(model: Any) -> list[int]:
 
 def _settings(options: GenerationOptions) -> dict[str, Any]:
     """Return the options as transformers' `generate` takes them."""
-    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    sampling = {"temperature": float(options.temperature), "top_p": options.top_p, "top_k": options.top_k}
     return {
         "max_new_tokens": options.max_new_tokens,
         "num_beams": options.num_beams,

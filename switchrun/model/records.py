@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,12 +56,12 @@ class GenerationOptions:
             if type(value) is not int or not least <= value < most:
                 raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {most - 1}", option=name)
         for name, highest, hint in (
-            ("temperature", math.inf, "1 leaves the probabilities as they are"),
+            ("temperature", sys.float_info.max, "1 leaves the probabilities as they are"),
             ("top_p", 1.0, "1 draws from all tokens"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value <= highest or value == math.inf:
-                limit = "above 0" if highest == math.inf else f"above 0 and at most {highest:g}"
+            if not isinstance(value, int | float) or not 0 < value <= highest:
+                limit = f"above 0 and at most {highest:g}" if highest == 1 else "above 0"
                 raise UsageError(f"{name} must be {limit}, not {value}", hint, option=name)
 
 

@@ -119,7 +119,8 @@ def plan_model(
             own = [name for name in asked if asked[name] is None and resolved[name] > least[name]]
             if not own:
                 raise
-            wishes = " and ".join(f"{name} {resolved[name]}" for name in own)
+            things = {"num_beams": "beams", "max_new_tokens": "new tokens"}
+            wishes = " and ".join(f"{resolved[name]} {things[name]}" for name in own)
             flags = " or ".join(f"--{name.replace('_', '-')}" for name in own)
             raise BudgetError(
                 f"{error.message}; {generation_file(checkpoint.path)} asks for {wishes}",

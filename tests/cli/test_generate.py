@@ -69,6 +69,7 @@ def test_options_reach_the_session(invoke: Invoke, monkeypatch: pytest.MonkeyPat
         (["--num-beams", "0"], "'--num-beams'"),
         (["--max-new-tokens", "9" * 400], "--max-new-tokens: 9999"),
         (["--blank", "___"], "--blank"),
+        (["--prefix", "a \udcff"], "--prefix: not UTF-8: byte 0xff at offset 2"),
     ],
 )
 def test_usage_errors_are_one_line(invoke: Invoke, args: list[str], message: str) -> None:

@@ -153,6 +153,11 @@ def test_without_sampling_in_the_file_it_is_transformers_sampling(copy: Path) ->
         assert session.own_options() == GenerationOptions()
 
 
+def test_a_whole_number_as_temperature(copy: Path) -> None:
+    folder = with_generation(copy, max_new_tokens=7, do_sample=True, temperature=3)
+    assert ours(folder) == oracle.own_answers(folder, TEXTS, seed=0, temperature=3.0)
+
+
 def test_fill_does_not_look(copy: Path) -> None:
     folder = with_generation(copy, max_length="x", num_beams=10**9, do_sample=7, top_k=-3)
     with Session.open(folder) as session:
@@ -269,6 +274,7 @@ def test_a_silly_way_to_draw_is_one_clear_line(fp32: Path) -> None:
         ("temperature", 0.0),
         ("temperature", "hot"),
         ("temperature", float("nan")),
+        ("temperature", 10**400),
         ("top_p", -1),
         ("top_p", [1]),
         ("top_k", -1),
