@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +14,12 @@ from transformers import (
     EncoderDecoderCache,
     StoppingCriteria,
     StoppingCriteriaList,
-    SwitchTransformersForConditionalGeneration,
 )
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
 
 from switchrun.experts.module import RoutingContext
+from switchrun.model.live_rows import CACHE_ARGUMENT, LiveRows
 from switchrun.model.records import GenerationOptions
-
-#: transformers 5.24 renamed it, and warns of the old name.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(SwitchTransformersForConditionalGeneration.forward).parameters
-    else "past_key_values"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +38,23 @@ class RawOutput:
 
 
 class _Watch(StoppingCriteria):
-    """Sees every step: notes its time, where rows end, and marks finished ones so that they load no experts.
+    """Sees every step: notes its time, where rows end, and which go on, in `rows`; beams have none.
 
-    Stops where `stop` does, if that is given; transformers itself sees to `eos`. Beams have no rows to mark.
+    Stops where `stop` does, if that is given; transformers itself sees to `eos`.
     """
 
     def __init__(
         self,
-        context: RoutingContext,
+        rows: LiveRows | None,
         eos: torch.Tensor,
-        mark: bool,
         on_token: Callable[[int], None],
         stop: StoppingCriteria | None,
     ) -> None:
         self.times: list[float] = []
         #: The length with which a row was stopped.
         self.ends: dict[int, int] = {}
-        self._context = context
+        self._rows = rows
         self._eos = eos
-        self._mark = mark
         self._on_token = on_token
         self._stop = stop
 
@@ -72,12 +63,12 @@ class _Watch(StoppingCriteria):
         stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         if self._stop is not None:
             stopped = stopped | self._stop(input_ids, scores)
-        if self._mark:
+        if self._rows is not None:
             for row in stopped.nonzero().flatten().tolist():
                 self.ends.setdefault(row, input_ids.shape[1])
             # The start token is left out: it may be the padding or even the end token.
             ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1).tolist()
-            self._context.live = [[not end and row not in self.ends] for row, end in enumerate(ended)]
+            self._rows.live = [not end and row not in self.ends for row, end in enumerate(ended)]
         self._on_token(len(self.times))
         return stopped
 
@@ -123,17 +114,19 @@ def generate_batch(
                 if options.sample:
                     torch.manual_seed(seeds[group.start])
                 context.live = None
-                watch = _Watch(context, eos, mark=options.num_beams == 1, on_token=on_token, stop=stop)
+                live = LiveRows(len(input_ids[group]), context) if options.num_beams == 1 else None
+                watch = _Watch(live, eos, on_token=on_token, stop=stop)
                 place = group, slice(0, width)
-                sequences = model.generate(
-                    input_ids[place],
-                    attention_mask=attention_mask[place],
-                    encoder_outputs=EncoderOutput(last_hidden_state=encoded[place]),
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                    # Without a configuration a cache grows as needed; transformers' has as many layers as the encoder.
-                    **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
-                    **settings,
-                )
+                with live.attached(model) if live is not None else nullcontext():
+                    sequences = model.generate(
+                        input_ids[place],
+                        attention_mask=attention_mask[place],
+                        encoder_outputs=EncoderOutput(last_hidden_state=encoded[place]),
+                        stopping_criteria=StoppingCriteriaList([watch]),
+                        # It grows as needed; transformers' own has as many layers as the encoder.
+                        **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
+                        **settings,
+                    )
                 if options.num_beams > 1 and stop is not None and stop(sequences, None).all():
                     watch.ends[0] = sequences.shape[1]
                 for row, ids in enumerate(sequences.tolist()):
