@@ -236,15 +236,15 @@ def test_it_goes_on(invoke: Invoke, many: Path, tmp_path: Path, stop_after: Call
 def test_draws_are_by_the_number_of_the_input(
     invoke: Invoke, many: Path, monkeypatch: pytest.MonkeyPatch, stop_after: Callable[[int], None]
 ) -> None:
-    """A session numbers the texts it gets from the first on, and draws by the number."""
+    """A session draws by the ids that it is given."""
     seen: dict[str, int] = {}
     fill = FakeSession.fill
 
-    def filling(self: FakeSession, encoded: Any, options: Any, *, first_id: int, on_results: Any) -> Any:
-        for number, each in enumerate(encoded, start=first_id):
+    def filling(self: FakeSession, encoded: Any, options: Any, *, ids: Any, on_results: Any) -> Any:
+        for number, each in zip(ids, encoded, strict=True):
             assert each.text == f"{number} <extra_id_0>"
             seen[each.text] = number
-        return fill(self, encoded, options, first_id=first_id, on_results=on_results)
+        return fill(self, encoded, options, ids=ids, on_results=on_results)
 
     monkeypatch.setattr(FakeSession, "fill", filling)
     stop_after(3)
@@ -252,6 +252,33 @@ def test_draws_are_by_the_number_of_the_input(
     stop_after(0)
     assert invoke("map", str(many), "-o", "out", "--sample").code == 3
     assert len(seen) == sum("<" in line for line in many.read_text().splitlines())
+
+
+def test_texts_are_answered_with_a_prefix(invoke: Invoke, tmp_path: Path) -> None:
+    """`--task generate`: no sentinels are needed, and the model's own settings decide."""
+    (tmp_path / "in").write_text("one\n\ntwo <extra_id_0>\n")
+    done = invoke(
+        "map", "in", "-o", "out.jsonl", "--task", "generate", "--prefix", "say: ", "--temperature", "0.5", "--sample"
+    )
+    assert done.code == 0, done.stderr
+    records = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [(each["id"], each["text"]) for each in records] == [(0, "say: one"), (1, "say: "), (2, "say: two ")]
+    assert "spans" not in records[0]
+    (options,) = done.sessions[0].options
+    assert (options.num_beams, options.sample, options.temperature) == (4, True, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--prefix", "x"], "--prefix does nothing without --task generate"),
+        (["--task", "generate", "--blank", "___"], "--blank does nothing with --task generate"),
+    ],
+)
+def test_options_of_the_other_task(invoke: Invoke, source: Path, args: list[str], message: str) -> None:
+    done = invoke("map", str(source), "-o", "out", *args)
+    assert (done.code, done.sessions) == (2, [])
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize(
