@@ -22,8 +22,16 @@ def run_python(code: str) -> object:
 
 
 def test_exactly_these_names_are_public() -> None:
-    names = ["FillResult", "Filling", "GenerationOptions", "ScoreResult", "Session", "__version__", "plan"]
-    assert switchrun.__all__ == names
+    assert switchrun.__all__ == [
+        "FillResult",
+        "Filling",
+        "GenerateResult",
+        "GenerationOptions",
+        "ScoreResult",
+        "Session",
+        "__version__",
+        "plan",
+    ]
 
 
 @pytest.mark.parametrize("name", switchrun.__all__)

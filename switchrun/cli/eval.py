@@ -13,7 +13,7 @@ from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
 from switchrun.cli.downloads import open_for_processes
-from switchrun.cli.streams import Entry, read_lines, report, stdin_lines, write_answer
+from switchrun.cli.streams import Entry, LineReader, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.output.measurement_tables import EvalFormat, format_evaluation
 
@@ -135,7 +135,7 @@ def _entries(text: str) -> Iterable[Entry]:
         return
     try:
         with Path(text).open("rb") as file:
-            yield from read_lines(file)
+            yield from LineReader(file)
     except OSError as error:
         raise UsageError(f"--text: '{text}' cannot be read: {error.strerror}", "give a file, or - for stdin") from error
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -12,6 +14,7 @@ from switchrun.checkpoint.types import HubWay
 from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 from switchrun.model.records import GenerationOptions
+from switchrun.planning.plan import BatchSize as AnyBatchSize
 
 
 def named(option: str) -> Callable[[str], str]:
@@ -117,10 +120,17 @@ Tokenizer = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int,
+    str | None,
     typer.Option(
-        envvar="SWITCHRUN_BATCH_SIZE", min=1, help="Inputs filled together; an expert they share is read once."
+        envvar="SWITCHRUN_BATCH_SIZE",
+        metavar="auto|N",
+        show_default="auto; 1 for one TEXT and at a terminal",
+        help="Inputs filled together; an expert they share is read once. auto: what has come, as many as fit.",
     ),
+]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
 ]
 NumBeams = Annotated[
     int,
@@ -170,7 +180,30 @@ Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
 
 
-def drawing(sample: bool, **values: float | None) -> dict[str, Any]:
+def batch_size(given: str) -> AnyBatchSize:
+    """Return a batch size: `auto` or a number."""
+    if given == "auto":
+        return "auto"
+    with suppress(ValueError):  # no number, or one of thousands of digits
+        if int(given) > 0:
+            return int(given)
+    raise UsageError(f"--batch-size: '{given}' is neither auto nor a whole number above 0")
+
+
+def batch_size_for(given: str | None, texts: Sequence[str] | None) -> AnyBatchSize:
+    """Return the batch size for TEXT arguments, or if there is none for the lines of stdin.
+
+    Without more texts to come nothing is reserved for them, and a person who types wants an answer to each line.
+    """
+    lines = not texts or texts == ["-"]
+    typed = lines and sys.stdin is not None and sys.stdin.isatty()
+    single = texts is not None and len(texts) == 1 and not lines
+    if given in (None, "auto"):
+        return 1 if single or (typed and given is None) else "auto"
+    return batch_size(str(given))
+
+
+def drawing(sample: bool | None, **values: float | None) -> dict[str, Any]:
     """Return the options of drawing that are given; without `--sample` there may be none."""
     given = {name: value for name, value in values.items() if value is not None}
     if given and not sample:

@@ -38,7 +38,7 @@ def score(
     tokenizer: options.Tokenizer = None,
     hub: options.Hub = HubWay.AUTO,
     network_bandwidth: options.NetworkBandwidth = None,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     style: Annotated[
         ScoreFormat,
         typer.Option(
@@ -65,7 +65,7 @@ def score(
         tokenizer=tokenizer,
         hub=hub.value,
         network_bandwidth=network_bandwidth,
-        batch_size=batch_size,
+        batch_size=options.batch_size_for(batch_size, fillings),
     )
     if blank is not None:
         replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
@@ -77,7 +77,7 @@ def score(
     work = Work(
         check=check,
         encode=lambda session, filling: session.encode_filling(filling),
-        answer=lambda session, encoded, first_id: session.score(encoded, first_id=first_id),
+        answer=lambda session, encoded, ids, on_results: session.score(encoded, ids=ids, on_results=on_results),
     )
     answer_texts(work, fillings, opening, style=FillFormat(style), stats=stats, quiet=quiet)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, BinaryIO, NoReturn
+from io import BufferedIOBase
+from select import select
+from typing import Any, NoReturn
 
 from switchrun.cli.signals import SIGNALS
 from switchrun.errors import InputError, SwitchrunError, UsageError, printable
@@ -16,6 +19,9 @@ from switchrun.units import MIB
 
 #: A longer line is refused instead of read: a file without line breaks must not break the promise on memory.
 MAX_LINE_BYTES = MIB
+#: Read at once, if there is as much: what a pipe holds. No less than the stream's own buffer, or `select` would not see
+#: what waits there.
+_CHUNK_BYTES = 64 * 1024
 
 _NOT_UTF8_HINT = "convert it, for example with: iconv -f LATIN1 -t UTF-8"
 
@@ -38,33 +44,73 @@ def read_arguments(texts: Iterable[str]) -> Iterator[Entry]:
     """Yield each TEXT argument."""
     for position, text in enumerate(texts):
         # Python hands bytes that are not UTF-8 to a program as lone surrogates.
-        yield _decode(position, os.fsencode(text))
+        yield decode(position, os.fsencode(text))
 
 
-def read_lines(stream: BinaryIO) -> Iterator[Entry]:
-    r"""Yield each line of a stream as soon as it is there; blocks while it waits for the next.
+class LineReader:
+    r"""The lines of a stream as entries, each as soon as it is there; to iterate over them waits for the next one.
 
     A line ends with `\n` or `\r\n`; the last one may have no end. A byte order mark at the start is dropped.
     """
-    position = 0
-    while line := stream.readline(MAX_LINE_BYTES):
-        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
-            while (rest := stream.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-                pass
+
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream = stream
+        self._entries: deque[Entry] = deque()
+        self._position = 0
+        self._begun = bytearray()
+        self._too_long = self._ended = False
+
+    def __iter__(self) -> LineReader:
+        return self
+
+    def __next__(self) -> Entry:
+        while not self._entries:
+            if self._ended:
+                raise StopIteration
+            self._read()
+        return self._entries.popleft()
+
+    def ready(self) -> bool:
+        """Whether the next line is there, or the end; reads what is there, and waits for nothing."""
+        while not (self._entries or self._ended or self._too_long) and select([self._stream], [], [], 0)[0]:
+            self._read()
+        return self._ended or bool(self._entries)
+
+    def _read(self) -> None:
+        chunk = self._stream.read1(_CHUNK_BYTES)
+        for number, part in enumerate(chunk.split(b"\n")):
+            if number:
+                self._end_line()
+            if not self._too_long:
+                self._begun += part
+            if len(self._begun) >= MAX_LINE_BYTES:
+                self._too_long = True
+                self._begun.clear()
+        if not chunk:
+            self._ended = True
+            if self._begun or self._too_long:
+                self._end_line()
+
+    def _end_line(self) -> None:
+        if self._too_long:
             error = InputError(f"the line is longer than {MAX_LINE_BYTES // MIB} MiB", "put one input on each line")
-            yield Entry(position, "", error)
+            entry = Entry(self._position, "", error)
         else:
-            if position == 0:
+            line = bytes(self._begun)
+            if self._position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            yield _decode(position, line.removesuffix(b"\n").removesuffix(b"\r"))
-        position += 1
+            entry = decode(self._position, line.removesuffix(b"\r"))
+        self._entries.append(entry)
+        self._position += 1
+        self._begun.clear()
+        self._too_long = False
 
 
-def stdin_lines() -> Iterator[Entry]:
-    """Yield each line of stdin; a `UsageError` if it is closed."""
+def stdin_lines() -> LineReader:
+    """Return the lines of stdin; a `UsageError` if it is closed."""
     if sys.stdin is None:
         raise UsageError("there is no TEXT, and stdin is closed", "give TEXT, or pipe lines in")
-    return read_lines(sys.stdin.buffer)
+    return LineReader(sys.stdin.buffer)  # type: ignore[arg-type] # a BufferedReader
 
 
 def prepare_output() -> None:
@@ -164,7 +210,8 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _decode(position: int, raw: bytes) -> Entry:
+def decode(position: int, raw: bytes) -> Entry:
+    """Return an input of these bytes, marked if they are not UTF-8."""
     try:
         return Entry(position, raw.decode("utf-8"))
     except UnicodeDecodeError as error:

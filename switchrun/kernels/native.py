@@ -134,11 +134,15 @@ def linear_qmoe(
     x = x.float().contiguous()
     lanes = library.qmoe_lanes()
     stride = 1 if tokens == 1 else -(-tokens // lanes) * lanes
-    given = torch.empty(columns, stride)
+    given, y = torch.empty(columns, stride), torch.empty(tokens, rows)
     # In C, as torch's threads would go on waiting for work on the cores that ours need.
     if not library.qmoe_beside(x.data_ptr(), tokens, columns, stride, given.data_ptr()):
-        return torch.nn.functional.linear(x, unpack_qmoe(codes, offsets, extremes, columns, 0, rows).float())
-    y = torch.empty(tokens, rows)
+        step = max(1, _SHARE // max(1, columns))  # of 1.5 MiB: as a whole, a matrix may take 77
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            weight = unpack_qmoe(codes, offsets, extremes, columns, begin, end).float()
+            y[:, begin:end] = torch.nn.functional.linear(x, weight)
+        return y
     held = (given, y, table, codes, offsets, extremes)
     at = [tensor.data_ptr() for tensor in held]
 

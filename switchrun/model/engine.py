@@ -136,7 +136,7 @@ class Engine:
         rows: Sequence[Sequence[int]],
         options: GenerationOptions,
         *,
-        seed: int,
+        seeds: Sequence[int],
         stop: StoppingCriteria | None = None,
         closings: Sequence[int | None] = (),
         on_layer: Callable[[int, int], None],
@@ -146,7 +146,7 @@ class Engine:
 
         `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
         with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each row's own of
-        the `closings` its alternatives.
+        the `closings` its alternatives. Each row draws with its own of the `seeds`.
         """
 
         def generate(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawOutput]:
@@ -157,7 +157,7 @@ class Engine:
                 mask,
                 options,
                 on_token,
-                seed=seed,
+                seeds=seeds,
                 stop=stop,
                 closings=closings,
             )

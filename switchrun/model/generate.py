@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -15,21 +14,14 @@ from transformers import (
     EncoderDecoderCache,
     StoppingCriteria,
     StoppingCriteriaList,
-    SwitchTransformersForConditionalGeneration,
 )
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
 
 from switchrun.experts.module import RoutingContext
+from switchrun.model.live_rows import CACHE_ARGUMENT, LiveRows
 from switchrun.model.records import GenerationOptions, LayerRouting
 from switchrun.model.routing import RouterRecorder
 from switchrun.model.scoring import score_targets
-
-#: transformers 5.24 renamed it, and warns of the old name.
-CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(SwitchTransformersForConditionalGeneration.forward).parameters
-    else "past_key_values"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +47,23 @@ class RawOutput:
 
 
 class _Watch(StoppingCriteria):
-    """Sees every step: notes its time, where rows end, and marks finished ones so that they load no experts.
+    """Sees every step: notes its time, where rows end, and which go on, in `rows`; beams have none.
 
-    Stops where `stop` does, if that is given; transformers itself sees to `eos`. Beams have no rows to mark.
+    Stops where `stop` does, if that is given; transformers itself sees to `eos`.
     """
 
     def __init__(
         self,
-        context: RoutingContext,
+        rows: LiveRows | None,
         eos: torch.Tensor,
-        mark: bool,
         on_token: Callable[[int], None],
         stop: StoppingCriteria | None,
     ) -> None:
         self.times: list[float] = []
         #: The length with which a row was stopped.
         self.ends: dict[int, int] = {}
-        self._context = context
+        self._rows = rows
         self._eos = eos
-        self._mark = mark
         self._on_token = on_token
         self._stop = stop
 
@@ -82,12 +72,12 @@ class _Watch(StoppingCriteria):
         stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         if self._stop is not None:
             stopped = stopped | self._stop(input_ids, scores)
-        if self._mark:
+        if self._rows is not None:
             for row in stopped.nonzero().flatten().tolist():
                 self.ends.setdefault(row, input_ids.shape[1])
             # The start token is left out: it may be the padding or even the end token.
             ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1).tolist()
-            self._context.live = [[not end and row not in self.ends] for row, end in enumerate(ended)]
+            self._rows.live = [not end and row not in self.ends for row, end in enumerate(ended)]
         self._on_token(len(self.times))
         return stopped
 
@@ -102,15 +92,16 @@ def generate_batch(
     on_token: Callable[[int], None],
     *,
     min_new_tokens: int = 0,
-    seed: int = 0,
+    seeds: Sequence[int] = (),
     stop: StoppingCriteria | None = None,
     closings: Sequence[int | None] = (),
 ) -> list[RawOutput]:
     """Generate for one batch.
 
-    Beam search runs row by row after a common encoder step: transformers goes on with the beams of a finished row
-    until all rows are finished, and each of their tokens would load experts for nothing. So do alternatives; a row's
-    end with its own of the `closings`, too.
+    Beam search and sampling run row by row after a common encoder step. transformers goes on with the beams of a
+    finished row until all rows are finished, and each of their tokens would load experts for nothing. What is drawn
+    for a row must not depend on the others: each has its own of the `seeds`. Alternatives end with the row's own of
+    the `closings`, too.
 
     `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
     `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
@@ -118,9 +109,8 @@ def generate_batch(
     sequences too.
     """
     rows, width = input_ids.shape
-    groups = [slice(row, row + 1) for row in range(rows)] if options.one_by_one else [slice(0, rows)]
-    widths = [width] * rows
-    if _looks_at_input(model.generation_config):  # it must not see padding there
+    groups, widths = [slice(0, rows)], [width]
+    if options.one_by_one or _looks_at_input(model.generation_config):
         groups, widths = [slice(row, row + 1) for row in range(rows)], attention_mask.sum(dim=1).tolist()
     settings = _settings(options) | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
     eos = _eos_ids(model.generation_config)
@@ -136,23 +126,26 @@ def generate_batch(
             encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
             context.dropped = None
             routing = recorder.take(attention_mask.sum(dim=1).tolist()) if recorder else [()] * rows
-            if options.sample:
-                torch.manual_seed(seed)
-            for group in groups:
+            for group, width in zip(groups, widths, strict=True):
+                if options.sample:
+                    torch.manual_seed(seeds[group.start])
                 context.live = None
                 closing = closings[group.start] if options.alternatives else None
                 ending = stop if closing is None else _Closing(closing, stop)
-                watch = _Watch(context, eos, mark=options.beams == 1, on_token=on_token, stop=ending)
-                place = group, slice(0, widths[group.start])
-                sequences = model.generate(
-                    input_ids[place],
-                    attention_mask=attention_mask[place],
-                    encoder_outputs=EncoderOutput(last_hidden_state=encoded[place]),
-                    stopping_criteria=StoppingCriteriaList([watch]),
-                    # Without a configuration a cache grows as needed; transformers' has as many layers as the encoder.
-                    **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
-                    **settings,
-                )
+                place = group, slice(0, width)
+                draws = len(input_ids[group]) * max(1, options.alternatives)
+                live = LiveRows(draws, context, leave=recorder is None) if options.beams == 1 else None
+                watch = _Watch(live, eos, on_token=on_token, stop=ending)
+                with live.attached(model) if live is not None else nullcontext():
+                    sequences = model.generate(
+                        input_ids[place],
+                        attention_mask=attention_mask[place],
+                        encoder_outputs=EncoderOutput(last_hidden_state=encoded[place]),
+                        stopping_criteria=StoppingCriteriaList([watch]),
+                        # It grows as needed; transformers' own has as many layers as the encoder.
+                        **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
+                        **settings,
+                    )
                 if options.beams > 1 and ending is not None:
                     watch.ends = {row: end for row, ids in enumerate(sequences) if (end := _stopped_at(ids, ending))}
                 found = [
@@ -209,7 +202,7 @@ def _gpus_of(model: Any) -> list[int]:
 def _settings(options: GenerationOptions) -> dict[str, Any]:
     """Return the options as transformers' `generate` takes them."""
     returned = options.alternatives if options.sample else options.beams
-    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    sampling = {"temperature": float(options.temperature), "top_p": options.top_p, "top_k": options.top_k}
     return {
         "max_new_tokens": options.max_new_tokens,
         "num_beams": options.beams,
@@ -238,7 +231,7 @@ def _ended(output: RawOutput, closing: int | None, eos: torch.Tensor) -> RawOutp
 
 
 def _looks_at_input(generation_config: Any) -> bool:
-    """Whether the logits depend on which tokens are in the input."""
+    """Whether the logits depend on which tokens are in the input: they must not see padding there."""
     penalty = generation_config.encoder_repetition_penalty
     return bool(generation_config.encoder_no_repeat_ngram_size) or penalty not in (None, 1.0)
 

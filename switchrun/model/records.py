@@ -1,10 +1,10 @@
-"""What a fill is asked for and what it gives back, as plain values without torch."""
+"""What a session is asked for and what it gives back, as plain values without torch."""
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchrun.errors import UsageError, check_count
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
+
+#: What is less about the answer than about how it came to be, at the end of a record, and what was asked for besides.
+_LAST_KEYS = ("finish_reason", "tokens", "timing", "experts", "memory", "model", "alternatives", "routing")
 
 FinishReason = Literal["stop", "length"]
 Stage = Literal["fetch", "open", "encode", "decode"]
@@ -30,10 +33,10 @@ class GenerationOptions:
         temperature: Divides the logits before drawing.
         top_p: Draw from the likeliest tokens that together have this probability.
         top_k: Draw from this many likeliest tokens; 0 is all of them.
-        seed: Seed of the draws; the id of a batch's first input is added to it.
+        seed: Seed of the draws; an input's id is added to it.
         alternatives: So many answers for each input, best first, with their log-probabilities: the best different ones
             of a beam search, or so many draws. 0 is one answer without them. Each ends with the sentinel that follows
-            the input's own and the end of sequence, if not before.
+            the input's own and the end of sequence, if not before. Only to fill.
         explain: Say which expert each token went to, in each sparse layer.
 
     Raises:
@@ -63,7 +66,7 @@ class GenerationOptions:
     @property
     def one_by_one(self) -> bool:
         """Whether the decoder has one input at a time."""
-        return self.beams > 1 or self.alternatives > 0
+        return self.beams > 1 or self.sample
 
     @property
     def scored(self) -> bool:
@@ -81,12 +84,12 @@ class GenerationOptions:
             if type(value) is not int or not least <= value < most:
                 raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {most - 1}", option=name)
         for name, highest, hint in (
-            ("temperature", math.inf, "1 leaves the probabilities as they are"),
+            ("temperature", sys.float_info.max, "1 leaves the probabilities as they are"),
             ("top_p", 1.0, "1 draws from all tokens"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value <= highest or value == math.inf:
-                limit = "above 0" if highest == math.inf else f"above 0 and at most {highest:g}"
+            if not isinstance(value, int | float) or not 0 < value <= highest:
+                limit = f"above 0 and at most {highest:g}" if highest == 1 else "above 0"
                 raise UsageError(f"{name} must be {limit}, not {value}", hint, option=name)
         if self.alternatives and self.sample and self.num_beams > 1:
             raise UsageError("alternatives: with sampling they are draws, which have no beams", option="alternatives")
@@ -223,10 +226,10 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class FillResult:
-    """One filled input. `as_record` returns the JSON of `docs/schemas/fill.schema.json`.
+class GenerateResult:
+    """One answered input. `as_record` returns the JSON of `docs/schemas/generate.schema.json`.
 
-    `alternatives` and `routing` are None unless they were asked for; then the answer is the first alternative.
+    `routing` is None unless it was asked for.
     """
 
     id: int
@@ -234,23 +237,32 @@ class FillResult:
     text: str
     raw: str
     output_ids: tuple[int, ...]
-    spans: tuple[Span, ...]
     finish_reason: FinishReason
     tokens: TokenCounts
     timing: Timing
     experts: ExpertCounts
     memory: MemoryPeak
     model: ModelInfo
-    alternatives: tuple[Alternative, ...] | None = None
-    routing: Routing | None = None
+    routing: Routing | None = field(default=None, kw_only=True)
 
     def as_record(self) -> dict[str, Any]:
         """Return the result as a JSON-ready dict."""
         record = _record(self)
-        for name in ("alternatives", "routing"):
-            if record[name] is None:
-                del record[name]
+        for name in _LAST_KEYS:
+            if (value := record.pop(name, None)) is not None:
+                record[name] = value
         return record
+
+
+@dataclass(frozen=True, slots=True)
+class FillResult(GenerateResult):
+    """One filled input: its `text` with the `spans` in it. Its JSON is that of `docs/schemas/fill.schema.json`.
+
+    `alternatives` is None unless they were asked for; then the answer is the first of them.
+    """
+
+    spans: tuple[Span, ...]
+    alternatives: tuple[Alternative, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +297,7 @@ class ScoreResult:
         return _record(self)
 
 
-def _record(result: FillResult | ScoreResult) -> dict[str, Any]:
+def _record(result: GenerateResult | ScoreResult) -> dict[str, Any]:
     record = {"schema_version": SCHEMA_VERSION, **asdict(result)}
     record["experts"]["hit_rate"] = result.experts.hit_rate
     record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in result.experts.tiers]

@@ -57,7 +57,7 @@ def check_sentinels(text: str) -> int:
     if not numbers:
         raise InputError(
             "the text has no sentinel, so there is nothing to fill in",
-            'write <extra_id_0> for the first blank, and quote the text for the shell: "A <extra_id_0> walks in"',
+            'quote it for the shell: "A <extra_id_0> walks in"; or use --blank ___, or switchrun generate',
         )
     if len(numbers) > NUM_SENTINELS:
         raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")
@@ -70,6 +70,11 @@ def check_sentinels(text: str) -> int:
                 "number the sentinels 0, 1, 2, … in order",
             )
     return len(numbers)
+
+
+def has_sentinel(text: str) -> bool:
+    """Whether there is a sentinel in a text."""
+    return _SENTINEL.search(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Filling:
                 f"the text has {format_count(count, 'sentinel')}, but {given} came with it",
                 "write one for each sentinel: text<TAB>span<TAB>span",
             )
-        if any(_SENTINEL.search(span) for span in self.spans):
+        if any(has_sentinel(span) for span in self.spans):
             raise InputError("a span has a sentinel in it", "write what stands in the place of the sentinel")
         object.__setattr__(self, "spans", tuple(span.strip() for span in self.spans))
 

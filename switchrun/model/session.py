@@ -16,15 +16,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from switchrun.errors import BudgetError, InputError, UsageError
+from switchrun.checkpoint.generation import generation_file, own_options
+from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
+from switchrun.model.batching import batches_of
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     Alternative,
     ExpertCounts,
     FillResult,
+    GenerateResult,
     GenerationOptions,
     HubCounts,
     ModelInfo,
@@ -42,11 +45,12 @@ from switchrun.model.records import (
     TokenCounts,
 )
 from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
-from switchrun.model.tokenizer import Encoded, EncodedFilling, Tokenizer
+from switchrun.model.tokenizer import Encoded, EncodedFilling, EncodedText, Tokenizer
 from switchrun.planning import Plan
-from switchrun.planning.memory import has_room, longest_input, max_output_tokens
+from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
+from switchrun.planning.plan import BatchSize
 
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
@@ -54,7 +58,10 @@ if TYPE_CHECKING:
 
 #: Imports torch, transformers and what else a plan needs.
 ImportLibraries = Callable[[Plan], None]
+_Text = TypeVar("_Text", bound=EncodedText)
+_Result = TypeVar("_Result", bound=GenerateResult)
 _Input = TypeVar("_Input")
+_Answer = TypeVar("_Answer")
 
 
 class Session:
@@ -109,9 +116,9 @@ class Session:
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         hub: str = "auto",
-        batch_size: int = 1,
-        num_beams: int = 1,
-        max_new_tokens: int = 64,
+        batch_size: BatchSize = 1,
+        num_beams: int | None = 1,
+        max_new_tokens: int | None = 64,
         progress: ProgressCallback | None = None,
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
@@ -147,11 +154,19 @@ class Session:
         return self._tokenizer.encode(text, self._most_tokens)
 
     def fill(
-        self, texts: Sequence[str | Encoded], options: GenerationOptions | None = None, *, first_id: int = 0
+        self,
+        texts: Sequence[str | Encoded],
+        options: GenerationOptions | None = None,
+        *,
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[FillResult]], None] | None = None,
     ) -> list[FillResult]:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
-        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on.
+        Give all texts that there are: they are filled in batches of like length, as large as the session's batch size.
+        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on, or
+        `ids`. `on_results` is called with the results of each batch as soon as they are there.
 
         Raises:
             InputError: A text cannot be filled.
@@ -160,20 +175,83 @@ class Session:
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
         options = GenerationOptions() if options is None else options
+        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id, ids, on_results)
+
+    def own_options(self, **changes: Any) -> GenerationOptions:
+        """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
+
+        Raises:
+            ModelError: A setting of the model's makes no sense, and no change takes its place.
+            UsageError: A change makes no sense.
+        """
+        GenerationOptions(**changes)
+        try:
+            return GenerationOptions(**own_options(self.checkpoint, changes))
+        except UsageError as error:
+            file, flag = generation_file(self.checkpoint.path), error.option.replace("_", "-")
+            raise ModelError(f"{file}: {error.message}", f"use --{flag} with --sample, or --no-sample") from error
+
+    def encode_text(self, text: str, prefix: str = "") -> EncodedText:
+        """Make any text ready for `generate`, with a prefix before it.
+
+        Raises:
+            InputError: There is no memory for its length, or the tokenizer does not take it.
+        """
+        return self._tokenizer.encode_text(text, prefix, self._most_tokens)
+
+    def generate(
+        self,
+        texts: Sequence[str | EncodedText],
+        options: GenerationOptions | None = None,
+        *,
+        prefix: str = "",
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[GenerateResult]], None] | None = None,
+    ) -> list[GenerateResult]:
+        """Answer texts with a model that was fine-tuned to: with summaries, or translations.
+
+        A `prefix` is put before each text, but not before what `encode_text` returned. Without `options`, the model's
+        own settings decide: `own_options`. Batches, order and ids are as of `fill`.
+
+        Raises:
+            SwitchrunError: As `fill`; ModelError also for settings that make no sense.
+        """
+        options = self.own_options() if options is None else options
+        if isinstance(options, GenerationOptions) and options.alternatives:
+            raise UsageError("alternatives: only fill has them", option="alternatives")
+        encode = partial(self.encode_text, prefix=prefix)
+        return self._answer(texts, EncodedText, encode, options, self._generated, first_id, ids, on_results)
+
+    def _answer(
+        self,
+        texts: Sequence[str | _Text],
+        kind: type[_Text],
+        encode: Callable[[str], _Text],
+        options: GenerationOptions,
+        result: Callable[..., _Result],
+        first_id: int,
+        ids: Sequence[int] | None,
+        on_results: Callable[[Sequence[_Result]], None] | None,
+    ) -> list[_Result]:
+        """Answer texts, or what `encode` made of them, a `kind`; `result` makes one of what came out."""
         if not isinstance(options, GenerationOptions):
             raise UsageError(f"options: {options!r} is no GenerationOptions", option="options")
         inputs = [None] if isinstance(texts, str) else list(texts)
-        if not all(isinstance(text, str | Encoded) for text in inputs):
+        if not all(isinstance(text, str | kind) for text in inputs):
             raise UsageError("texts: they must be a list of texts, also if there is one", option="texts")
         with self._one_thread():
             self._check_open()
-            encoded = [text if isinstance(text, Encoded) else self.encode(str(text)) for text in inputs]
+            encoded = [text if isinstance(text, kind) else encode(str(text)) for text in inputs]
             self._check_reserved(options)
             self._check_way(options)
-            results: list[FillResult] = []
-            for batch in self._batches(encoded, self._can_fill):
-                results += self._fill_batch(batch, options, first_id + len(results))
-            return results
+            return _in_batches(
+                encoded,
+                self._batches(encoded, options),
+                lambda batch, numbers: self._answer_batch(batch, options, result, numbers),
+                range(first_id, first_id + len(encoded)) if ids is None else ids,
+                on_results,
+            )
 
     def encode_filling(self, filling: Filling) -> EncodedFilling:
         """Make a filling ready to be scored.
@@ -183,18 +261,25 @@ class Session:
         """
         encoded = self._tokenizer.encode_filling(filling, self._most_tokens)
         tokens, target = len(encoded.text.ids), len(encoded.target)
-        if not has_room(self.checkpoint, self.plan, 1, tokens, target):
+        if not has_room(self.checkpoint, self.plan, BatchShape(1, tokens, 0, target=target)):
             raise InputError(
                 f"there is no memory to score {target} tokens of spans in a text of {tokens}",
                 "score shorter ones, or reserve more with a larger --batch-size",
             )
         return encoded
 
-    def score(self, fillings: Sequence[Filling | EncodedFilling], *, first_id: int = 0) -> list[ScoreResult]:
+    def score(
+        self,
+        fillings: Sequence[Filling | EncodedFilling],
+        *,
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[ScoreResult]], None] | None = None,
+    ) -> list[ScoreResult]:
         """Return how likely fillings are, or what `encode_filling` returned for them.
 
-        A batch takes one pass of the encoder and one of the decoder, each expert read once. The results are in the
-        order of the fillings, their ids from `first_id` on.
+        A batch takes one pass of the encoder and one of the decoder, each expert read once. Batches, order and ids are
+        as of `fill`.
 
         Raises:
             InputError: A filling cannot be scored.
@@ -207,10 +292,13 @@ class Session:
         with self._one_thread():
             self._check_open()
             encoded = [each if isinstance(each, EncodedFilling) else self.encode_filling(each) for each in fillings]
-            results: list[ScoreResult] = []
-            for batch in self._batches(encoded, self._can_score):
-                results += self._score_batch(batch, first_id + len(results))
-            return results
+            return _in_batches(
+                encoded,
+                self._score_batches(encoded),
+                self._score_batch,
+                range(first_id, first_id + len(encoded)) if ids is None else ids,
+                on_results,
+            )
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
@@ -265,7 +353,7 @@ class Session:
             raise UsageError("this session is closed", "open another one")
 
     def _check_reserved(self, options: GenerationOptions) -> None:
-        beams = self.plan.num_beams if options.scored else max(self.plan.num_beams, self.plan.batch_size)
+        beams = self.plan.num_beams if options.scored else max(self.plan.num_beams, self.plan.sure_rows)
         if options.sequences > beams:
             raise BudgetError(
                 f"{options.sequences} beams are asked for, memory is reserved for {self.plan.num_beams}",
@@ -277,7 +365,7 @@ class Session:
         if options.max_new_tokens > most:
             raise BudgetError(
                 f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
-                "open the session with max_new_tokens",
+                f"open the session with max_new_tokens={options.max_new_tokens}",
             )
 
     def _check_way(self, options: GenerationOptions) -> None:
@@ -289,27 +377,29 @@ class Session:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
 
-    def _batches(
-        self, inputs: Sequence[_Input], have_room: Callable[[Sequence[_Input]], bool]
-    ) -> Iterator[list[_Input]]:
-        """Divide inputs into batches; one longer than what memory is reserved for takes the place of several."""
-        batch: list[_Input] = []
-        for each in inputs:
-            if batch and (len(batch) == self.plan.batch_size or not have_room([*batch, each])):
-                yield batch
-                batch = []
-            batch.append(each)
-        if batch:
-            yield batch
+    def _batches(self, texts: Sequence[EncodedText], options: GenerationOptions) -> list[list[int]]:
+        """Divide texts into batches; a long one takes the place of several."""
+        most = len(texts) if self.plan.batch_size == "auto" else self.plan.batch_size
+        together, target = not options.one_by_one, options.max_new_tokens + 1 if options.scored else 0
 
-    def _can_fill(self, batch: Sequence[Encoded]) -> bool:
-        return has_room(self.checkpoint, self.plan, len(batch), max(len(each.ids) for each in batch))
+        def fits(rows: int, tokens: int) -> bool:
+            shape = BatchShape(rows, tokens, options.max_new_tokens, options.sequences, together, target)
+            return rows <= most and has_room(self.checkpoint, self.plan, shape)
 
-    def _can_score(self, batch: Sequence[EncodedFilling]) -> bool:
-        tokens, target = (max(len(each.text.ids) for each in batch), max(len(each.target) for each in batch))
-        return has_room(self.checkpoint, self.plan, len(batch), tokens, target)
+        return batches_of([len(text.ids) for text in texts], fits)
 
-    def _score_batch(self, batch: Sequence[EncodedFilling], first_id: int) -> list[ScoreResult]:
+    def _score_batches(self, fillings: Sequence[EncodedFilling]) -> list[list[int]]:
+        """The same for fillings; the spans of one may be longer than its text."""
+        most = len(fillings) if self.plan.batch_size == "auto" else self.plan.batch_size
+        longest = max((len(each.target) for each in fillings), default=0)
+
+        def fits(rows: int, tokens: int) -> bool:
+            shape = BatchShape(rows, tokens, 0, target=min(tokens, longest))
+            return rows <= most and has_room(self.checkpoint, self.plan, shape)
+
+        return batches_of([max(len(each.text.ids), len(each.target)) for each in fillings], fits)
+
+    def _score_batch(self, batch: Sequence[EncodedFilling], ids: Sequence[int]) -> list[ScoreResult]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         scores = self.engine.score(
@@ -321,7 +411,7 @@ class Session:
         self._totals.inputs += len(batch)
         return [
             self._score_result(number, filling, score, timing, experts)
-            for number, (filling, score) in enumerate(zip(batch, scores, strict=True), start=first_id)
+            for number, filling, score in zip(ids, batch, scores, strict=True)
         ]
 
     def _score_result(
@@ -343,16 +433,18 @@ class Session:
             model=self._model_info(),
         )
 
-    def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, first_id: int) -> list[FillResult]:
+    def _answer_batch(
+        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], ids: Sequence[int]
+    ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         outputs = self.engine.generate(
             [text.ids for text in batch],
             options,
             # Else the same text on two lines would get the same answer twice.
-            seed=options.seed + first_id,
+            seeds=[options.seed + number for number in ids],
             stop=self._stop,
-            closings=[text.closing for text in batch],
+            closings=[text.closing if isinstance(text, Encoded) else None for text in batch],
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
@@ -360,17 +452,31 @@ class Session:
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
         self._totals.fill_seconds += end - start
         results = []
-        for number, (text, output) in enumerate(zip(batch, outputs, strict=True), start=first_id):
-            alternatives, output = self._alternatives(text, output, options)
+        for number, text, output in zip(ids, batch, outputs, strict=True):
+            extra: dict[str, Any] = {}
+            if options.alternatives and isinstance(text, Encoded):
+                extra["alternatives"], output = self._alternatives(text, output, options)
+            if options.explain:
+                pieces = self._tokenizer.pieces
+                extra["routing"] = Routing(pieces(text.ids), pieces(output.ids[1:]), output.routing)
             later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
-            result = self._result(number, text, output, timing, experts)
-            if options.alternatives:
-                result = replace(result, alternatives=alternatives)
-            if options.explain:
-                pieces = self._tokenizer.pieces
-                result = replace(result, routing=Routing(pieces(text.ids), pieces(output.ids[1:]), output.routing))
+            result = make(
+                text,
+                output.ids,
+                id=number,
+                input=text.text,
+                raw=self._tokenizer.decode(output.ids, special=True),
+                output_ids=output.ids,
+                finish_reason="stop" if output.finished else "length",
+                tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
+                timing=timing,
+                experts=experts,
+                memory=self.engine.memory_peak(),
+                model=self._model_info(),
+                **extra,
+            )
             self._totals.add(result)
             results.append(result)
         return results
@@ -401,24 +507,12 @@ class Session:
             output = replace(first, dropped=output.dropped, routing=encoder + first.routing)
         return tuple(alternative for alternative, _ in best), output
 
-    def _result(
-        self, number: int, text: Encoded, output: RawOutput, timing: Timing, experts: ExpertCounts
-    ) -> FillResult:
-        spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode, text.closing)
-        return FillResult(
-            id=number,
-            input=text.text,
-            text=fill_in(text.text, spans),
-            raw=self._tokenizer.decode(output.ids, special=True),
-            output_ids=output.ids,
-            spans=spans,
-            finish_reason="stop" if output.finished else "length",
-            tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
-            timing=timing,
-            experts=experts,
-            memory=self.engine.memory_peak(),
-            model=self._model_info(),
-        )
+    def _filled(self, text: Encoded, ids: Sequence[int], **rest: Any) -> FillResult:
+        spans = parse_spans(ids, text.sentinels, self._tokenizer.decode, text.closing)
+        return FillResult(text=fill_in(text.text, spans), spans=spans, **rest)
+
+    def _generated(self, _text: EncodedText, ids: Sequence[int], **rest: Any) -> GenerateResult:
+        return GenerateResult(text=self._tokenizer.decode(ids).strip(), **rest)
 
     def _model_info(self) -> ModelInfo:
         return ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype)
@@ -473,8 +567,7 @@ def open_session(
         if progress is not None:
             progress(Progress("fetch", done, most, 0, done))
 
-    expected = min(EXPECTED_NEW_TOKENS, options.max_new_tokens)
-    planned = plan_model(options, hub_output_tokens=expected, warn=warn, on_download=on_download)
+    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
     on_plan(planned.plan)
     planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
@@ -497,6 +590,25 @@ def fetch_dense_weights(planned: PlannedModel, progress: ProgressCallback | None
     except BaseException:
         hub.close()
         raise
+
+
+def _in_batches(
+    inputs: Sequence[_Input],
+    batches: Sequence[Sequence[int]],
+    answer: Callable[[Sequence[_Input], Sequence[int]], Sequence[_Answer]],
+    ids: Sequence[int],
+    on_results: Callable[[Sequence[_Answer]], None] | None,
+) -> list[_Answer]:
+    """Return the answers to inputs in their order; `batches` are their indices."""
+    if len(ids) != len(inputs):
+        raise UsageError(f"ids: {len(ids)} for {len(inputs)} texts", option="ids")
+    results: dict[int, _Answer] = {}
+    for batch in batches:
+        answers = answer([inputs[at] for at in batch], [ids[at] for at in batch])
+        results |= zip(batch, answers, strict=True)
+        if on_results is not None:
+            on_results(answers)
+    return [results[at] for at in range(len(inputs))]
 
 
 def _scored(
@@ -522,7 +634,7 @@ class _Totals:
         self.inputs = self.fills = self.output_tokens = self.later_tokens = 0
         self.fill_seconds = self.ttft_seconds = self.later_seconds = 0.0
 
-    def add(self, result: FillResult) -> None:
+    def add(self, result: GenerateResult) -> None:
         self.inputs += 1
         self.fills += 1
         self.output_tokens += result.tokens.output

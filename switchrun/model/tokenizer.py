@@ -26,14 +26,20 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """A text that can be filled, the ids of its tokens, the end mark included, and those of its sentinels, in order.
+class EncodedText:
+    """A text, and the ids of its tokens, the end mark included."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(EncodedText):
+    """A text that can be filled, with the ids of its sentinels, in order.
 
     `closing` is the id of the sentinel that ends an answer, if the vocabulary has it.
     """
 
-    text: str
-    ids: tuple[int, ...]
     sentinels: tuple[int, ...]
     closing: int | None = None
 
@@ -108,13 +114,21 @@ class Tokenizer:
             if found is None:
                 raise InputError(f"the vocabulary of this model has no {sentinel(number)}", "use fewer sentinels")
             sentinels.append(found)
+        ids = self._fitting_ids(text, most_tokens)
+        return Encoded(text, ids, tuple(sentinels), self.sentinel_id(len(sentinels)))
+
+    def encode_text(self, text: str, prefix: str, most_tokens: int) -> EncodedText:
+        """Make any text ready for the model, with a prefix before it; see `Session.encode_text`."""
+        return EncodedText(text, self._fitting_ids(prefix + text, most_tokens))
+
+    def _fitting_ids(self, text: str, most_tokens: int) -> tuple[int, ...]:
         # A text that cannot fit is not tokenised: that takes memory which is not reserved.
         if len(text) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
             raise _too_long(f"{len(text)} characters", most_tokens)
         ids = self._ids(text)
         if len(ids) > most_tokens:
             raise _too_long(f"{len(ids)} tokens", most_tokens)
-        return Encoded(text, tuple(ids), tuple(sentinels), self.sentinel_id(len(sentinels)))
+        return tuple(ids)
 
     def encode_filling(self, filling: Filling, most_tokens: int) -> EncodedFilling:
         """Make a filling ready for the model; see `Session.encode_filling`. Its text may have so many tokens."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
 from switchrun.errors import OBEYED, InputError, escape
-from switchrun.model.records import SCHEMA_VERSION, FillResult, ScoreResult
+from switchrun.model.records import SCHEMA_VERSION, FillResult, GenerateResult, ScoreResult
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
@@ -24,7 +24,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
 class FillFormat(StrEnum):
-    """What `switchrun fill --format` takes."""
+    """What `--format` takes where texts are answered."""
 
     TEXT = "text"
     RAW = "raw"
@@ -40,7 +40,7 @@ class ScoreFormat(StrEnum):
     JSONL = "jsonl"
 
 
-def format_result(result: FillResult | ScoreResult, style: FillFormat, lines: int = 1) -> str:
+def format_result(result: GenerateResult | ScoreResult, style: FillFormat, lines: int = 1) -> str:
     """Write an answer as whole lines; so many, except in `json` and `jsonl`.
 
     Alternatives have a line each, with the log-probability before it; where they are fewer, empty lines follow.
@@ -52,8 +52,8 @@ def format_result(result: FillResult | ScoreResult, style: FillFormat, lines: in
     if isinstance(result, ScoreResult):
         spans = ("" if span.log_probability is None else f"{span.log_probability:.4f}" for span in result.spans)
         return _columns(f"{result.log_probability:.4f}", result.text, *spans)
-    if result.alternatives is None:
-        return _one_line(result.text if style is FillFormat.TEXT else result.raw)
+    if not isinstance(result, FillResult) or result.alternatives is None:
+        return one_line(result.text if style is FillFormat.TEXT else result.raw)
     answers = (
         _columns(f"{each.log_probability:.4f}", each.text if style is FillFormat.TEXT else each.raw)
         for each in result.alternatives
@@ -129,8 +129,9 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def _columns(*texts: str) -> str:
-    return _one_line("\t".join(text.replace("\t", " ") for text in texts))
+    return one_line("\t".join(text.replace("\t", " ") for text in texts))
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Write a text as one line, without codes that a terminal would obey."""
     return escape(_LINE_BREAK.sub(" ", text)) + "\n"

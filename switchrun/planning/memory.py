@@ -11,7 +11,7 @@ from typing import Any
 from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import QMOE, PackedDtype, Precision
-from switchrun.planning.plan import DISK, Plan, SparseLayer, Tier
+from switchrun.planning.plan import DISK, BatchSize, Plan, SparseLayer, Tier
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
@@ -61,6 +61,9 @@ GPU_ALIGNMENT = 256
 
 #: Memory is never reserved for longer inputs than this, unless for several in a batch.
 MOST_RESERVED_TOKENS = 2048
+#: With a batch size of `auto`, memory is reserved for at most so many rows of so many tokens in, and as many out.
+MOST_ROWS = 256
+ROW_TOKENS = 64
 #: What a token takes in the lists that say which expert is to compute it.
 _POSITION_BYTES = 400
 #: The scores of so many tokens of a target are in memory at a time: a few vocabularies' worth.
@@ -256,15 +259,17 @@ def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BatchShape:
-    """The largest batch that memory is reserved for: `rows` sequences of `tokens` tokens in and `new_tokens` out.
+    """A batch: `rows` sequences of `tokens` tokens in, the longest one's, and up to `new_tokens` out.
 
-    With `target` tokens, the decoder also goes over so many at once, to score them: for each row, and for each beam.
+    The decoder has all rows at once, or if not `together` one row, with its beams, after the other. With `target`
+    tokens, it also goes over so many at once, to score them: for each row, and for each beam.
     """
 
     rows: int
     tokens: int
     new_tokens: int
     beams: int = 1
+    together: bool = True
     target: int = 0
 
 
@@ -281,7 +286,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
     narrow = item < 4 or precision.few_bits
-    sequences = max(rows, shape.beams)
+    sequences = max(rows if shape.together else 1, shape.beams)
     has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
 
     def product(length: int, width: int) -> int:
@@ -323,6 +328,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     if shape.target:
         # Logits as they come, in float32, and their normalised ones.
         scoring = one_pass(sequences, shape.target, tokens)
+        scoring += max(0, rows - sequences) * tokens * d_model * item
         scoring += min(sequences * shape.target, HEAD_TOKENS) * c["vocab_size"] * (item + 4 + 4)
     kept = sequences * (tokens + shape.new_tokens) * inner * item
     # One layer's keys and values are copied when they grow or their order changes.
@@ -339,25 +345,24 @@ def _activation_temporaries(checkpoint: SwitchCheckpoint) -> int:
     return 2 if checkpoint.config.get("dense_act_fn", "relu") == "relu" else 4
 
 
-def has_room(checkpoint: SwitchCheckpoint, plan: Plan, rows: int, tokens: int, target: int = 0) -> bool:
-    """Whether a batch of so many texts of so many tokens fits: into what is reserved, and what budgets have left.
+def least_activation_bytes(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
+    """Return what a plan reserves for activations whatever the budget."""
+    tokens, output_tokens = max_input_tokens(checkpoint), plan.estimate.output_tokens
+    shape = _reserved_shape(checkpoint, plan.sure_rows, tokens, output_tokens, plan.num_beams)
+    return activation_bytes(checkpoint, plan.precision, shape)
 
-    With a `target` it is about scoring as many tokens for each text, else about generating.
-    """
-    shape = BatchShape(rows, tokens, 0, target=target)
-    if not target:
-        if rows <= plan.batch_size and tokens <= max_input_tokens(checkpoint):
-            return True
-        shape = _fill_shape(checkpoint, rows, tokens, plan.estimate.output_tokens, plan.num_beams)
+
+def has_room(checkpoint: SwitchCheckpoint, plan: Plan, shape: BatchShape) -> bool:
+    """Whether a batch fits: into what is reserved, and what budgets have left."""
     needed = activation_bytes(checkpoint, plan.precision, shape)
     computing = [use for use in plan.tiers if use.activation_bytes]
     return all(needed <= use.activation_bytes + max(0, (use.budget_bytes or 0) - use.total_bytes) for use in computing)
 
 
-def _fill_shape(checkpoint: SwitchCheckpoint, rows: int, tokens: int, output_tokens: int, beams: int) -> BatchShape:
-    """Return what a fill may take. With beams, its answers may be scored once they are there."""
+def _reserved_shape(checkpoint: SwitchCheckpoint, rows: int, tokens: int, output_tokens: int, beams: int) -> BatchShape:
+    """Return what a batch may take. With beams, its answers may be scored once they are there."""
     new_tokens = max_output_tokens(checkpoint, output_tokens)
-    return BatchShape(rows, tokens, new_tokens, beams, output_tokens + 1 if beams > 1 else 0)
+    return BatchShape(rows, tokens, new_tokens, beams, target=output_tokens + 1 if beams > 1 else 0)
 
 
 def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
@@ -365,7 +370,9 @@ def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
     fits, too_many = max_input_tokens(checkpoint), 1 << 20
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if has_room(checkpoint, plan, 1, middle) else (fits, middle)
+        shape = _reserved_shape(checkpoint, 1, middle, plan.estimate.output_tokens, plan.num_beams)
+        room = has_room(checkpoint, plan, shape)
+        fits, too_many = (middle, too_many) if room else (fits, middle)
     return fits
 
 
@@ -375,7 +382,8 @@ class Needs:
 
     Attributes:
         overhead: The process without weights.
-        activations: One batch, on each device that computes.
+        activations: One batch, on each device that computes; `most_activations` is what is useful for it, if there is
+            memory.
         slot: A slot in CPU memory; `gpu_slot` is one on a GPU.
         num_experts: Experts of the whole model.
         sparse_layers: The layers that have them, in the model's order.
@@ -385,6 +393,7 @@ class Needs:
 
     overhead: int
     activations: int
+    most_activations: int
     slot: int
     gpu_slot: int
     num_experts: int
@@ -442,17 +451,24 @@ class Needs:
 
 
 def needs_of(
-    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: int, num_beams: int, output_tokens: int
+    checkpoint: SwitchCheckpoint, precision: Precision, batch_size: BatchSize, num_beams: int, output_tokens: int
 ) -> Needs:
     """Add up what a checkpoint needs for batches of a size."""
-    shape = _fill_shape(checkpoint, batch_size, max_input_tokens(checkpoint), output_tokens, num_beams)
+    tokens = max_input_tokens(checkpoint)
+    rows = 1 if batch_size == "auto" else batch_size
+    shape = _reserved_shape(checkpoint, rows, tokens, output_tokens, num_beams)
+    activations = most_activations = activation_bytes(checkpoint, precision, shape)
+    if batch_size == "auto":
+        shape = BatchShape(MOST_ROWS, ROW_TOKENS, max(ROW_TOKENS, output_tokens), num_beams)
+        most_activations = max(activations, activation_bytes(checkpoint, precision, shape))
     sizes = {name: dense_bytes(name, tensor, precision) for name, tensor in checkpoint.dense.items()}
     groups: dict[str, int] = {}
     for name in sorted(sizes, key=_importance):
         groups[module_of(name)] = groups.get(module_of(name), 0) + sizes[name]
     return Needs(
         overhead=overhead_bytes(checkpoint, precision),
-        activations=activation_bytes(checkpoint, precision, shape),
+        activations=activations,
+        most_activations=most_activations,
         slot=slot_bytes(checkpoint, precision),
         gpu_slot=gpu_slot_bytes(checkpoint, precision),
         num_experts=len(checkpoint.experts),

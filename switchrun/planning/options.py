@@ -14,7 +14,7 @@ from switchrun.errors import UsageError, check_count, command
 from switchrun.machine import folders
 from switchrun.planning.budgets import parse_gpu_memory, parse_rate, parse_size
 from switchrun.planning.device_map import read_device_map
-from switchrun.planning.plan import Tier
+from switchrun.planning.plan import BatchSize, Tier
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class OpenOptions:
             `auto` downloads what is small; see `HubWay`.
         network_bandwidth: How fast the Hub is, for the estimate, such as `12MB/s`, or bytes per second; None is what
             was last measured, else an assumption.
-        batch_size: Most inputs to run together; memory is reserved for as many.
-        num_beams: Most beams that fills will ask for.
-        max_new_tokens: Most tokens that fills will generate for an input.
+        batch_size: Most inputs to run together; memory is reserved for as many. `auto` is as many as fit: memory is
+            reserved for one, and a share of what is left.
+        num_beams: Most beams that will be asked for; None is the model's own, as `generate` takes it.
+        max_new_tokens: Most tokens that will be generated for an input; None as above.
         cpu_bytes: `cpu_memory` in bytes; None if that is None. This and what follows is made of the above.
         gpu_bytes: `gpu_memory` in bytes by the GPU's number; None if that is None and the map may use GPUs.
         folder: The offload folder; `limit_bytes` is `offload_limit` in bytes.
@@ -59,9 +60,9 @@ class OpenOptions:
     tokenizer: str | None = None
     hub: str = HubWay.AUTO
     network_bandwidth: str | float | None = None
-    batch_size: int = 1
-    num_beams: int = 1
-    max_new_tokens: int = 64
+    batch_size: BatchSize = 1
+    num_beams: int | None = 1
+    max_new_tokens: int | None = 64
     cpu_bytes: int | None = field(init=False)
     gpu_bytes: Mapping[int, int] | None = field(init=False)
     folder: Path = field(init=False)
@@ -82,8 +83,12 @@ class OpenOptions:
             if value not in kind.__members__.values():
                 *names, last = kind
                 raise UsageError(f"{name}: {value!r} is not one", f"use {', '.join(names)} or {last}", name)
-        for name in ("batch_size", "num_beams", "max_new_tokens"):
-            check_count(name, getattr(self, name))
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        size = self.batch_size
+        if size != "auto" and (type(size) is not int or size < 1):
+            raise UsageError(f"batch_size: {size!r} is neither auto nor a whole number above 0", option="batch_size")
         tiers = self._read_map()
         gpu_memory = self.gpu_memory
         if gpu_memory is None and tiers is not None and all(tier.gpu is None for tier in tiers.values()):

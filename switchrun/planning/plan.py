@@ -16,6 +16,9 @@ SparseLayer = tuple[Stack, int]
 
 BandwidthSource = Literal["given", "measured", "assumed"]
 
+#: Most inputs to run together; `auto` is as many as memory has room for.
+BatchSize = int | Literal["auto"]
+
 
 class Tier(str):
     """Where weights may be: `gpu:0` and so on, `cpu`, `disk` or `hub`."""
@@ -73,7 +76,8 @@ class TierUse:
         slot_bytes: Size of one slot; on a GPU, with what torch leaves unused around it.
         expert_bytes: All slots together; on disk, every expert of the checkpoint as stored, or if it is on the Hub
             those that are kept; on the Hub, the others.
-        activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch.
+        activation_bytes: Reserved for hidden states, attention, caches and scratch of one batch: the plan's batch size,
+            or for `auto` one row and a share of what is left.
         overhead_bytes: Reserved for the interpreter, libraries, the index and buffers; on a GPU, for libraries and for
             dense weights on their way.
         total_bytes: The sum; never above the budget.
@@ -221,7 +225,7 @@ class Plan:
         tiers: What each tier holds, fast to slow; the last is the disk, or the Hub if weights are read from there.
         minimum_cpu_bytes: The smallest `--cpu-memory` that works for this model, dtype and batch.
         resident_cpu_bytes: The `--cpu-memory` from which on every weight stays in memory.
-        estimate: What a fill is expected to cost.
+        estimate: What a fill is expected to cost; of one input if the batch size is `auto`.
         hub: What it is expected to bring from the Hub, or what a download takes; None if the weights are in local
             files.
     """
@@ -235,7 +239,7 @@ class Plan:
     num_experts: int
     expert_bytes: int
     total_bytes: int
-    batch_size: int
+    batch_size: BatchSize
     num_beams: int
     device_map: Mapping[str, Tier]
     placements: tuple[Placement, ...]
@@ -250,6 +254,11 @@ class Plan:
     def dtype(self) -> str:
         """What experts are kept in: the compute dtype, `int8` or `nf4`."""
         return self.precision.name
+
+    @property
+    def sure_rows(self) -> int:
+        """Rows of the longest input for which memory is reserved, whatever the budget."""
+        return 1 if self.batch_size == "auto" else self.batch_size
 
     @property
     def gpus(self) -> tuple[int, ...]:

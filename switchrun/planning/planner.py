@@ -23,6 +23,7 @@ from switchrun.planning.plan import (
     DISK,
     HUB,
     Bandwidth,
+    BatchSize,
     Estimate,
     HubCost,
     HubState,
@@ -44,7 +45,7 @@ def make_plan(
     budgets: Budgets,
     *,
     dtype: str = "auto",
-    batch_size: int = 1,
+    batch_size: BatchSize = 1,
     num_beams: int = 1,
     device_map: Mapping[str, Tier] | None = None,
     input_tokens: int = 24,
@@ -67,6 +68,7 @@ def make_plan(
         UsageError: The dtype or the device map makes no sense.
     """
     precision = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
+    rows = 1 if batch_size == "auto" else batch_size
     needs = needs_of(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
@@ -119,7 +121,7 @@ def make_plan(
     layers = Counter((tier, stack) for (stack, _), tier in computing.items())
     cost, fetched = None, 0.0
     if hub is not None:
-        cost = hub_cost(checkpoint, hub, batch_size, input_tokens, hub_output_tokens or output_tokens)
+        cost = hub_cost(checkpoint, hub, rows, input_tokens, hub_output_tokens or output_tokens)
         if cost.disk_bytes > cost.free_bytes:
             need, free = format_bytes(cost.disk_bytes), format_bytes(cost.free_bytes)
             notes += (f"{hub.folder} has {free} free, keeping what comes from the Hub takes {need}",)
@@ -127,7 +129,7 @@ def make_plan(
         slow = [replace(disk, expert_bytes=round(stored))]
     else:
         left = 1 - cost.kept_share
-        fetched = left * _used_experts(checkpoint, batch_size, input_tokens, output_tokens)
+        fetched = left * _used_experts(checkpoint, rows, input_tokens, output_tokens)
         stored_share = 1.0  # what is read from disk is what is kept
         on_hub = TierUse(HUB, None, dense_bytes=cost.dense_bytes, expert_bytes=round(left * stored))
         slow = [replace(disk, expert_bytes=hub.kept_bytes), on_hub]
@@ -151,7 +153,7 @@ def make_plan(
         resident_cpu_bytes=needs.resident,
         estimate=estimate_fill(
             checkpoint,
-            batch_size=batch_size,
+            batch_size=rows,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
             expert_slots=cpu.expert_slots,
@@ -254,6 +256,7 @@ def _divide(
 ) -> tuple[list[TierUse], TierUse]:
     """Divide what memory has left into slots, and return the GPUs that have a budget or weights, and the CPU.
 
+    With a batch size of `auto` a part becomes room for more rows instead, the same on each device that computes.
     `passing` is the largest dense tensor that stays on disk and is brought in for each use, `computing` the tier on
     which the experts of each sparse layer compute.
     """
@@ -261,15 +264,15 @@ def _divide(
     for placement in placements:
         dense[placement.tier] += placement.bytes
     layers, main = Counter(computing.values()), main_tier(dense)
-    uses = []
+    gpus, usable = [], {CPU: needs.num_experts}
     for number in sorted({*budgets.gpu_bytes, *(tier.gpu for tier in dense if tier.gpu is not None)}):
         tier = gpu_tier(number)
         use = TierUse(tier, budgets.gpu_bytes.get(number), slot_bytes=needs.gpu_slot)
         if tier in dense:
+            usable[tier] = layers[tier] * needs.experts_per_layer
             overhead = memory.GPU_LIBRARY_BYTES + (passing if tier == main else 0)
             use = replace(use, dense_bytes=dense[tier], activation_bytes=needs.activations, overhead_bytes=overhead)
-            use = _with_gpu_slots(use, layers[tier] * needs.experts_per_layer)
-        uses.append(use)
+        gpus.append(use)
     cpu = TierUse(
         CPU,
         budgets.cpu_bytes,
@@ -278,13 +281,32 @@ def _divide(
         activation_bytes=needs.activations,
         overhead_bytes=needs.overhead + passing,
     )
+    shares = [_for_rows(use, usable[use.tier]) for use in (*gpus, cpu) if use.tier in usable]
+    activations = needs.activations + min(needs.most_activations - needs.activations, *shares)
+    cpu = replace(cpu, activation_bytes=activations)
     slots = min((budgets.cpu_bytes - cpu.total_bytes) // needs.slot, needs.num_experts)
     if slots < 1:
         least = cpu.total_bytes + needs.slot
         raise BudgetError(
             f"the device map needs {mib_up(least)} of CPU memory, {format_bytes(budgets.cpu_bytes)} is allowed"
         )
-    return uses, cpu.with_slots(slots)
+    for at, use in enumerate(gpus):
+        if use.tier in usable:
+            gpus[at] = _with_gpu_slots(replace(use, activation_bytes=activations), usable[use.tier])
+    return gpus, cpu.with_slots(slots)
+
+
+def _for_rows(use: TierUse, usable: int) -> int:
+    """Return how much of a tier's memory is worth more as room for the rows of a batch than as slots.
+
+    All that is left if there is a slot for each usable expert. Else a half: let a step of the decoder use D experts,
+    whatever the rows, and S of them be in slots; it reads (D - S) / rows for an input, and no division of the memory
+    between rows and slots makes that less than half of what this one does.
+    """
+    free = (use.budget_bytes or 0) - use.total_bytes
+    spare = free - usable * use.slot_bytes
+    reserved = memory.RESERVED_SLOTS if use.tier == CPU else memory.GPU_RESERVED_SLOTS
+    return spare if spare >= 0 else max(0, (free - min(reserved, usable) * use.slot_bytes) // 2)
 
 
 def _with_gpu_slots(use: TierUse, usable: int) -> TierUse:
@@ -416,7 +438,7 @@ def _used_experts(checkpoint: SwitchCheckpoint, batch_size: int, input_tokens: i
 
 
 def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own_bytes: int = 0) -> Plan:
-    """Give up slots where the process is already larger than the plan reserved for it.
+    """Give up rows and slots where the process is already larger than the plan reserved for it.
 
     `rss_bytes` is its resident set, the libraries loaded and no weight yet; `own_bytes` is what the caller held before.
 
@@ -428,6 +450,9 @@ def fit_to_runtime(plan: Plan, checkpoint: SwitchCheckpoint, rss_bytes: int, own
     spare = (use.budget_bytes or 0) - use.total_bytes
     if surplus <= spare:
         return plan
+    # Rows that are reserved beyond the first give way before slots do.
+    rows = min(surplus - spare, use.activation_bytes - memory.least_activation_bytes(checkpoint, plan))
+    use, spare = replace(use, activation_bytes=use.activation_bytes - rows), spare + rows
     slots = use.expert_slots + (spare - surplus) // use.slot_bytes
     if slots < 1:
         missing = surplus - spare - (use.expert_slots - 1) * use.slot_bytes

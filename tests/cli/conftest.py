@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,10 @@ class Outcome:
 
 class _Stdin(io.TextIOWrapper):
     def __init__(self, data: bytes, terminal: bool) -> None:
-        super().__init__(io.BytesIO(data), encoding="utf-8")
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this; unlike bytes in memory, it has a descriptor
+        super().__init__(file, encoding="utf-8")
+        self.buffer.write(data)
+        self.seek(0)
         self._terminal = terminal
 
     def isatty(self) -> bool:
@@ -59,8 +63,8 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Invoke:
         monkeypatch.setattr("switchrun.cli.answering.open_session", open_session)
         monkeypatch.setattr("switchrun.cli.answering.quieten_libraries", lambda: None)
         stdout, stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), _Stderr(terminal)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdin", _Stdin(input, terminal))
+        with monkeypatch.context() as patch, _Stdin(input, terminal) as stdin:
+            patch.setattr(sys, "stdin", stdin)
             patch.setattr(sys, "stdout", stdout)
             patch.setattr(sys, "__stdout__", stdout)
             patch.setattr(sys, "stderr", stderr)

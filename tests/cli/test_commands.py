@@ -86,7 +86,7 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
         ([], 2, "a command is missing (see: switchrun --help)"),
         (["fil"], 2, "No such command 'fil'. Did you mean 'fill'?"),
         (["fill", "--nonsense"], 2, "--nonsense"),
-        (["fill", "--batch-size", "0", "x"], 2, "greater than or equal to 1"),
+        (["fill", "--batch-size", "0", "x"], 2, "--batch-size: '0' is neither auto nor a whole number above 0"),
         (["fill", "--seed", "1", "<extra_id_0>"], 2, "--seed does nothing without --sample"),
         (["fill", "-", "x"], 2, "stdin"),
         (["fill", "A walks"], 4, "no sentinel"),

@@ -33,7 +33,7 @@ def test_texts_keep_their_order(invoke: Invoke) -> None:
     outcome = invoke("fill", "1 <extra_id_0>", "2 <extra_id_0>", "-q")
     assert outcome.stdout == "1 wörd [x]\n2 wörd [x]\n"
     assert outcome.stderr == ""
-    assert outcome.sessions[0].batches == [["1 <extra_id_0>"], ["2 <extra_id_0>"]]
+    assert outcome.sessions[0].batches == [["1 <extra_id_0>", "2 <extra_id_0>"]]
 
 
 def test_raw_is_one_line(invoke: Invoke) -> None:
@@ -98,7 +98,7 @@ def test_json_is_one_document(invoke: Invoke) -> None:
 def test_a_failure_leaves_a_whole_json_document(invoke: Invoke) -> None:
     for good, expected in ((1, 0), (2, [0, 1])):
         lines = f"{GOOD}\n" * good + "BUDGET <extra_id_0>\n"
-        outcome = invoke("fill", "--format", "json", "-q", input=lines.encode())
+        outcome = invoke("fill", "--format", "json", "-q", "--batch-size", "1", input=lines.encode())
         document = json.loads(outcome.stdout)
         assert outcome.code == 6
         assert (document["id"] if good == 1 else [record["id"] for record in document]) == expected
@@ -171,6 +171,43 @@ def test_batches_hold_lines_until_they_are_full(invoke: Invoke) -> None:
     assert outcome.code == 3
 
 
+@pytest.mark.parametrize(
+    ("args", "terminal", "size"),
+    [
+        ([], False, "auto"),
+        ([], True, 1),
+        (["-"], True, 1),
+        ([GOOD], False, 1),
+        ([GOOD, "--batch-size", "auto"], False, 1),
+        ([GOOD, "--batch-size", "3"], False, 3),
+        ([GOOD, GOOD], True, "auto"),
+        (["--batch-size", "auto"], True, "auto"),
+        (["--batch-size", "1"], False, 1),
+    ],
+)
+def test_the_batch_size(invoke: Invoke, args: list[str], terminal: bool, size: int | str) -> None:
+    assert invoke("fill", *args, terminal=terminal).sessions[0].opening.batch_size == size
+
+
+def test_a_backlog_is_answered_in_few_batches(invoke: Invoke) -> None:
+    lines = [f"{number} <extra_id_0>" if number % 5 else "bad" for number in range(1000)]
+    outcome = invoke("fill", "-q", "--format", "jsonl", input="\n".join(lines).encode())
+    records = [json.loads(line) for line in outcome.stdout.splitlines()]
+    assert [record["id"] for record in records] == list(range(1000))
+    assert [record["input"] for record in records] == lines
+    (session,) = outcome.sessions
+    assert len(session.batches) == 2
+    assert session.ids == [number for number in range(1000) if number % 5], "what is drawn depends on it"
+
+
+def test_a_backlog_of_long_lines_is_bounded(invoke: Invoke) -> None:
+    line = "x" * 300_000
+    outcome = invoke("fill", "-q", input=f"{line} <extra_id_0>\n{line}\n".encode() * 10)
+    assert [len(batch) for batch in outcome.sessions[0].batches] == [2, 2, 2, 2, 2]
+    outcome = invoke("fill", "-q", "--batch-size", "2", input=f"{GOOD}\n".encode() + b"\n" * 2000 + GOOD.encode())
+    assert [len(batch) for batch in outcome.sessions[0].batches] == [1, 1]
+
+
 def test_blanks(invoke: Invoke) -> None:
     outcome = invoke("fill", "A ___ b", "--blank", "___", "--format", "jsonl")
     assert json.loads(outcome.stdout)["input"] == GOOD
@@ -179,7 +216,7 @@ def test_blanks(invoke: Invoke) -> None:
 
 
 def test_what_ends_the_whole_run(invoke: Invoke) -> None:
-    outcome = invoke("fill", "-q", input=b"1 <extra_id_0>\nBUDGET <extra_id_0>\n3 <extra_id_0>\n")
+    outcome = invoke("fill", "-q", "--batch-size", "1", input=b"1 <extra_id_0>\nBUDGET <extra_id_0>\n3 <extra_id_0>\n")
     assert outcome.code == 6
     assert outcome.stdout == "1 wörd [x]\n"
     assert outcome.stderr == "switchrun: this batch needs 2 GiB (use --batch-size 1)\n"
@@ -347,7 +384,9 @@ def test_options_from_the_environment(invoke: Invoke, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--batch-size", "0"], "'--batch-size'"),
+        (["--batch-size", "0"], "--batch-size: '0' is neither auto nor a whole number above 0"),
+        (["--batch-size", "all"], "--batch-size: 'all' is neither auto nor a whole number above 0"),
+        (["--batch-size", "9" * 5000], "--batch-size: '999"),
         (["--max-new-tokens", "0"], "'--max-new-tokens'"),
         (["--num-beams", "x"], "'--num-beams'"),
         (["--dtype", "fp8"], "'--dtype'"),

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -57,6 +58,31 @@ def test_each_line_is_answered_before_the_next_comes(start: Start) -> None:
         assert process.stdout.readline() == ANSWER
     process.stdin.close()
     assert process.wait(10) == 0
+
+
+def test_what_has_come_is_answered_together(start: Start) -> None:
+    """But a line that has begun is not waited for, and 500 lines are not 500 fills."""
+    process = start("fill", "-q", delay=0.3)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(LINE * 2 + LINE[:5])
+    assert [process.stdout.readline() for _ in range(2)] == [ANSWER] * 2
+    begun = time.monotonic()
+    process.stdin.write(LINE[5:] + LINE * 499)
+    process.stdin.close()
+    assert process.stdout.read() == ANSWER * 500
+    assert process.wait(10) == 0
+    assert time.monotonic() - begun < 0.3 * 10
+
+
+def test_a_given_number_of_lines_is_waited_for(start: Start) -> None:
+    process = start("fill", "-q", "--batch-size", "2")
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(LINE)
+    assert select.select([process.stdout], [], [], 0.7)[0] == []
+    process.stdin.write(LINE)
+    assert process.stdout.readline() == ANSWER
 
 
 def test_utf8_whatever_the_locale(start: Start, monkeypatch: pytest.MonkeyPatch, hermetic: dict[str, str]) -> None:

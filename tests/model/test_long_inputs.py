@@ -48,12 +48,13 @@ def test_where_there_is_none(folder: Path) -> None:
 
 def test_a_long_one_takes_the_place_of_several(folder: Path) -> None:
     texts = [SHORT, LONG, SHORT, SHORT, LONG, LONG, SHORT, LONG, LONG, LONG]
-    with open_with_slots(folder, None, batch_size=8) as session:
+    with open_with_slots(folder, None, batch_size=6, max_new_tokens=4) as session:
         encoded = [session.encode(text) for text in texts]
-        batches = [[len(text.ids) < 512 for text in batch] for batch in session._batches(encoded)]
+        batches = session._batches(encoded, OPTIONS)
         results = session.fill(encoded, OPTIONS)
-    assert len(batches) > 2
-    assert [each for batch in batches for each in batch] == [text == SHORT for text in texts]
+    assert len([batch for batch in batches if texts[batch[0]] == LONG]) > 2
+    assert sorted(at for batch in batches for at in batch) == list(range(10))
+    assert [result.input for result in results] == texts
     assert [list(result.output_ids) for result in results] == oracle.answers(folder, texts, 4)
 
 
@@ -83,5 +84,5 @@ def test_the_longest_input_is_exact(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     longest = memory.longest_input(checkpoint, made)
     assert longest > 512
-    assert memory.has_room(checkpoint, made, 1, longest)
-    assert not memory.has_room(checkpoint, made, 1, longest + 1)
+    assert memory.has_room(checkpoint, made, memory.BatchShape(1, longest, 512))
+    assert not memory.has_room(checkpoint, made, memory.BatchShape(1, longest + 1, 512))

@@ -15,6 +15,7 @@ from switchrun.planning import Budgets, Plan, make_plan, memory, resolve_budgets
 from switchrun.planning.device_map import read_device_map, tier_of
 from switchrun.planning.memory import module_of
 from switchrun.planning.options import OpenOptions
+from switchrun.planning.planner import fit_to_runtime
 from switchrun.units import GIB, MIB
 from tests.planning.made_up import checkpoints, made_up_checkpoint
 
@@ -22,7 +23,7 @@ PLENTY = 1 << 50
 SHAPES = st.fixed_dictionaries(
     {
         "dtype": st.sampled_from(["auto", "fp32", "bf16", "int8", "nf4"]),
-        "batch_size": st.integers(1, 4),
+        "batch_size": st.integers(1, 4) | st.just("auto"),
         "num_beams": st.integers(1, 4),
     }
 )
@@ -114,6 +115,55 @@ def test_resident_means_everything_is_in_memory(checkpoint: SwitchCheckpoint, op
     one_less = make_plan(checkpoint, Budgets(resident - 1), **options)  # type: ignore[arg-type]
     less = one_less.tier("cpu").expert_slots < len(checkpoint.experts) or one_less.tier("disk").dense_bytes > 0
     assert less
+
+
+@given(checkpoint=checkpoints(), where=st.floats(0, 1.5), gpu=st.none() | st.floats(0, 1.5), beams=st.integers(1, 3))
+def test_auto_takes_from_slots_alone_and_half_at_most(
+    checkpoint: SwitchCheckpoint, where: float, gpu: float | None, beams: int
+) -> None:
+    minimum, resident = bounds(checkpoint, num_beams=beams)
+    assert bounds(checkpoint, num_beams=beams, batch_size="auto") == (minimum, resident)
+    gpu_bytes = {} if gpu is None else {0: 1 + int(gpu * resident)}
+    budgets = Budgets(minimum + int((resident - minimum) * where), gpu_bytes)
+    one, auto = (make_plan(checkpoint, budgets, batch_size=size, num_beams=beams) for size in (1, "auto"))
+    assert (auto.batch_size, auto.sure_rows, auto.placements) == ("auto", 1, one.placements)
+    for before, after in zip(one.tiers, auto.tiers, strict=True):
+        assert after.dense_bytes == before.dense_bytes
+        assert after.expert_slots >= before.expert_slots // 2
+        more = after.activation_bytes - before.activation_bytes
+        assert more >= 0
+        if before.expert_slots == len(checkpoint.experts):
+            assert after.expert_slots == before.expert_slots, "every expert stays in memory if it can"
+    assert len({use.activation_bytes for use in auto.tiers if use.activation_bytes}) == 1, "a batch fits everywhere"
+    assert memory.least_activation_bytes(checkpoint, auto) == one.tier("cpu").activation_bytes
+
+
+def test_auto_reserves_no_more_than_is_useful() -> None:
+    checkpoint = made_up_checkpoint(d_model=512, d_ff=2048)
+    plan = make_plan(checkpoint, Budgets(PLENTY), batch_size="auto")
+    rows = memory.BatchShape(memory.MOST_ROWS, memory.ROW_TOKENS, memory.ROW_TOKENS)
+    assert plan.tier("cpu").activation_bytes == memory.activation_bytes(checkpoint, plan.precision, rows)
+    assert memory.has_room(checkpoint, plan, rows)
+
+
+def test_libraries_that_are_larger_than_planned_take_from_the_rows_first() -> None:
+    checkpoint = made_up_checkpoint(d_model=512, d_ff=2048, num_experts=32)
+    minimum, _ = bounds(checkpoint)
+    plans = [make_plan(checkpoint, Budgets(minimum + 200 * MIB), batch_size=size) for size in (1, "auto")]
+    one, auto = plans
+    more = auto.tier("cpu").activation_bytes - one.tier("cpu").activation_bytes
+    expected = memory.opened_bytes(checkpoint, auto.precision)
+    for surplus in (0, MIB, more // 2, more, more + 20 * MIB, 3 * more):
+        try:
+            small = fit_to_runtime(one, checkpoint, expected + surplus)
+        except BudgetError:
+            with pytest.raises(BudgetError):
+                fit_to_runtime(auto, checkpoint, expected + surplus)
+            continue
+        use = fit_to_runtime(auto, checkpoint, expected + surplus).tier("cpu")
+        assert use.total_bytes <= (use.budget_bytes or 0)
+        assert use.activation_bytes >= one.tier("cpu").activation_bytes
+        assert use.expert_slots >= min(auto.tier("cpu").expert_slots, small.tier("cpu").expert_slots)
 
 
 @given(checkpoint=checkpoints(), first=st.floats(0, 1.2), second=st.floats(0, 1.2))

@@ -18,6 +18,8 @@ from switchrun.planning.options import OpenOptions
     [
         ("batch_size", 0),
         ("batch_size", 1.0),
+        ("batch_size", "all"),
+        ("batch_size", True),
         ("num_beams", 0),
         ("num_beams", True),
         ("max_new_tokens", 0),

@@ -16,7 +16,7 @@ from switchrun.checkpoint import open_checkpoint
 from switchrun.experts import reader
 from switchrun.experts.reader import Way
 from switchrun.machine import ram
-from switchrun.model.generate import CACHE_ARGUMENT
+from switchrun.model.live_rows import CACHE_ARGUMENT
 from switchrun.planning import Budgets, make_plan
 from switchrun.planning.device_map import read_device_map
 
