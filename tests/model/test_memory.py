@@ -97,7 +97,8 @@ def test_scores_stay_within_the_budget(
     budget = minimum_of(run_switchrun, big, *options) + 64 * MIB
     planned = plan(big, dtype=dtype, batch_size=3, cpu_memory=budget, gpu_memory=0, output_tokens=64)
     checkpoint = open_checkpoint(str(big))
-    longest = max(range(64, 4096, 16), key=lambda length: length * memory.has_room(checkpoint, planned, 1, 450, length))
+    shapes = [memory.BatchShape(1, 450, 0, target=length) for length in range(64, 4096, 16)]
+    longest = max(shape.target for shape in shapes if memory.has_room(checkpoint, planned, shape))
     assert longest > 512
     lines = [f"{'a ' * 400}<extra_id_0>\t{'a ' * (longest - words)}" for words in (20, 400, 500)]
     _, peak = peak_of(hermetic, *("score", "--model", str(big), "--cpu-memory", str(budget), *options), *lines)

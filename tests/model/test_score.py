@@ -183,7 +183,7 @@ def test_scoring_takes_more_than_the_encoder_and_is_planned(folder: Path) -> Non
         checkpoint, precision = session.checkpoint, session.plan.precision
 
     def needed(target: int, beams: int = 1) -> int:
-        return memory.activation_bytes(checkpoint, precision, memory.BatchShape(1, 512, 64, beams, target))
+        return memory.activation_bytes(checkpoint, precision, memory.BatchShape(1, 512, 64, beams, target=target))
 
     assert needed(0) < needed(512) < needed(1024)
     # A vocabulary of a few tokens and a few layers: what beams keep is less than what scoring them takes.
