@@ -50,7 +50,8 @@ def test_records_follow_the_schema(folder: Path) -> None:
     with open_with_slots(folder, 2, batch_size=2) as session:
         batches: list[list[FillResult]] = []
         results = session.fill(TEXTS, SHORT, first_id=7, on_results=lambda batch: batches.append(list(batch)))
-    assert batches == [results[:2], results[2:]]
+    assert sorted(map(len, batches)) == [1, 2]
+    assert sorted((each for batch in batches for each in batch), key=lambda result: result.id) == results
     for result in results:
         validate(result.as_record() | {"output_ids": list(result.output_ids), "spans": list_spans(result)}, "fill")
         assert result.tokens.output == len(result.output_ids) - 1
