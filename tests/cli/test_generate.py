@@ -57,6 +57,7 @@ def test_options_reach_the_session(invoke: Invoke, monkeypatch: pytest.MonkeyPat
     session = invoke("generate", "one", "--max-new-tokens", "9", *sampling).sessions[0]
     assert (session.opening.num_beams, session.opening.max_new_tokens) == (2, 9)
     assert session.options == [GenerationOptions(9, 2, True, 0.5, 0.9, 7, 3)]
+    assert invoke("generate", "one", "--explain").sessions[0].options == [GenerationOptions(num_beams=2, explain=True)]
     assert invoke("generate", "one", "--no-sample").sessions[0].options == [GenerationOptions(num_beams=2)]
 
 

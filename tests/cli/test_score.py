@@ -41,6 +41,14 @@ def test_a_stream_in_batches(invoke: Invoke) -> None:
     assert [len(batch) for batch in outcome.sessions[0].batches] == [2, 1]
 
 
+def test_lines_that_are_there_are_scored_together(invoke: Invoke) -> None:
+    outcome = invoke("score", "-q", input=f"{TABS}\n{JSON}\n{TABS}\n".encode())
+    assert outcome.stdout == ANSWER * 3
+    assert outcome.sessions[0].opening.batch_size == "auto"
+    assert [len(batch) for batch in outcome.sessions[0].batches] == [3]
+    assert invoke("score", TABS, "-q").sessions[0].opening.batch_size == 1
+
+
 def test_records(invoke: Invoke) -> None:
     outcome = invoke("score", TABS, "A <extra_id_0>\t", "{", "A <extra_id_0>", "--format", "jsonl")
     records = [json.loads(line) for line in outcome.stdout.splitlines()]

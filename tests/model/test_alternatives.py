@@ -130,6 +130,12 @@ def test_draws(demo: Any) -> None:
         results = session.fill(TEXTS, options)
         assert [each.alternatives for each in session.fill(TEXTS, options)] == [each.alternatives for each in results]
         same = session.fill(TEXTS[:1], replace(options, temperature=1e-6))[0].alternatives
+    with open_demo(num_beams=8, batch_size=3) as session:
+        together = session.fill(TEXTS, options)
+    for one, other in zip(results, together, strict=True):
+        assert [each.output_ids for each in one.alternatives or ()] == [
+            each.output_ids for each in other.alternatives or ()
+        ]
     assert same is not None
     assert [each.text for each in same] == [same[0].text] * 4, "draws are draws"
     for text, result in zip(TEXTS, results, strict=True):
@@ -244,6 +250,19 @@ def test_explained_are_the_routers_own_choices(tmp_path: Path, batch_size: int, 
                 assert list(layer.dropped) == (over if layer.stack == "encoder" else [])
     hooks = [router._forward_hooks for router in session.engine.model.modules() if hasattr(router, "classifier")]
     assert not any(hooks), "nothing listens any more"
+
+
+def test_rows_that_end_early_are_explained(demo: Any) -> None:
+    """With them out of the decoder, its routers would have fewer rows."""
+    with open_demo(batch_size=3) as session:
+        results = session.fill(TEXTS, GenerationOptions(max_new_tokens=24, explain=True))
+        for text, result in zip(TEXTS, results, strict=True):
+            ids, mask = encode(session, [text])
+            with routers_heard(demo) as heard:
+                demo.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=24)
+            assert result.routing is not None
+            check_routing(result.routing.layers, heard)
+    assert len({result.tokens.output for result in results}) > 1
 
 
 @pytest.mark.parametrize("options", [GenerationOptions(num_beams=3), BEST])

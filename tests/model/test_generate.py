@@ -188,6 +188,22 @@ def test_a_record(fp32: Path) -> None:
     assert list(record)[:6] == ["schema_version", "id", "input", "text", "raw", "output_ids"]
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"sample": True}])
+def test_an_explanation(fp32: Path, options: dict[str, Any]) -> None:
+    asked = GenerationOptions(max_new_tokens=6, **options)
+    with opened(fp32, batch_size=2, num_beams=2) as session:
+        plain = session.generate(TEXTS, asked)
+        results = session.generate(TEXTS, replace(asked, explain=True))
+        with pytest.raises(UsageError, match=r"^alternatives: only fill has them"):
+            session.generate(TEXTS, GenerationOptions(alternatives=1))
+    assert [result.output_ids for result in results] == [result.output_ids for result in plain]
+    for result in results:
+        assert result.routing is not None
+        assert len(result.routing.output_tokens) == result.tokens.output
+        assert {layer.stack for layer in result.routing.layers} == {"encoder", "decoder"}
+        validate(json.loads(json.dumps(result.as_record())), "generate")
+
+
 def test_a_prefix_is_read_before_each_text(fp32: Path) -> None:
     expected = oracle.answers(fp32, [f"the red cat {text}" for text in TEXTS], 6)
     with Session.open(fp32, batch_size=3) as session:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from switchrun import Filling, Session
+from switchrun import Filling, ScoreResult, Session
 from switchrun.errors import InputError, ModelError, UsageError
 from switchrun.planning import memory
 from tests.conftest import validate
@@ -130,6 +130,19 @@ def test_records_follow_the_schema(folder: Path) -> None:
     assert results[0].text == "the cat sat on the red mat ."
     assert results[2].spans[1].log_probability == 0
     assert (stats.inputs, stats.ttft_seconds) == (3, None)
+
+
+@pytest.mark.parametrize("batch_size", [2, "auto"])
+def test_batches_of_like_length(folder: Path, batch_size: int | str) -> None:
+    batches: list[list[ScoreResult]] = []
+    with open_with_slots(folder, None, batch_size=batch_size) as session:
+        alone = [session.score([filling])[0].log_probability for filling in FILLINGS]
+        results = session.score(FILLINGS, ids=[7, 3, 5], on_results=lambda batch: batches.append(list(batch)))
+        with pytest.raises(UsageError, match=r"^ids: 1 for 3"):
+            session.score(FILLINGS, ids=[0])
+    assert [result.id for result in results] == [7, 3, 5]
+    assert [result.log_probability for result in results] == pytest.approx(alone, rel=1e-5)
+    assert [[result.id for result in batch] for batch in batches] == ([[5, 3], [7]] if batch_size == 2 else [[5, 3, 7]])
 
 
 def test_the_last_sentinel_of_a_vocabulary(folder: Path) -> None:
