@@ -60,8 +60,8 @@ def linear_int8(x: torch.Tensor, codes: torch.Tensor, scb: torch.Tensor) -> torc
     if x.is_cuda:
         return _linear_bitsandbytes(x, codes, scb)
 
-    def unpack(rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        return codes[rows].to(dtype)  # whole numbers up to 127: bfloat16 has them all
+    def unpack(rows: slice, to: torch.Tensor) -> None:
+        to.copy_(codes[rows])  # whole numbers up to 127: bfloat16 has them all
 
     if is_for_native(tokens):
         result = native.linear_int8(tokens, codes, scb)

@@ -94,23 +94,21 @@ def linear_nf4(
 
 
 def unpack_nf4(
-    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], rows: slice, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return some rows of a matrix as `linear_nf4` takes it, in a dtype, float32 or bfloat16."""
+    packed: torch.Tensor, absmax: torch.Tensor, shape: tuple[int, int], rows: slice, result: torch.Tensor
+) -> None:
+    """Write some rows of a matrix as `linear_nf4` takes it to a tensor in float32 or bfloat16."""
     _check_nf4(packed, absmax, shape, torch.bfloat16)
     if not 0 <= rows.start <= rows.stop <= shape[0]:
         raise ValueError(f"a matrix of {shape[0]} rows has no rows {rows.start} to {rows.stop}")
     count, columns, function = rows.stop - rows.start, shape[1], _loaded().nf4_unpack
-    result = torch.empty(count, columns, dtype=dtype)
     _check("the result", result, (torch.float32, torch.bfloat16), (count, columns))
-    to, narrow, codes, scales = result.data_ptr(), dtype is torch.bfloat16, packed.data_ptr(), absmax.data_ptr()
+    dtype, to, codes, scales = result.dtype, result.data_ptr(), packed.data_ptr(), absmax.data_ptr()
 
     def share(begin: int, end: int) -> None:
         at = to + begin * columns * dtype.itemsize
-        function(at, narrow, (rows.start + begin) * columns, (end - begin) * columns, codes, scales)
+        function(at, dtype is torch.bfloat16, (rows.start + begin) * columns, (end - begin) * columns, codes, scales)
 
     _split(count, columns, None, share)
-    return result
 
 
 def quantise_nf4(values: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> None:
@@ -138,10 +136,12 @@ def linear_qmoe(
     # In C, as torch's threads would go on waiting for work on the cores that ours need.
     if not library.qmoe_beside(x.data_ptr(), tokens, columns, stride, given.data_ptr()):
         step = max(1, _SHARE // max(1, columns))  # of 1.5 MiB: as a whole, a matrix may take 77
+        block = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
         for begin in range(0, rows, step):
             end = min(begin + step, rows)
-            weight = unpack_qmoe(codes, offsets, extremes, columns, begin, end).float()
-            y[:, begin:end] = torch.nn.functional.linear(x, weight)
+            weight = block[: end - begin]
+            unpack_qmoe(codes, offsets, extremes, weight, begin, end)
+            y[:, begin:end] = torch.nn.functional.linear(x, weight.float())
         return y
     held = (given, y, table, codes, offsets, extremes)
     at = [tensor.data_ptr() for tensor in held]
@@ -159,12 +159,13 @@ def linear_qmoe(
 
 
 def unpack_qmoe(
-    codes: torch.Tensor, offsets: torch.Tensor, extremes: torch.Tensor, columns: int, begin: int, end: int
-) -> torch.Tensor:
-    """Return rows `begin` to `end` in bfloat16 `[end - begin, in]`; a `DamagedMatrixError` names one that is bad."""
+    codes: torch.Tensor, offsets: torch.Tensor, extremes: torch.Tensor, result: torch.Tensor, begin: int, end: int
+) -> None:
+    """Write rows `begin` to `end` to a bfloat16 tensor `[end - begin, in]`; a `DamagedMatrixError` names a bad one."""
     _check_qmoe(codes, offsets, extremes)
     table = dictionary().table
-    result = torch.empty(end - begin, columns, dtype=torch.bfloat16)
+    columns = result.shape[1]
+    _check("the result", result, (torch.bfloat16,), (end - begin, columns))
     held = (result, table, codes, offsets, extremes)
     at = [tensor.data_ptr() for tensor in held]
 
@@ -177,7 +178,6 @@ def unpack_qmoe(
         )
 
     _split(end - begin, columns, None, share)
-    return result
 
 
 def encode_qmoe(digits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,18 +52,19 @@ def linear_nf4(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, shap
     _check_storage(packed, absmax, shape, torch.bfloat16)
     tokens = rows_of(x, shape[1])
 
-    def unpack(rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    def unpack(rows: slice, to: torch.Tensor) -> None:
         if packed.device.type == "cpu" and native.available():
-            return native.unpack_nf4(packed, absmax, shape, rows, dtype)
+            native.unpack_nf4(packed, absmax, shape, rows, to)
+            return
         begin, end = rows.start * shape[1], rows.stop * shape[1]
         codes = packed[begin // 2 : -(-end // 2)]
         scales = absmax[begin // NF4_BLOCK : -(-end // NF4_BLOCK)].float()
         if packed.is_cuda:
             flat = (1, end - begin)
-            values: torch.Tensor = operations().dequantize_4bit(codes, scales, NF4_BLOCK, "nf4", flat, dtype)
+            values: torch.Tensor = operations().dequantize_4bit(codes, scales, NF4_BLOCK, "nf4", flat, to.dtype)
         else:
-            values = _unpack_by_torch(codes, scales)[: end - begin].to(dtype)
-        return values.view(-1, shape[1])
+            values = _unpack_by_torch(codes, scales)[: end - begin]
+        to.copy_(values.view(-1, shape[1]))
 
     if is_for_native(tokens):
         result = native.linear_nf4(tokens, packed, absmax, shape)

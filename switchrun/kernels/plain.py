@@ -57,7 +57,7 @@ def _widened(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if is_for_native(x) and weight.is_contiguous():
         return native.linear_bf16(x, weight).to(x.dtype)
     shape = (weight.shape[0], weight.shape[1])
-    return linear_by_blocks(x, shape, lambda rows, dtype: weight[rows].to(dtype)).to(x.dtype)
+    return linear_by_blocks(x, shape, lambda rows, to: to.copy_(weight[rows])).to(x.dtype)
 
 
 def _columns(x: torch.Tensor) -> torch.Tensor:

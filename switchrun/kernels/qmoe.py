@@ -75,17 +75,30 @@ def linear_qmoe(x: torch.Tensor, matrix: QmoeMatrix) -> torch.Tensor:
         return result.view(*x.shape[:-1], matrix.rows)
 
     shape = (matrix.rows, matrix.columns)
-    result = linear_by_blocks(tokens, shape, lambda rows, dtype: decode(matrix, rows).to(dtype)).to(x.dtype)
+
+    def unpack(rows: slice, to: torch.Tensor) -> None:
+        if to.dtype is torch.bfloat16:
+            decode(matrix, rows, to)
+        else:
+            to.copy_(decode(matrix, rows))
+
+    result = linear_by_blocks(tokens, shape, unpack).to(x.dtype)
     return result.view(*x.shape[:-1], matrix.rows)
 
 
-def decode(matrix: QmoeMatrix, rows: slice | None = None) -> torch.Tensor:
-    """Return some rows, or all, in bfloat16 `[rows, columns]`; a `native.DamagedMatrixError` names a damaged one."""
+def decode(matrix: QmoeMatrix, rows: slice | None = None, to: torch.Tensor | None = None) -> torch.Tensor:
+    """Write some rows, or all, to a bfloat16 tensor `[rows, columns]`, by default a new one, and return it.
+
+    A `native.DamagedMatrixError` names a damaged row.
+    """
     rows = rows or slice(0, matrix.rows)
+    if to is None:
+        to = torch.empty(rows.stop - rows.start, matrix.columns, dtype=torch.bfloat16, device=matrix.codes.device)
     if matrix.codes.device.type == "cpu" and native.available():
         parts = matrix.codes, matrix.offsets, matrix.extremes
-        return native.unpack_qmoe(*parts, matrix.columns, rows.start, rows.stop)
-    return _decode_by_torch(matrix, rows)
+        native.unpack_qmoe(*parts, to, rows.start, rows.stop)
+        return to
+    return to.copy_(_decode_by_torch(matrix, rows))
 
 
 def encode(digits: torch.Tensor, extremes: torch.Tensor) -> QmoeMatrix:

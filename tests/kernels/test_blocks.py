@@ -17,12 +17,12 @@ def test_blocks_of_an_expert_fit_what_the_plan_reserves(
     monkeypatch.setattr(blocks, "has_bf16_instructions", lambda: bfloat16_known)
     asked: list[int] = []
 
-    def unpack(rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    def unpack(rows: slice, to: torch.Tensor) -> None:
         assert rows.start % 64 == 0
         asked.extend(range(rows.start, rows.stop))
-        block = torch.ones(rows.stop - rows.start, shape[1], dtype=dtype)
-        assert block.nbytes <= PRODUCT_SCRATCH_BYTES
-        return block
+        assert to.shape == (rows.stop - rows.start, shape[1])
+        assert to.nbytes <= PRODUCT_SCRATCH_BYTES
+        to.fill_(1)
 
     result = blocks.linear_by_blocks(torch.ones(2, shape[1]).bfloat16(), shape, unpack)
     assert asked == list(range(shape[0]))

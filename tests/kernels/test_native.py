@@ -97,7 +97,8 @@ def test_unpacking_nf4(rows: int, width: int, dtype: torch.dtype, data: st.DataO
     absmax = random(seed, (blocks,), 1.0).bfloat16()
     begin = data.draw(st.integers(0, rows))
     end = data.draw(st.integers(begin, rows))
-    found = native.unpack_nf4(packed, absmax, (rows, width), slice(begin, end), dtype)
+    found = torch.empty(end - begin, width, dtype=dtype)
+    native.unpack_nf4(packed, absmax, (rows, width), slice(begin, end), found)
     # A value and a scale are float32: their product in float64 is exact, and rounded once to float32.
     assert torch.equal(found, nf4_by_hand(packed, absmax, (rows, width))[begin:end].float().to(dtype))
 
@@ -150,7 +151,7 @@ def test_damaged_tensors_are_refused() -> None:
         native.linear_nf4(x, torch.zeros(63, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64))
     with pytest.raises(ValueError, match="no rows 1 to 3"):
         native.unpack_nf4(
-            torch.zeros(64, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64), slice(1, 3), torch.float32
+            torch.zeros(64, dtype=torch.uint8), torch.ones(2).bfloat16(), (2, 64), slice(1, 3), torch.empty(2, 64)
         )
     with pytest.raises(ValueError, match="codes"):
         native.quantise_nf4(torch.ones(64), torch.zeros(31, dtype=torch.uint8), torch.ones(1))

@@ -116,6 +116,38 @@ def test_alternatives_stay_within_the_budget(big: Path, run_switchrun: RunSwitch
     assert peak <= budget, f"{peak / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("room_mib", [0, 300, 1500])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "nf4"])
+def test_auto_answers_as_one_by_one_within_the_budget(
+    big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str, room_mib: int
+) -> None:
+    """Lines of 5 to 600 tokens, of which the longest cannot be filled where memory is least."""
+    lengths = [3, 40, 590, *range(4, 64), 300, 600, 590, 120, 8] + [24] * 60
+    words = "the cat sat on the mat and a man walks into a bar with salt".split()
+    lines = [
+        " ".join([words[(n + at) % 14] for at in range(length)]) + " <extra_id_0>" for n, length in enumerate(lengths)
+    ]
+    budget = minimum_of(run_switchrun, big, "--dtype", dtype) + room_mib * MIB
+    answers = {}
+    for size in ("1", "auto"):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, "fill", "-q", "--model", str(big), "--dtype", dtype, "--format", "jsonl",
+             "--cpu-memory", str(budget), "--batch-size", size, "--max-new-tokens", "3"],
+            input="\n".join(lines), env=hermetic, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        *errors, peak = done.stderr.splitlines()
+        assert done.returncode == (3 if errors else 0), done.stderr
+        assert int(peak) <= budget, f"{size}: {int(peak) / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        assert [record["id"] for record in records] == list(range(len(lines)))
+        answers[size] = [record.get("output_ids") for record in records]
+    different = [
+        one for one, other in zip(answers["1"], answers["auto"], strict=True) if one and other and one != other
+    ]
+    assert len(different) <= (0 if dtype == "fp32" else len(lines) // 10), "in bf16 where two logits are that close"
+
+
 def test_below_the_minimum_nothing_is_loaded(big: Path, run_switchrun: RunSwitchrun) -> None:
     minimum = minimum_of(run_switchrun, big)
     for command in (["plan"], ["fill", TEXT]):
