@@ -13,18 +13,31 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchrun.model.records import FillResult, GenerationOptions
+    from switchrun.model.records import FillResult, GenerateResult, GenerationOptions, ScoreResult
+    from switchrun.model.sentinels import Filling
     from switchrun.model.session import Session
     from switchrun.planning.opening import plan
 
 __version__ = "0.1.0"
 
-__all__ = ["FillResult", "GenerationOptions", "Session", "__version__", "plan"]
+__all__ = [
+    "FillResult",
+    "Filling",
+    "GenerateResult",
+    "GenerationOptions",
+    "ScoreResult",
+    "Session",
+    "__version__",
+    "plan",
+]
 
 #: Where each name is imported from when it is first asked for (PEP 562).
 _HOMES = {
     "FillResult": "switchrun.model.records",
+    "Filling": "switchrun.model.sentinels",
+    "GenerateResult": "switchrun.model.records",
     "GenerationOptions": "switchrun.model.records",
+    "ScoreResult": "switchrun.model.records",
     "Session": "switchrun.model.session",
     "plan": "switchrun.planning.opening",
 }

@@ -7,7 +7,7 @@
     ├── BudgetError             6  it does not fit into the memory that was allowed
     ├── CorruptCheckpointError  7  a checkpoint or offload file that is damaged or incomplete
     ├── NetworkError            8  the Hub could not be reached
-    └── StorageError            9  the offload folder cannot be written: no space, or no right to
+    └── StorageError            9  the offload folder or an output cannot be written: no space, or no right to
 
 Exit code 3 (some inputs failed, others were answered) and those of signals (129, 130, 141, 143) belong to
 `switchrun.cli`: no exception stands for them.
@@ -127,7 +127,7 @@ class NetworkError(SwitchrunError):
 
 
 class StorageError(SwitchrunError):
-    """The offload folder cannot be written or cleared: the disk is full, or it may not be changed."""
+    """The offload folder or an output cannot be written or cleared: the disk is full, or it may not be changed."""
 
     exit_code = 9
     kind = "storage"
@@ -142,7 +142,9 @@ def command(
     return shlex.join(["switchrun", *words, *options])
 
 
-def check_count(name: str, value: object) -> None:
-    """Raise UsageError for what is not a whole number above 0."""
-    if type(value) is not int or value < 1:
-        raise UsageError(f"{name}: {value!r} is not a whole number above 0", option=name)
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise UsageError for what is not a whole number of at least that, or too large to reckon with."""
+    if type(value) is not int or value < least:
+        raise UsageError(f"{name}: {printable(repr(value), 100)} is not a whole number above {least - 1}", option=name)
+    if value >= 2**31:
+        raise UsageError(f"{name}: {printable(value, 100)} is more than {2**31 - 1}", option=name)

@@ -22,7 +22,16 @@ def run_python(code: str) -> object:
 
 
 def test_exactly_these_names_are_public() -> None:
-    assert switchrun.__all__ == ["FillResult", "GenerationOptions", "Session", "__version__", "plan"]
+    assert switchrun.__all__ == [
+        "FillResult",
+        "Filling",
+        "GenerateResult",
+        "GenerationOptions",
+        "ScoreResult",
+        "Session",
+        "__version__",
+        "plan",
+    ]
 
 
 @pytest.mark.parametrize("name", switchrun.__all__)

@@ -18,9 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from switchrun.bench.spans import Passage
 from switchrun.checkpoint.types import ExpertKey, Stack
+from switchrun.model.scoring import head_logits
 
-#: The scores of so many tokens are in memory at a time: a few vocabularies' worth, less than a batch's attention takes.
-_HEAD_TOKENS = 64
 _IGNORED = -100
 #: A token's indices and masks, besides its hidden states.
 _TOKEN_BYTES = 64
@@ -209,17 +208,13 @@ def _feed_forward(
 
 
 def _score(model: Any, batch: Batch, state: torch.Tensor) -> Iterator[tuple[int, Score]]:
-    """Yield the losses of a batch's passages; scores of all tokens at once would be the largest tensor by far."""
-    if model.config.tie_word_embeddings:
-        state = state * model.model_dim**-0.5
+    """Yield the losses of a batch's passages."""
     for at, row in enumerate(batch.rows):
         hidden, labels = state[at][batch.said[at]], batch.labels[at][batch.said[at]]
         loss, predictions = 0.0, list[int]()
-        for start in range(0, len(labels), _HEAD_TOKENS):
-            part = slice(start, start + _HEAD_TOKENS)
-            scores = model.lm_head(hidden[part])
-            predictions += scores.argmax(-1).tolist()
-            loss += float(F.cross_entropy(scores.float(), labels[part], reduction="sum"))
+        for part, logits in head_logits(model, hidden):
+            predictions += logits.argmax(-1).tolist()
+            loss += float(F.cross_entropy(logits, labels[part], reduction="sum"))
         yield row, Score(loss, predictions)
 
 

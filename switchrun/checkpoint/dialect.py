@@ -172,8 +172,10 @@ class _Repairs:
             self.config["num_decoder_layers"] = self.config.get("num_layers", _DEFAULTS["num_layers"])
         for key, default in _DEFAULTS.items():
             value = self.config.setdefault(key, default)
-            if type(value) is not int or value < (0 if key in _MAY_BE_ZERO else 1):
-                raise CorruptCheckpointError(f"{path}: {key} is {printable(value, 50)}, not a positive whole number")
+            # Beyond 64 bits even to print a product of two can fail.
+            if type(value) is not int or not (0 if key in _MAY_BE_ZERO else 1) <= value < 1 << 64:
+                wanted = "a positive whole number of up to 64 bits"
+                raise CorruptCheckpointError(f"{path}: {key} is {printable(value, 50)}, not {wanted}")
 
     def fill(self, **values: Any) -> None:
         """Set what is absent or null, where that cannot change what the checkpoint means."""

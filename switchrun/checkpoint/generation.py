@@ -1,16 +1,20 @@
 """A checkpoint's own generation settings: every field of transformers' `GenerationConfig`, sorted by what it does here.
 
-transformers takes them from `generation_config.json` alone, or from `config.json` if there is no such file.
+transformers takes them from `generation_config.json` alone, or from `config.json` if there is no such file. What old
+ones of the latter have under `task_specific_params` only its pipelines look at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from switchrun.checkpoint.files import MOST_CONFIG_BYTES, read_json_object
-from switchrun.errors import ModelError, printable
+from switchrun.errors import ModelError, UsageError, check_count, printable
+
+if TYPE_CHECKING:
+    from switchrun.checkpoint.types import SwitchCheckpoint
 
 FILE = "generation_config.json"
 
@@ -24,10 +28,11 @@ KEPT = frozenset({
     "watermarking_config",
 })  # fmt: skip
 
+#: `GenerationOptions` decide. `own_options` takes from here what is not given, for `generate`; `fill` does not look.
+OPTIONAL = frozenset({"do_sample", "max_length", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p"})
+
 #: They have no say here.
 DROPPED = frozenset({
-    # Options of ours decide: `GenerationOptions`.
-    "do_sample", "max_length", "max_new_tokens", "num_beams", "temperature", "top_k", "top_p",
     # Caches and speed, which change no token.
     "assistant_confidence_threshold", "assistant_early_exit", "assistant_ensemble_weight", "assistant_lookbehind",
     "cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile",
@@ -58,7 +63,7 @@ _LARGEST = {"encoder_no_repeat_ngram_size": 10_000, "length_penalty": 10_000}
 
 
 def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint sets of `KEPT`.
+    """Return what a checkpoint sets of `KEPT` and of `OPTIONAL`; the latter's values are not looked at yet.
 
     `own` is `config.json` as it is, `config` the repaired one. If no token to start with is set, transformers could not
     generate at all; then the repaired one has the special tokens that are missing.
@@ -67,12 +72,8 @@ def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[st
         ModelError: Something of `REFUSED` would have an effect, or a number is absurd.
         CorruptCheckpointError: `generation_config.json` is damaged.
     """
-    path = folder / FILE
-    found: Mapping[str, Any] = own
-    if path.exists():
-        found = read_json_object(path, MOST_CONFIG_BYTES)
-    else:
-        path = folder / "config.json"
+    path = generation_file(folder)
+    found = read_json_object(path, MOST_CONFIG_BYTES) if path.name == FILE else own
     for name, harmless in REFUSED.items():
         value = found.get(name)
         if value is not None and value not in harmless:
@@ -84,10 +85,55 @@ def generation_settings(folder: Path, own: Mapping[str, Any], config: Mapping[st
         value = found.get(name)
         if isinstance(value, int) and value > largest:
             raise ModelError(f"{path}: {name} is {printable(value, 100)}, more than {largest}, the most that works")
-    settings = {name: found[name] for name in sorted(KEPT) if found.get(name) is not None}
+    settings = {name: found[name] for name in sorted(KEPT | OPTIONAL) if found.get(name) is not None}
     if not {"decoder_start_token_id", "bos_token_id"} & settings.keys():
         settings = {name: config[name] for name in ("decoder_start_token_id", "eos_token_id")} | settings
     return settings
+
+
+def own_options(checkpoint: SwitchCheckpoint, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `GenerationOptions`: as given, where that is not None, else as the checkpoint says.
+
+    Where that says nothing either, they are transformers' defaults, except for 64 new tokens: its 20 cut most answers
+    off. A value of the checkpoint that is not needed is not looked at.
+
+    Raises:
+        ModelError: A length, a number of beams or `do_sample` makes no sense.
+    """
+    own = checkpoint.generation
+    found = {name: value for name, value in given.items() if value is not None}
+
+    def count(name: str, least: int = 1) -> int:
+        try:
+            check_count(name, own[name], least)
+        except UsageError as error:
+            flag = "num-beams" if name == "num_beams" else "max-new-tokens"
+            raise ModelError(f"{generation_file(checkpoint.path)}: {error.message}", f"use --{flag}") from error
+        return int(own[name])
+
+    if "num_beams" not in found:
+        found["num_beams"] = count("num_beams") if "num_beams" in own else 1
+    if "max_new_tokens" not in found:
+        if "max_new_tokens" in own:
+            found["max_new_tokens"] = count("max_new_tokens")
+        else:
+            # The length counts the token to start with.
+            found["max_new_tokens"] = count("max_length", 2) - 1 if "max_length" in own else 64
+    sample = found.setdefault("sample", own.get("do_sample", False))
+    if not isinstance(sample, bool):
+        raise ModelError(
+            f"{generation_file(checkpoint.path)}: do_sample: {printable(repr(sample), 100)} is neither true nor false",
+            "use --sample or --no-sample",
+        )
+    if sample:
+        found = {name: own[name] for name in ("temperature", "top_p") if name in own} | found
+        found.setdefault("top_k", own.get("top_k", 50))
+    return found
+
+
+def generation_file(folder: Path) -> Path:
+    """Return the file that a checkpoint's settings are in."""
+    return folder / (FILE if (folder / FILE).exists() else "config.json")
 
 
 def end_token(config: Mapping[str, Any]) -> int:

@@ -27,7 +27,7 @@ from switchrun.checkpoint.types import (
     TensorSlice,
 )
 from switchrun.dtypes import QMOE
-from switchrun.errors import CorruptCheckpointError
+from switchrun.errors import CorruptCheckpointError, printable
 
 DENSE, SIZES = "noexp.pt", "sizes.pt"
 #: What one expert takes in the index: its row in the four columns.
@@ -94,7 +94,8 @@ def read_sizes(file: Weights, layers: Sequence[Layer], experts: int) -> list[arr
     def of(name: str) -> int:
         size = numbers.get(name, 0)
         if not 0 < size < 1 << 31:
-            problem = f"it says {name} has {size} codes" if name in numbers else f"it does not say how many {name} has"
+            shown = printable(size, 50)
+            problem = f"it says {name} has {shown} codes" if name in numbers else f"it does not say how many {name} has"
             raise CorruptCheckpointError(f"{file.place}: {problem}", file.remedy)
         return size
 

@@ -142,7 +142,7 @@ class SwitchCheckpoint:
         expert_forms: An expert of each form in which experts are stored (dtypes may differ), and how many have that
             form; never empty. Of experts that QMoE compressed, all are of one form, whose expert is the largest.
         experts_total_bytes: Bytes of all experts as stored, if those of one form differ; else None.
-        generation: The checkpoint's own generation settings; see `switchrun.checkpoint.generation`.
+        generation: The checkpoint's own generation settings and options; see `switchrun.checkpoint.generation`.
         hub: What the repository holds, if weights are read from the Hub by byte range; None if they are in local files.
     """
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
 
@@ -26,7 +27,7 @@ from switchrun.output.sinks import FillFormat, format_failure, format_result
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from switchrun.model.records import FillResult, Progress, ProgressCallback
+    from switchrun.model.records import GenerateResult, Progress, ProgressCallback, ScoreResult
     from switchrun.model.session import Session
     from switchrun.planning.options import OpenOptions
     from switchrun.planning.plan import HubCost, Plan
@@ -40,49 +41,91 @@ _MUCH_BYTES = 1_000_000_000
 _WINDOW_TEXTS = 512
 _WINDOW_CHARACTERS = 1024**2
 
+_Checked = TypeVar("_Checked")
 _Encoded = TypeVar("_Encoded")
+_Result = TypeVar("_Result", bound="GenerateResult | ScoreResult")
+#: Called with the results of a batch as soon as they are there.
+OnResults = Callable[[Sequence[_Result]], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Work(Generic[_Encoded]):
+class Work(Generic[_Checked, _Encoded, _Result]):
     """What a command does with a text; each raises InputError for a text that it cannot do it with.
 
     Attributes:
-        check: Returns the text to go on with; needs no model.
+        check: Returns what to go on with, whose `str` is the text that records show; needs no model.
         encode: Makes it ready for the model.
-        answer: Answers texts that were made ready, in their order; their ids are given.
+        answer: Answers texts that were made ready, in their order; their ids are given, and what to call with the
+            results of each batch.
+        remark: Returns what a person should know of some answers, if anything; it is noted once.
     """
 
-    check: Callable[[str], str]
-    encode: Callable[[Session, str], _Encoded]
-    answer: Callable[[Session, Sequence[_Encoded], Sequence[int]], Sequence[FillResult]]
+    check: Callable[[str], _Checked]
+    encode: Callable[[Session, _Checked], _Encoded]
+    answer: Callable[[Session, Sequence[_Encoded], Sequence[int], OnResults[_Result]], Sequence[_Result]]
+    remark: Callable[[Sequence[_Result]], str | None] = lambda _results: None
 
 
 def answer_texts(
-    work: Work[_Encoded],
+    work: Work[_Checked, _Encoded, _Result],
     texts: Sequence[str] | None,
     opening: OpenOptions,
     *,
     style: FillFormat,
     stats: bool,
     quiet: bool,
+    lines: int = 1,
 ) -> NoReturn:
-    """Answer the TEXT arguments, or the lines of stdin if there is none; ends the command with its exit code."""
+    """Answer the TEXT arguments, or the lines of stdin if there is none; ends the command with its exit code.
+
+    In `text` and `raw` every input has so many lines.
+    """
     arguments = [] if texts == ["-"] else list(texts or ())
     if "-" in arguments:
         raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
-    lines = None if arguments else stdin_lines()
-    entries: Iterable[Entry] = _check(work, read_arguments(arguments) if lines is None else lines)
+    stdin = None if arguments else stdin_lines()
+    entries: Iterable[Entry] = _check(work, read_arguments(arguments) if stdin is None else stdin)
     hopeless = False
     if arguments:
         entries = list(entries)
         hopeless = all(entry.error for entry in entries)
     progress = SessionProgress(sys.stderr, wanted=not quiet)
 
+    note = notes_of(progress, quiet)
+    label = "line" if not arguments else "text" if len(arguments) > 1 else None
+    with _Answers(style, label, progress.clear, lines) as answers:
+        if hopeless:
+            answers.write(entries, ())
+            raise typer.Exit(answers.exit_code)
+        with open_with_notes(opening, progress, note) as session:
+            if not arguments and sys.stdin.isatty():
+                note("type one input a line; Ctrl-D ends")
+            size = opening.batch_size
+            most = _WINDOW_TEXTS if size == "auto" else size
+            ready = stdin.ready if size == "auto" and stdin is not None else lambda: True
+            _answer(work, session, entries, most, ready, answers, note)
+            if stats:
+                from switchrun.output.tables import render_stats
+
+                progress.clear()
+                report_lines(render_stats(session.stats()))
+    raise typer.Exit(answers.exit_code)
+
+
+def notes_of(progress: SessionProgress, quiet: bool) -> Callable[[str], None]:
+    """Return what reports a line for a human, where the line of progress is."""
+
     def note(text: str) -> None:
         if not quiet:
             progress.clear()
             report(text)
+
+    return note
+
+
+@contextmanager
+def open_with_notes(opening: OpenOptions, progress: SessionProgress, note: Callable[[str], None]) -> Iterator[Session]:
+    """Open the model, and report what is to know of it; asks before much is downloaded."""
 
     def show(step: Progress) -> None:
         if threading.current_thread() is threading.main_thread():  # not in a download
@@ -96,28 +139,12 @@ def answer_texts(
                 note(_hub_costs(plan.model_id, plan.hub))
 
     quieten_libraries()
-    label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    with _Answers(style, label, progress.clear) as answers:
-        if hopeless:
-            answers.write(entries, ())
-            raise typer.Exit(answers.exit_code)
-        ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
-        with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
-            progress.clear()
-            for sentence in (*session.checkpoint.repairs, *session.plan.notes):
-                note(f"note: {sentence}")
-            if not arguments and sys.stdin.isatty():
-                note("type one input a line; Ctrl-D ends")
-            size = opening.batch_size
-            most = _WINDOW_TEXTS if size == "auto" else size
-            ready = lines.ready if size == "auto" and lines is not None else lambda: True
-            _answer(work, session, entries, most, ready, answers)
-            if stats:
-                from switchrun.output.tables import render_stats
-
-                progress.clear()
-                report_lines(render_stats(session.stats()))
-    raise typer.Exit(answers.exit_code)
+    ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
+    with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
+        progress.clear()
+        for sentence in (*session.checkpoint.repairs, *session.plan.notes):
+            note(f"note: {sentence}")
+        yield session
 
 
 def open_session(
@@ -143,39 +170,46 @@ def _hub_costs(model: str, cost: HubCost) -> str:
     return f"{model}: about {fetched} from the Hub, {time} at {rate}{source}; kept in {cost.folder}"
 
 
-def _check(work: Work[_Encoded], entries: Iterable[Entry]) -> Iterator[Entry]:
+def _check(work: Work[_Checked, _Encoded, _Result], entries: Iterable[Entry]) -> Iterator[Entry]:
     """Mark the entries whose texts are wrong."""
     for entry in entries:
         if entry.error is None:
             try:
-                entry = replace(entry, text=work.check(entry.text))
+                checked = work.check(entry.text)
+                entry = replace(entry, text=str(checked), checked=checked)
             except InputError as error:
                 entry = replace(entry, error=error)
         yield entry
 
 
 def _answer(
-    work: Work[_Encoded],
+    work: Work[_Checked, _Encoded, _Result],
     session: Session,
     entries: Iterable[Entry],
     most: int,
     ready: Callable[[], bool],
     answers: _Answers,
+    note: Callable[[str], None],
 ) -> None:
     """Answer checked entries, at most so many at a time, and no more than are `ready`; then write their answers."""
     waiting: list[Entry] = []
     texts: list[_Encoded] = []
+    remark: str | None = None
 
     def answer() -> None:
+        nonlocal remark
         ids = [entry.id for entry in waiting if entry.error is None]
-        answers.write(waiting, work.answer(session, texts, ids) if texts else ())
+        results = work.answer(session, texts, ids, lambda _results: None) if texts else ()
+        answers.write(waiting, results)
+        if results and remark is None and (remark := work.remark(results)):
+            note(f"note: {remark}")
         waiting.clear()
         texts.clear()
 
     for entry in entries:
         if entry.error is None:
             try:
-                texts.append(work.encode(session, entry.text))
+                texts.append(work.encode(session, entry.checked))
             except InputError as error:
                 entry = replace(entry, error=error)
         waiting.append(entry)
@@ -191,11 +225,12 @@ class _Answers:
 
     In `json` all answers are one document, an array if there are several. Leaving the context ends a document that was
     begun, also after an error or a signal. `label` is what an input is called in messages (`line`); None if only one
-    is possible. `clear_progress` is called before anything is written.
+    is possible. `clear_progress` is called before anything is written; `lines` are those of an input.
     """
 
-    def __init__(self, style: FillFormat, label: str | None, clear_progress: Callable[[], None]) -> None:
+    def __init__(self, style: FillFormat, label: str | None, clear_progress: Callable[[], None], lines: int) -> None:
         self._style = style
+        self._lines = lines
         self._label = label
         self._clear_progress = clear_progress
         self._answered = 0
@@ -211,19 +246,29 @@ class _Answers:
             return 0
         return EXIT_SOME_FAILED if self._answered else InputError.exit_code
 
-    def write(self, entries: Iterable[Entry], results: Iterable[FillResult]) -> None:
+    def write(self, entries: Iterable[Entry], results: Iterable[GenerateResult | ScoreResult]) -> None:
         """Write entries in their order, with the results of those that have no error."""
         of_readable = iter(results)
         for entry in entries:
             if entry.error is None:
                 self._answered += 1
-                self._write(format_result(replace(next(of_readable), id=entry.id), self._style))
+                result = replace(next(of_readable), id=entry.id)
+                self._write(format_result(result, self._style, self._lines))
+                self._explain(result)
                 continue
             self._failed += 1
             self._clear_progress()
             report(f"{self._label} {entry.id + 1}: {entry.error}" if self._label else str(entry.error))
             if self._label:
-                self._write(format_failure(entry.id, entry.text, entry.error, self._style))
+                self._write(format_failure(entry.id, entry.text, entry.error, self._style, self._lines))
+
+    def _explain(self, result: GenerateResult | ScoreResult) -> None:
+        """Show a person where the tokens of an answer went; records have it themselves."""
+        routing = getattr(result, "routing", None)
+        if routing is not None and self._style in (FillFormat.TEXT, FillFormat.RAW):
+            from switchrun.output.tables import render_routing
+
+            report_lines(render_routing(routing, f"{self._label} {result.id + 1}" if self._label else "the text"))
 
     def _write(self, lines: str) -> None:
         self._clear_progress()

@@ -14,9 +14,12 @@ from switchrun.cli.bench import bench
 from switchrun.cli.doctor import doctor
 from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
+from switchrun.cli.generate import generate
+from switchrun.cli.map import map_inputs
 from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
+from switchrun.cli.score import score
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import debugging, let_threads_sleep, share_one_heap
 from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
@@ -28,6 +31,9 @@ EXIT_BROKEN_PIPE = 141
 # Without rich the help is plain, and appears in a fifth of the time.
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.command()(fill)
+app.command()(generate)
+app.command()(score)
+app.command("map")(map_inputs)
 app.command()(plan)
 app.command()(bench)
 app.command("eval")(evaluate)

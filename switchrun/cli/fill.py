@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,10 @@ from switchrun.dtypes import DtypeChoice
 from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import check_sentinels, replace_blanks
 from switchrun.output.sinks import FillFormat
+
+if TYPE_CHECKING:
+    from switchrun.model.records import FillResult
+    from switchrun.model.tokenizer import Encoded
 
 _DEFAULTS = GenerationOptions()
 
@@ -38,16 +42,24 @@ def fill(
     hub: options.Hub = HubWay.AUTO,
     network_bandwidth: options.NetworkBandwidth = None,
     batch_size: options.BatchSize = None,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
-    ] = _DEFAULTS.max_new_tokens,
+    max_new_tokens: options.MaxNewTokens = _DEFAULTS.max_new_tokens,
     num_beams: options.NumBeams = _DEFAULTS.num_beams,
     sample: options.Sample = False,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,
     seed: options.Seed = None,
+    alternatives: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default=False,
+            help="The N best answers, best first, each with its log-probability: different ones of a beam search, or "
+            "with --sample N draws. In text, N lines an input.",
+        ),
+    ] = None,
+    explain: options.Explain = False,
     style: Annotated[
         FillFormat,
         typer.Option(
@@ -56,16 +68,21 @@ def fill(
             help="text: the sentence filled in; raw: the model's own output; json, jsonl: a record of each input.",
         ),
     ] = FillFormat.TEXT,
-    blank: Annotated[
-        str | None,
-        typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
-    ] = None,
+    blank: options.Blank = None,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Fill in the sentinels of each TEXT: <extra_id_0>, <extra_id_1> and so on."""
     from switchrun.planning.options import OpenOptions
 
+    drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    generation = GenerationOptions(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        alternatives=alternatives or 0,
+        explain=explain,
+        **drawing,
+    )
     opening = OpenOptions(
         model=model,
         dtype=dtype.value,
@@ -78,13 +95,18 @@ def fill(
         hub=hub.value,
         network_bandwidth=network_bandwidth,
         batch_size=options.batch_size_for(batch_size, texts),
-        num_beams=num_beams,
+        num_beams=generation.sequences,
         max_new_tokens=max_new_tokens,
     )
+
+    work = fill_work(generation, blank)
+    answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet, lines=alternatives or 1)
+
+
+def fill_work(generation: GenerationOptions, blank: str | None) -> Work[str, Encoded, FillResult]:
+    """Return how texts are filled; UsageError for a mark that cannot stand for a blank."""
     if blank is not None:
-        replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
-    drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    generation = GenerationOptions(max_new_tokens=max_new_tokens, num_beams=num_beams, **drawing)
+        replace_blanks("", blank)
 
     def check(text: str) -> str:
         if blank is not None:
@@ -92,9 +114,10 @@ def fill(
         check_sentinels(text)
         return text
 
-    work = Work(
+    return Work(
         check=check,
         encode=lambda session, text: session.encode(text),
-        answer=lambda session, encoded, ids: session.fill(encoded, generation, ids=ids),
+        answer=lambda session, encoded, ids, on_results: session.fill(
+            encoded, generation, ids=ids, on_results=on_results
+        ),
     )
-    answer_texts(work, texts, opening, style=style, stats=stats, quiet=quiet)

@@ -128,6 +128,10 @@ BatchSize = Annotated[
         help="Inputs filled together; an expert they share is read once. auto: what has come, as many as fit.",
     ),
 ]
+MaxNewTokens = Annotated[
+    int,
+    typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
+]
 NumBeams = Annotated[
     int,
     typer.Option(envvar="SWITCHRUN_NUM_BEAMS", min=1, help="Beams of the search; 1 is greedy."),
@@ -161,6 +165,17 @@ Seed = Annotated[
         min=0, max=2**63 - 1, show_default=str(_DEFAULTS.seed), help=f"The same seed draws the same. {_SAMPLING}"
     ),
 ]
+Blank = Annotated[
+    str | None,
+    typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
+]
+Explain = Annotated[
+    bool,
+    typer.Option(
+        "--explain",
+        help="Say which expert each token went to, in each layer: in records, or as a table on stderr.",
+    ),
+]
 Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on stderr at the end.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
 
@@ -188,7 +203,7 @@ def batch_size_for(given: str | None, texts: Sequence[str] | None) -> AnyBatchSi
     return batch_size(str(given))
 
 
-def drawing(sample: bool, **values: float | None) -> dict[str, Any]:
+def drawing(sample: bool | None, **values: float | None) -> dict[str, Any]:
     """Return the options of drawing that are given; without `--sample` there may be none."""
     given = {name: value for name, value in values.items() if value is not None}
     if given and not sample:

@@ -30,19 +30,21 @@ _NOT_UTF8_HINT = "convert it, for example with: iconv -f LATIN1 -t UTF-8"
 class Entry:
     """One input as it came in, and why it cannot be used, if so.
 
-    `id` is its position, from 0. `text` has no line end, and U+FFFD for bytes that are not UTF-8.
+    `id` is its position, from 0. `text` has no line end, and U+FFFD for bytes that are not UTF-8. `checked` is what the
+    command made of it.
     """
 
     id: int
     text: str
     error: InputError | None = None
+    checked: Any = None
 
 
 def read_arguments(texts: Iterable[str]) -> Iterator[Entry]:
     """Yield each TEXT argument."""
     for position, text in enumerate(texts):
         # Python hands bytes that are not UTF-8 to a program as lone surrogates.
-        yield _decode(position, os.fsencode(text))
+        yield decode(position, os.fsencode(text))
 
 
 class LineReader:
@@ -97,7 +99,7 @@ class LineReader:
             line = bytes(self._begun)
             if self._position == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
-            entry = _decode(self._position, line.removesuffix(b"\r"))
+            entry = decode(self._position, line.removesuffix(b"\r"))
         self._entries.append(entry)
         self._position += 1
         self._begun.clear()
@@ -208,7 +210,8 @@ def confirmed(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _decode(position: int, raw: bytes) -> Entry:
+def decode(position: int, raw: bytes) -> Entry:
+    """Return an input of these bytes, marked if they are not UTF-8."""
     try:
         return Entry(position, raw.decode("utf-8"))
     except UnicodeDecodeError as error:

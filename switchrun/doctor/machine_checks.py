@@ -146,7 +146,8 @@ def _judge_disk(filesystem: str, rate: float | None) -> Problem | None:
         return "it refuses O_DIRECT, so reads go through the page cache", hint
     # Below this, a decoder step of switch-c-2048 (0.77 GB of experts) takes several seconds.
     if rate < 0.2e9:
-        return "that is slow", "use a faster disk, more --cpu-memory, or --dtype int8, which halves what is read"
+        hint = "use a faster disk or more --cpu-memory; of a model in 16 bits, --dtype int8 halves what is read"
+        return "that is slow", hint
     return None
 
 

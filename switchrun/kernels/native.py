@@ -132,13 +132,17 @@ def linear_qmoe(
     x = x.float().contiguous()
     lanes = library.qmoe_lanes()
     stride = 1 if tokens == 1 else -(-tokens // lanes) * lanes
-    given = torch.empty(columns, stride)
+    given, y = torch.empty(columns, stride), torch.empty(tokens, rows)
     # In C, as torch's threads would go on waiting for work on the cores that ours need.
     if not library.qmoe_beside(x.data_ptr(), tokens, columns, stride, given.data_ptr()):
-        dense = torch.empty(rows, columns, dtype=torch.bfloat16)
-        unpack_qmoe(codes, offsets, extremes, dense, 0, rows)
-        return torch.nn.functional.linear(x, dense.float())
-    y = torch.empty(tokens, rows)
+        step = max(1, _SHARE // max(1, columns))  # of 1.5 MiB: as a whole, a matrix may take 77
+        block = torch.empty(min(step, rows), columns, dtype=torch.bfloat16)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            weight = block[: end - begin]
+            unpack_qmoe(codes, offsets, extremes, weight, begin, end)
+            y[:, begin:end] = torch.nn.functional.linear(x, weight.float())
+        return y
     held = (given, y, table, codes, offsets, extremes)
     at = [tensor.data_ptr() for tensor in held]
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import TypeVar
 
 import torch
 from transformers import StoppingCriteria
@@ -23,6 +24,7 @@ from switchrun.model.dense import DenseWeights, drop_weights, input_device, plac
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import GenerationOptions, MemoryPeak
+from switchrun.model.scoring import RawScore, score_batch
 from switchrun.planning import memory
 from switchrun.planning.opening import PlannedModel
 from switchrun.planning.plan import DISK, Plan, TierUse, gpu_tier
@@ -30,6 +32,7 @@ from switchrun.planning.planner import fit_to_runtime
 from switchrun.units import MIB, format_bytes, format_count
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 #: So many bytes read are a fair measurement of the disk.
 _BANDWIDTH_SAMPLE_BYTES = 256 * 1024**2
@@ -135,20 +138,56 @@ class Engine:
         *,
         seeds: Sequence[int],
         stop: StoppingCriteria | None = None,
+        closings: Sequence[int | None] = (),
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
     ) -> list[RawOutput]:
-        """Generate for one batch of token ids; if the memory of a GPU runs out, once more with half of the GPUs' slots.
+        """Generate for one batch of token ids.
 
         `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
-        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens. Each row draws with
-        its own of the `seeds`.
+        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each row's own of
+        the `closings` its alternatives. Each row draws with its own of the `seeds`.
+        """
+
+        def generate(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawOutput]:
+            return generate_batch(
+                self.model,
+                self.context,
+                input_ids,
+                mask,
+                options,
+                on_token,
+                seeds=seeds,
+                stop=stop,
+                closings=closings,
+            )
+
+        return self._run(rows, generate, len(self.checkpoint.sparse_blocks["encoder"]), on_layer)
+
+    def score(
+        self, rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *, on_layer: Callable[[int, int], None]
+    ) -> list[RawScore]:
+        """Score a target for each row of token ids; `on_layer` is called after each sparse layer of both stacks."""
+        layers = sum(map(len, self.checkpoint.sparse_blocks.values()))
+        return self._run(
+            rows, lambda ids, mask: score_batch(self.model, self.context, ids, mask, targets), layers, on_layer
+        )
+
+    def _run(
+        self,
+        rows: Sequence[Sequence[int]],
+        work: Callable[[torch.Tensor, torch.Tensor], _Result],
+        layers: int,
+        on_layer: Callable[[int, int], None],
+    ) -> _Result:
+        """Work on padded rows and their mask; if the memory of a GPU runs out, once more with half of the GPUs' slots.
+
+        `on_layer` is called after each of the first sparse `layers`.
         """
         width = max(map(len, rows))
         # The padding may be any id: the mask hides it.
         input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
         mask = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-        layers = len(self.checkpoint.sparse_blocks["encoder"])
         passed = 0
 
         def count_layer() -> None:
@@ -157,11 +196,8 @@ class Engine:
             if passed <= layers:
                 on_layer(passed, layers)
 
-        def once() -> list[RawOutput]:
-            ids, attention_mask = input_ids.to(self.device), mask.long().to(self.device)
-            return generate_batch(
-                self.model, self.context, ids, attention_mask, options, on_token, seeds=seeds, stop=stop
-            )
+        def once() -> _Result:
+            return work(input_ids.to(self.device), mask.long().to(self.device))
 
         self.context.on_layer = count_layer
         ram.give_back_freed()  # other batches have left holes that this one may not fit

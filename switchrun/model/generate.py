@@ -19,7 +19,9 @@ from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentio
 
 from switchrun.experts.module import RoutingContext
 from switchrun.model.live_rows import CACHE_ARGUMENT, LiveRows
-from switchrun.model.records import GenerationOptions
+from switchrun.model.records import GenerationOptions, LayerRouting
+from switchrun.model.routing import RouterRecorder
+from switchrun.model.scoring import score_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +30,20 @@ class RawOutput:
 
     `ids` are the start token, the generated ids, and the end of sequence if it was reached (`finished`); no padding.
     `dropped` are tokens over an expert's capacity.
+
+    Of alternatives, this is the first, and `others` are all of them, in no order. `log_probabilities` are those of the
+    ids after the start token, if they were asked for. `routing` is the decoder's, or if it is not one of several the
+    encoder's and the decoder's.
     """
 
     ids: tuple[int, ...]
     finished: bool
     first_token_at: float
     last_token_at: float
-    dropped: int
+    dropped: int = 0
+    others: tuple[RawOutput, ...] = ()
+    log_probabilities: tuple[float, ...] = ()
+    routing: tuple[LayerRouting, ...] = ()
 
 
 class _Watch(StoppingCriteria):
@@ -85,12 +94,14 @@ def generate_batch(
     min_new_tokens: int = 0,
     seeds: Sequence[int] = (),
     stop: StoppingCriteria | None = None,
+    closings: Sequence[int | None] = (),
 ) -> list[RawOutput]:
     """Generate for one batch.
 
     Beam search and sampling run row by row after a common encoder step. transformers goes on with the beams of a
     finished row until all rows are finished, and each of their tokens would load experts for nothing. What is drawn
-    for a row must not depend on the others: each has its own of the `seeds`.
+    for a row must not depend on the others: each has its own of the `seeds`. Alternatives end with the row's own of
+    the `closings`, too.
 
     `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
     `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
@@ -99,24 +110,32 @@ def generate_batch(
     """
     rows, width = input_ids.shape
     groups, widths = [slice(0, rows)], [width]
-    if options.num_beams > 1 or options.sample or _looks_at_input(model.generation_config):
+    if options.one_by_one or _looks_at_input(model.generation_config):
         groups, widths = [slice(row, row + 1) for row in range(rows)], attention_mask.sum(dim=1).tolist()
     settings = _settings(options) | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
     eos = _eos_ids(model.generation_config)
     outputs: list[RawOutput] = []
     context.live = attention_mask.bool().tolist()
     dropped = context.dropped = [0] * rows
+    recording = RouterRecorder(model) if options.explain else nullcontext()
     try:
-        encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        context.dropped = None
-        with torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample):
+        with (
+            recording as recorder,
+            torch.random.fork_rng(_gpus_of(model) if options.sample else (), enabled=options.sample),
+        ):
+            encoded = model.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            context.dropped = None
+            routing = recorder.take(attention_mask.sum(dim=1).tolist()) if recorder else [()] * rows
             for group, width in zip(groups, widths, strict=True):
                 if options.sample:
                     torch.manual_seed(seeds[group.start])
                 context.live = None
-                live = LiveRows(len(input_ids[group]), context) if options.num_beams == 1 else None
-                watch = _Watch(live, eos, on_token=on_token, stop=stop)
+                closing = closings[group.start] if options.alternatives else None
+                ending = stop if closing is None else _Closing(closing, stop)
                 place = group, slice(0, width)
+                draws = len(input_ids[group]) * max(1, options.alternatives)
+                live = LiveRows(draws, context, leave=recorder is None) if options.beams == 1 else None
+                watch = _Watch(live, eos, on_token=on_token, stop=ending)
                 with live.attached(model) if live is not None else nullcontext():
                     sequences = model.generate(
                         input_ids[place],
@@ -127,13 +146,52 @@ def generate_batch(
                         **{CACHE_ARGUMENT: EncoderDecoderCache(DynamicCache(), DynamicCache())},
                         **settings,
                     )
-                if options.num_beams > 1 and stop is not None and stop(sequences, None).all():
-                    watch.ends[0] = sequences.shape[1]
-                for row, ids in enumerate(sequences.tolist()):
-                    outputs.append(_row(ids, eos.tolist(), watch.times, watch.ends.get(row)))
+                if options.beams > 1 and ending is not None:
+                    watch.ends = {row: end for row, ids in enumerate(sequences) if (end := _stopped_at(ids, ending))}
+                found = [
+                    _row(ids, eos.tolist(), watch.times, watch.ends.get(row))
+                    for row, ids in enumerate(sequences.tolist())
+                ]
+                found = [_ended(output, closing, eos) for output in found]
+                if options.scored:
+                    if recorder:
+                        recorder.take(())  # what the search tried
+                    answers = [output.ids for output in found]
+                    scores = score_targets(
+                        model,
+                        context,
+                        encoded[place].expand(len(found), -1, -1),
+                        attention_mask[place].expand(len(found), -1),
+                        answers,
+                    )
+                    found = [replace(each, log_probabilities=score) for each, score in zip(found, scores, strict=True)]
+                if recorder:
+                    steps = recorder.take([len(output.ids) - 1 for output in found])
+                    found = [replace(each, routing=choices) for each, choices in zip(found, steps, strict=True)]
+                outputs += [replace(found[0], others=tuple(found))] if options.alternatives else found
     finally:
         context.live = context.dropped = None
-    return [replace(output, dropped=count) for output, count in zip(outputs, dropped, strict=True)]
+    return [
+        replace(output, dropped=count, routing=choices + output.routing)
+        for output, count, choices in zip(outputs, dropped, routing, strict=True)
+    ]
+
+
+class _Closing(StoppingCriteria):
+    """Stops at a token, and where other criteria do."""
+
+    def __init__(self, token: int, others: StoppingCriteria | None) -> None:
+        self._token = token
+        self._others = others
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **__: Any) -> torch.Tensor:
+        stopped = input_ids[:, -1] == self._token
+        return stopped if self._others is None else stopped | self._others(input_ids, scores)
+
+
+def _stopped_at(ids: torch.Tensor, stop: StoppingCriteria) -> int | None:
+    """Return the length with which a sequence was stopped; what fills it up comes after that."""
+    return next((end for end in range(2, len(ids) + 1) if stop(ids[None, :end], None).all()), None)
 
 
 def _gpus_of(model: Any) -> list[int]:
@@ -143,13 +201,16 @@ def _gpus_of(model: Any) -> list[int]:
 
 def _settings(options: GenerationOptions) -> dict[str, Any]:
     """Return the options as transformers' `generate` takes them."""
-    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k}
+    returned = options.alternatives if options.sample else options.beams
+    sampling = {"temperature": float(options.temperature), "top_p": options.top_p, "top_k": options.top_k}
     return {
         "max_new_tokens": options.max_new_tokens,
-        "num_beams": options.num_beams,
+        "num_beams": options.beams,
         "do_sample": options.sample,
-        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, one for each input.
-        "num_return_sequences": 1,
+        # Whatever the checkpoint's own generation settings say: rows of ids are wanted, as many for each input, and
+        # alternatives are the likeliest as a whole.
+        "num_return_sequences": returned if options.alternatives else 1,
+        **({"length_penalty": 0.0} if options.alternatives and not options.sample else {}),
         "return_dict_in_generate": False,
         "use_cache": True,
         **(sampling if options.sample else {}),
@@ -160,7 +221,13 @@ def _row(ids: list[int], eos: list[int], times: list[float], stopped: int | None
     ends = [at + 1 for at in range(1, len(ids)) if ids[at] in eos][:1] + ([] if stopped is None else [stopped])
     kept = ids[: min(ends, default=len(ids))]
     last = max(0, min(len(kept) - 1, len(times)) - 1)
-    return RawOutput(tuple(kept), bool(ends), times[0], times[last], dropped=0)
+    return RawOutput(tuple(kept), bool(ends), times[0], times[last])
+
+
+def _ended(output: RawOutput, closing: int | None, eos: torch.Tensor) -> RawOutput:
+    """Return an output that stopped at the closing sentinel with the end of sequence, which belongs to every answer."""
+    ends = output.ids[-1] == closing and len(eos) > 0
+    return replace(output, ids=(*output.ids, int(eos[0]))) if ends else output
 
 
 def _looks_at_input(generation_config: Any) -> bool:

@@ -33,12 +33,14 @@ class LiveRows:
     processors see all rows, with logits of 0 for those that have left, whose next tokens `generate` fills up itself.
 
     Attributes:
-        live: For each row of the batch whether it goes on. A finished row that is still there loads no experts.
+        live: For each row of the batch whether it goes on. A finished row that is still there loads no experts. It
+            stays to the end if none may `leave`.
     """
 
-    def __init__(self, rows: int, context: RoutingContext) -> None:
+    def __init__(self, rows: int, context: RoutingContext, *, leave: bool = True) -> None:
         self.live = [True] * rows
         self._context = context
+        self._leave = leave
         self._kept = list(range(rows))
 
     @contextmanager
@@ -52,7 +54,7 @@ class LiveRows:
 
     def _leave_out(self, _model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         rows, left = len(self.live), [at for at, row in enumerate(self._kept) if self.live[row]]
-        if 0 < len(left) <= _LEFT * len(self._kept):
+        if self._leave and 0 < len(left) <= _LEFT * len(self._kept):
             named[CACHE_ARGUMENT].batch_select_indices(torch.tensor(left))
             self._kept = [self._kept[at] for at in left]
         self._context.live = [[self.live[row]] for row in self._kept]

@@ -1,18 +1,22 @@
-"""What a fill is asked for and what it gives back, as plain values without torch."""
+"""What a session is asked for and what it gives back, as plain values without torch."""
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from switchrun.errors import UsageError, check_count
 
 if TYPE_CHECKING:
+    from switchrun.checkpoint.types import Stack
     from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
+
+#: What is less about the answer than about how it came to be, at the end of a record, and what was asked for besides.
+_LAST_KEYS = ("finish_reason", "tokens", "timing", "experts", "memory", "model", "alternatives", "routing")
 
 FinishReason = Literal["stop", "length"]
 Stage = Literal["fetch", "open", "encode", "decode"]
@@ -30,6 +34,10 @@ class GenerationOptions:
         top_p: Draw from the likeliest tokens that together have this probability.
         top_k: Draw from this many likeliest tokens; 0 is all of them.
         seed: Seed of the draws; an input's id is added to it.
+        alternatives: So many answers for each input, best first, with their log-probabilities: the best different ones
+            of a beam search, or so many draws. 0 is one answer without them. Each ends with the sentinel that follows
+            the input's own and the end of sequence, if not before. Only to fill.
+        explain: Say which expert each token went to, in each sparse layer.
 
     Raises:
         UsageError: A value that makes no sense; its `option` names the field.
@@ -42,24 +50,49 @@ class GenerationOptions:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    alternatives: int = 0
+    explain: bool = False
+
+    @property
+    def beams(self) -> int:
+        """Beams that the search keeps: for alternatives twice as many, since some say the same."""
+        return self.num_beams if self.sample else max(self.num_beams, 2 * self.alternatives)
+
+    @property
+    def sequences(self) -> int:
+        """What `num_beams` a session must be opened with."""
+        return max(self.num_beams, 2 * self.alternatives)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the decoder has one input at a time."""
+        return self.beams > 1 or self.sample
+
+    @property
+    def scored(self) -> bool:
+        """Whether the decoder goes over the answers once more: a step of beam search does not say whose it was."""
+        return self.alternatives > 0 or (self.explain and self.beams > 1)
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_beams"):
             check_count(name, getattr(self, name))
-        if not isinstance(self.sample, bool):
-            raise UsageError(f"sample: {self.sample!r} is neither True nor False", option="sample")
-        for name, least, most in (("top_k", 0, 2**31), ("seed", -(2**63), 2**63)):
+        for name in ("sample", "explain"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: {getattr(self, name)!r} is neither True nor False", option=name)
+        for name, least, most in (("top_k", 0, 2**31), ("seed", -(2**63), 2**63), ("alternatives", 0, 2**31)):
             value = getattr(self, name)
             if type(value) is not int or not least <= value < most:
                 raise UsageError(f"{name}: {value!r} is not a whole number from {least} to {most - 1}", option=name)
         for name, highest, hint in (
-            ("temperature", math.inf, "1 leaves the probabilities as they are"),
+            ("temperature", sys.float_info.max, "1 leaves the probabilities as they are"),
             ("top_p", 1.0, "1 draws from all tokens"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value <= highest or value == math.inf:
-                limit = "above 0" if highest == math.inf else f"above 0 and at most {highest:g}"
+            if not isinstance(value, int | float) or not 0 < value <= highest:
+                limit = f"above 0 and at most {highest:g}" if highest == 1 else "above 0"
                 raise UsageError(f"{name} must be {limit}, not {value}", hint, option=name)
+        if self.alternatives and self.sample and self.num_beams > 1:
+            raise UsageError("alternatives: with sampling they are draws, which have no beams", option="alternatives")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +101,13 @@ class Span:
 
     sentinel: str
     text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredSpan(Span):
+    """A span and the sum of its tokens' log-probabilities, in nats: 0 if it has none, None if there is no span."""
+
+    log_probability: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,28 +188,120 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class FillResult:
-    """One filled input. `as_record` returns the JSON of `docs/schemas/fill.schema.json`."""
+class Alternative:
+    """One of several answers; `log_probability` is the sum over all of `output_ids` but the start token, in nats."""
+
+    text: str
+    raw: str
+    output_ids: tuple[int, ...]
+    spans: tuple[ScoredSpan, ...]
+    finish_reason: FinishReason
+    log_probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRouting:
+    """The experts that a sparse layer's router chose, the probability of each, and which tokens were dropped.
+
+    `dropped` are positions: these tokens were over the capacity of the expert that is named.
+    """
+
+    stack: Stack
+    block: int
+    experts: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    dropped: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Where the tokens of one input went: layers of the encoder have an expert for each of the input's tokens.
+
+    Those of the decoder have one for each generated token, as which the step ended that the expert was chosen in.
+    """
+
+    input_tokens: tuple[str, ...]
+    output_tokens: tuple[str, ...]
+    layers: tuple[LayerRouting, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult:
+    """One answered input. `as_record` returns the JSON of `docs/schemas/generate.schema.json`.
+
+    `routing` is None unless it was asked for.
+    """
 
     id: int
     input: str
     text: str
     raw: str
     output_ids: tuple[int, ...]
-    spans: tuple[Span, ...]
     finish_reason: FinishReason
     tokens: TokenCounts
     timing: Timing
     experts: ExpertCounts
     memory: MemoryPeak
     model: ModelInfo
+    routing: Routing | None = field(default=None, kw_only=True)
 
     def as_record(self) -> dict[str, Any]:
         """Return the result as a JSON-ready dict."""
-        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        record["experts"]["hit_rate"] = self.experts.hit_rate
-        record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in self.experts.tiers]
+        record = _record(self)
+        for name in _LAST_KEYS:
+            if (value := record.pop(name, None)) is not None:
+                record[name] = value
         return record
+
+
+@dataclass(frozen=True, slots=True)
+class FillResult(GenerateResult):
+    """One filled input: its `text` with the `spans` in it. Its JSON is that of `docs/schemas/fill.schema.json`.
+
+    `alternatives` is None unless they were asked for; then the answer is the first of them.
+    """
+
+    spans: tuple[Span, ...]
+    alternatives: tuple[Alternative, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTiming:
+    """Opening the model, and the batch that the input ran in."""
+
+    open_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """How likely one filling is. `as_record` returns the JSON of `docs/schemas/score.schema.json`.
+
+    `log_probability` is the sum over all of `target_ids`, in nats; `text` is the input, filled in.
+    """
+
+    id: int
+    input: str
+    text: str
+    target_ids: tuple[int, ...]
+    log_probability: float
+    spans: tuple[ScoredSpan, ...]
+    tokens: TokenCounts
+    timing: ScoreTiming
+    experts: ExpertCounts
+    memory: MemoryPeak
+    model: ModelInfo
+
+    def as_record(self) -> dict[str, Any]:
+        """Return the result as a JSON-ready dict."""
+        return _record(self)
+
+
+def _record(result: GenerateResult | ScoreResult) -> dict[str, Any]:
+    record = {"schema_version": SCHEMA_VERSION, **asdict(result)}
+    record["experts"]["hit_rate"] = result.experts.hit_rate
+    record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in result.experts.tiers]
+    return record
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from switchrun.errors import InputError, UsageError
 from switchrun.model.records import Span
+from switchrun.units import format_count
 
 #: T5's vocabularies end with this many sentinels.
 NUM_SENTINELS = 100
@@ -55,7 +57,7 @@ def check_sentinels(text: str) -> int:
     if not numbers:
         raise InputError(
             "the text has no sentinel, so there is nothing to fill in",
-            'write <extra_id_0> for the first blank, and quote the text for the shell: "A <extra_id_0> walks in"',
+            'quote it for the shell: "A <extra_id_0> walks in"; or use --blank ___, or switchrun generate',
         )
     if len(numbers) > NUM_SENTINELS:
         raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")
@@ -70,27 +72,82 @@ def check_sentinels(text: str) -> int:
     return len(numbers)
 
 
-def parse_spans(
-    output_ids: Sequence[int], sentinel_ids: Sequence[int], decode: Callable[[list[int]], str]
-) -> tuple[Span, ...]:
-    """Cut a model's answer at the sentinels.
+def has_sentinel(text: str) -> bool:
+    """Whether there is a sentinel in a text."""
+    return _SENTINEL.search(text) is not None
 
-    `sentinel_ids` are those of the input, in order; `decode` returns the text of ids, without special tokens.
 
-    Returns:
-        One span for each sentinel of the input, in its order; the first answer counts if there are several.
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """A text with sentinels, and a span for each of them, which may be empty.
+
+    Raises:
+        InputError: The sentinels are not in order, or the spans are fewer or more, or have sentinels themselves.
+    """
+
+    text: str
+    spans: Sequence[str]
+
+    def __post_init__(self) -> None:
+        count = check_sentinels(self.text)
+        if len(self.spans) != count:
+            given = format_count(len(self.spans), "span")
+            raise InputError(
+                f"the text has {format_count(count, 'sentinel')}, but {given} came with it",
+                "write one for each sentinel: text<TAB>span<TAB>span",
+            )
+        if any(has_sentinel(span) for span in self.spans):
+            raise InputError("a span has a sentinel in it", "write what stands in the place of the sentinel")
+        object.__setattr__(self, "spans", tuple(span.strip() for span in self.spans))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def target(self, closed: bool) -> str:
+        """Return the answer that a model is trained to give; `closed` with the sentinel that ends it."""
+        parts = (sentinel(number) + (f" {span}" if span else "") for number, span in enumerate(self.spans))
+        return "".join(parts) + (sentinel(len(self.spans)) if closed else "")
+
+
+def span_places(ids: Sequence[int], sentinel_ids: Sequence[int], closing: int | None) -> dict[int, list[int]]:
+    """Return where in a model's answer the tokens of each span are, by the number of its sentinel.
+
+    `sentinel_ids` are those of the input, in order, and `closing` is the next one, which ends the answer. The first
+    answer counts if there are several.
     """
     number_of = {token: number for number, token in enumerate(sentinel_ids)}
     spans: dict[int, list[int]] = {}
     current: list[int] | None = None
-    for token in output_ids:
+    for place, token in enumerate(ids):
         number = number_of.get(token)
         if number is not None:
             current = [] if number in spans else spans.setdefault(number, [])
+        elif token == closing:
+            current = None
         elif current is not None:
-            current.append(token)
+            current.append(place)
+    return spans
+
+
+def parse_spans(
+    output_ids: Sequence[int],
+    sentinel_ids: Sequence[int],
+    decode: Callable[[list[int]], str],
+    closing: int | None = None,
+) -> tuple[Span, ...]:
+    """Cut a model's answer at the sentinels; see `span_places`.
+
+    `decode` returns the text of ids, without special tokens.
+
+    Returns:
+        One span for each sentinel of the input, in its order.
+    """
+    places = span_places(output_ids, sentinel_ids, closing)
     return tuple(
-        Span(sentinel(number), decode(spans[number]).strip() if number in spans else None)
+        Span(
+            sentinel(number),
+            decode([output_ids[place] for place in places[number]]).strip() if number in places else None,
+        )
         for number in range(len(sentinel_ids))
     )
 

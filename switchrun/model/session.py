@@ -5,37 +5,47 @@ Nothing of torch is imported before the dense weights are on their way into memo
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from switchrun.errors import BudgetError, UsageError
+from switchrun.checkpoint.generation import generation_file, own_options
+from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
 from switchrun.model.batching import batches_of
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
+    Alternative,
     ExpertCounts,
     FillResult,
+    GenerateResult,
     GenerationOptions,
     HubCounts,
     ModelInfo,
     Progress,
     ProgressCallback,
+    Routing,
+    ScoredSpan,
+    ScoreResult,
+    ScoreTiming,
     SessionStats,
+    Span,
     Stage,
     TierCounts,
     Timing,
     TokenCounts,
 )
-from switchrun.model.sentinels import fill_in, parse_spans
-from switchrun.model.tokenizer import Encoded, Tokenizer
+from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
+from switchrun.model.tokenizer import Encoded, EncodedFilling, EncodedText, Tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
 from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
@@ -44,9 +54,14 @@ from switchrun.planning.plan import BatchSize
 
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
+    from switchrun.model.scoring import RawScore
 
 #: Imports torch, transformers and what else a plan needs.
 ImportLibraries = Callable[[Plan], None]
+_Text = TypeVar("_Text", bound=EncodedText)
+_Result = TypeVar("_Result", bound=GenerateResult)
+_Input = TypeVar("_Input")
+_Answer = TypeVar("_Answer")
 
 
 class Session:
@@ -102,8 +117,8 @@ class Session:
         tokenizer: str | None = None,
         hub: str = "auto",
         batch_size: BatchSize = 1,
-        num_beams: int = 1,
-        max_new_tokens: int = 64,
+        num_beams: int | None = 1,
+        max_new_tokens: int | None = 64,
         progress: ProgressCallback | None = None,
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
@@ -145,12 +160,13 @@ class Session:
         *,
         first_id: int = 0,
         ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[FillResult]], None] | None = None,
     ) -> list[FillResult]:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
         Give all texts that there are: they are filled in batches of like length, as large as the session's batch size.
         Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on, or
-        `ids`.
+        `ids`. `on_results` is called with the results of each batch as soon as they are there.
 
         Raises:
             InputError: A text cannot be filled.
@@ -159,24 +175,130 @@ class Session:
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
         options = GenerationOptions() if options is None else options
+        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id, ids, on_results)
+
+    def own_options(self, **changes: Any) -> GenerationOptions:
+        """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
+
+        Raises:
+            ModelError: A setting of the model's makes no sense, and no change takes its place.
+            UsageError: A change makes no sense.
+        """
+        GenerationOptions(**changes)
+        try:
+            return GenerationOptions(**own_options(self.checkpoint, changes))
+        except UsageError as error:
+            file, flag = generation_file(self.checkpoint.path), error.option.replace("_", "-")
+            raise ModelError(f"{file}: {error.message}", f"use --{flag} with --sample, or --no-sample") from error
+
+    def encode_text(self, text: str, prefix: str = "") -> EncodedText:
+        """Make any text ready for `generate`, with a prefix before it.
+
+        Raises:
+            InputError: There is no memory for its length, or the tokenizer does not take it.
+        """
+        return self._tokenizer.encode_text(text, prefix, self._most_tokens)
+
+    def generate(
+        self,
+        texts: Sequence[str | EncodedText],
+        options: GenerationOptions | None = None,
+        *,
+        prefix: str = "",
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[GenerateResult]], None] | None = None,
+    ) -> list[GenerateResult]:
+        """Answer texts with a model that was fine-tuned to: with summaries, or translations.
+
+        A `prefix` is put before each text, but not before what `encode_text` returned. Without `options`, the model's
+        own settings decide: `own_options`. Batches, order and ids are as of `fill`.
+
+        Raises:
+            SwitchrunError: As `fill`; ModelError also for settings that make no sense.
+        """
+        options = self.own_options() if options is None else options
+        if isinstance(options, GenerationOptions) and options.alternatives:
+            raise UsageError("alternatives: only fill has them", option="alternatives")
+        encode = partial(self.encode_text, prefix=prefix)
+        return self._answer(texts, EncodedText, encode, options, self._generated, first_id, ids, on_results)
+
+    def _answer(
+        self,
+        texts: Sequence[str | _Text],
+        kind: type[_Text],
+        encode: Callable[[str], _Text],
+        options: GenerationOptions,
+        result: Callable[..., _Result],
+        first_id: int,
+        ids: Sequence[int] | None,
+        on_results: Callable[[Sequence[_Result]], None] | None,
+    ) -> list[_Result]:
+        """Answer texts, or what `encode` made of them, a `kind`; `result` makes one of what came out."""
         if not isinstance(options, GenerationOptions):
             raise UsageError(f"options: {options!r} is no GenerationOptions", option="options")
         inputs = [None] if isinstance(texts, str) else list(texts)
-        if not all(isinstance(text, str | Encoded) for text in inputs):
+        if not all(isinstance(text, str | kind) for text in inputs):
             raise UsageError("texts: they must be a list of texts, also if there is one", option="texts")
         with self._one_thread():
             self._check_open()
-            encoded = [text if isinstance(text, Encoded) else self.encode(str(text)) for text in inputs]
+            encoded = [text if isinstance(text, kind) else encode(str(text)) for text in inputs]
             self._check_reserved(options)
             self._check_way(options)
-            numbers = range(first_id, first_id + len(encoded)) if ids is None else ids
-            if len(numbers) != len(encoded):
-                raise UsageError(f"ids: {len(numbers)} for {len(encoded)} texts", option="ids")
-            results: dict[int, FillResult] = {}
-            for batch in self._batches(encoded, options):
-                answers = self._fill_batch([encoded[at] for at in batch], options, [numbers[at] for at in batch])
-                results |= zip(batch, answers, strict=True)
-            return [results[at] for at in range(len(encoded))]
+            return _in_batches(
+                encoded,
+                self._batches(encoded, options),
+                lambda batch, numbers: self._answer_batch(batch, options, result, numbers),
+                range(first_id, first_id + len(encoded)) if ids is None else ids,
+                on_results,
+            )
+
+    def encode_filling(self, filling: Filling) -> EncodedFilling:
+        """Make a filling ready to be scored.
+
+        Raises:
+            InputError: As `encode`, or there is no memory for the length of its spans.
+        """
+        encoded = self._tokenizer.encode_filling(filling, self._most_tokens)
+        tokens, target = len(encoded.text.ids), len(encoded.target)
+        if not has_room(self.checkpoint, self.plan, BatchShape(1, tokens, 0, target=target)):
+            raise InputError(
+                f"there is no memory to score {target} tokens of spans in a text of {tokens}",
+                "score shorter ones, or reserve more with a larger --batch-size",
+            )
+        return encoded
+
+    def score(
+        self,
+        fillings: Sequence[Filling | EncodedFilling],
+        *,
+        first_id: int = 0,
+        ids: Sequence[int] | None = None,
+        on_results: Callable[[Sequence[ScoreResult]], None] | None = None,
+    ) -> list[ScoreResult]:
+        """Return how likely fillings are, or what `encode_filling` returned for them.
+
+        A batch takes one pass of the encoder and one of the decoder, each expert read once. Batches, order and ids are
+        as of `fill`.
+
+        Raises:
+            InputError: A filling cannot be scored.
+            ModelError: The model's scores are no numbers.
+            BudgetError: A GPU's memory runs out.
+            UsageError: Another thread is using this session, it is closed, or an argument is of another kind.
+        """
+        if isinstance(fillings, Filling) or not all(isinstance(each, Filling | EncodedFilling) for each in fillings):
+            raise UsageError("fillings: they must be a list of Filling, also if there is one", option="fillings")
+        with self._one_thread():
+            self._check_open()
+            encoded = [each if isinstance(each, EncodedFilling) else self.encode_filling(each) for each in fillings]
+            return _in_batches(
+                encoded,
+                self._score_batches(encoded),
+                self._score_batch,
+                range(first_id, first_id + len(encoded)) if ids is None else ids,
+                on_results,
+            )
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
@@ -188,7 +310,7 @@ class Session:
             inputs=totals.inputs,
             output_tokens=totals.output_tokens,
             fill_seconds=totals.fill_seconds,
-            ttft_seconds=totals.ttft_seconds / totals.inputs if totals.inputs else None,
+            ttft_seconds=totals.ttft_seconds / totals.fills if totals.fills else None,
             itl_seconds=totals.later_seconds / totals.later_tokens if totals.later_tokens else None,
             experts=_expert_counts(tiers),
             wait_seconds=total(tiers).wait_seconds,
@@ -231,39 +353,89 @@ class Session:
             raise UsageError("this session is closed", "open another one")
 
     def _check_reserved(self, options: GenerationOptions) -> None:
-        if options.num_beams > max(self.plan.num_beams, self.plan.sure_rows):
+        beams = self.plan.num_beams if options.scored else max(self.plan.num_beams, self.plan.sure_rows)
+        if options.sequences > beams:
             raise BudgetError(
-                f"{options.num_beams} beams are asked for, memory is reserved for {self.plan.num_beams}",
-                "open the session with num_beams",
+                f"{options.sequences} beams are asked for, memory is reserved for {self.plan.num_beams}",
+                f"open the session with num_beams={options.sequences}",
             )
-        most = max_output_tokens(self.checkpoint, self.plan.estimate.output_tokens)
+        most = self.plan.estimate.output_tokens
+        if not options.scored:
+            most = max_output_tokens(self.checkpoint, most)
         if options.max_new_tokens > most:
             raise BudgetError(
                 f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
-                "open the session with max_new_tokens",
+                f"open the session with max_new_tokens={options.max_new_tokens}",
             )
 
     def _check_way(self, options: GenerationOptions) -> None:
         """Try the model's own settings in a way to generate that they have not been tried in."""
         from switchrun.model.settings import check_settings
 
-        beams, sample = way = options.num_beams > 1, options.sample
+        beams, sample = way = options.beams > 1, options.sample
         if way not in self._checked:
             check_settings(self.checkpoint, beams=beams, sample=sample)
             self._checked.add(way)
 
-    def _batches(self, texts: Sequence[Encoded], options: GenerationOptions) -> list[list[int]]:
+    def _batches(self, texts: Sequence[EncodedText], options: GenerationOptions) -> list[list[int]]:
         """Divide texts into batches; a long one takes the place of several."""
         most = len(texts) if self.plan.batch_size == "auto" else self.plan.batch_size
-        together = options.num_beams == 1 and not options.sample
+        together, target = not options.one_by_one, options.max_new_tokens + 1 if options.scored else 0
 
         def fits(rows: int, tokens: int) -> bool:
-            shape = BatchShape(rows, tokens, options.max_new_tokens, options.num_beams, together)
+            shape = BatchShape(rows, tokens, options.max_new_tokens, options.sequences, together, target)
             return rows <= most and has_room(self.checkpoint, self.plan, shape)
 
         return batches_of([len(text.ids) for text in texts], fits)
 
-    def _fill_batch(self, batch: Sequence[Encoded], options: GenerationOptions, ids: Sequence[int]) -> list[FillResult]:
+    def _score_batches(self, fillings: Sequence[EncodedFilling]) -> list[list[int]]:
+        """The same for fillings; the spans of one may be longer than its text."""
+        most = len(fillings) if self.plan.batch_size == "auto" else self.plan.batch_size
+        longest = max((len(each.target) for each in fillings), default=0)
+
+        def fits(rows: int, tokens: int) -> bool:
+            shape = BatchShape(rows, tokens, 0, target=min(tokens, longest))
+            return rows <= most and has_room(self.checkpoint, self.plan, shape)
+
+        return batches_of([max(len(each.text.ids), len(each.target)) for each in fillings], fits)
+
+    def _score_batch(self, batch: Sequence[EncodedFilling], ids: Sequence[int]) -> list[ScoreResult]:
+        start = time.perf_counter()
+        before = self.engine.tiers.counters()
+        scores = self.engine.score(
+            [each.text.ids for each in batch], [each.target for each in batch], on_layer=partial(self._show, "encode")
+        )
+        experts = _expert_counts(since(self.engine.tiers.counters(), before))
+        timing = ScoreTiming(self.open_seconds, time.perf_counter() - start)
+        self._totals.fill_seconds += timing.total_seconds
+        self._totals.inputs += len(batch)
+        return [
+            self._score_result(number, filling, score, timing, experts)
+            for number, filling, score in zip(ids, batch, scores, strict=True)
+        ]
+
+    def _score_result(
+        self, number: int, filling: EncodedFilling, score: RawScore, timing: ScoreTiming, experts: ExpertCounts
+    ) -> ScoreResult:
+        given = [Span(sentinel(at), span) for at, span in enumerate(filling.spans)]
+        spans = _scored(given, filling.text, filling.target, score.log_probabilities)
+        return ScoreResult(
+            id=number,
+            input=filling.text.text,
+            text=fill_in(filling.text.text, spans),
+            target_ids=filling.target,
+            log_probability=math.fsum(score.log_probabilities),
+            spans=spans,
+            tokens=TokenCounts(len(filling.text.ids), len(filling.target), score.dropped),
+            timing=timing,
+            experts=experts,
+            memory=self.engine.memory_peak(),
+            model=self._model_info(),
+        )
+
+    def _answer_batch(
+        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], ids: Sequence[int]
+    ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         outputs = self.engine.generate(
@@ -272,6 +444,7 @@ class Session:
             # Else the same text on two lines would get the same answer twice.
             seeds=[options.seed + number for number in ids],
             stop=self._stop,
+            closings=[text.closing if isinstance(text, Encoded) else None for text in batch],
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
@@ -280,32 +453,69 @@ class Session:
         self._totals.fill_seconds += end - start
         results = []
         for number, text, output in zip(ids, batch, outputs, strict=True):
+            extra: dict[str, Any] = {}
+            if options.alternatives and isinstance(text, Encoded):
+                extra["alternatives"], output = self._alternatives(text, output, options)
+            if options.explain:
+                pieces = self._tokenizer.pieces
+                extra["routing"] = Routing(pieces(text.ids), pieces(output.ids[1:]), output.routing)
             later = len(output.ids) - 2
             itl = (output.last_token_at - output.first_token_at) / later if later > 0 else None
             timing = Timing(self.open_seconds, output.first_token_at - start, itl, end - start)
-            result = self._result(number, text, output, timing, experts)
+            result = make(
+                text,
+                output.ids,
+                id=number,
+                input=text.text,
+                raw=self._tokenizer.decode(output.ids, special=True),
+                output_ids=output.ids,
+                finish_reason="stop" if output.finished else "length",
+                tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
+                timing=timing,
+                experts=experts,
+                memory=self.engine.memory_peak(),
+                model=self._model_info(),
+                **extra,
+            )
             self._totals.add(result)
             results.append(result)
         return results
 
-    def _result(
-        self, number: int, text: Encoded, output: RawOutput, timing: Timing, experts: ExpertCounts
-    ) -> FillResult:
-        spans = parse_spans(output.ids, text.sentinels, self._tokenizer.decode)
-        return FillResult(
-            id=number,
-            input=text.text,
-            text=fill_in(text.text, spans),
-            raw=self._tokenizer.decode(output.ids, special=True),
-            output_ids=output.ids,
-            spans=spans,
-            finish_reason="stop" if output.finished else "length",
-            tokens=TokenCounts(len(text.ids), len(output.ids) - 1, output.dropped),
-            timing=timing,
-            experts=experts,
-            memory=self.engine.memory_peak(),
-            model=ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype),
-        )
+    def _alternatives(
+        self, text: Encoded, output: RawOutput, options: GenerationOptions
+    ) -> tuple[tuple[Alternative, ...], RawOutput]:
+        """Return the alternatives that an output has, best first, and the output with the best one in its place.
+
+        Of those of a search that say the same, the likeliest stays; draws all do.
+        """
+        found: dict[object, tuple[Alternative, RawOutput]] = {}
+        for each in sorted(output.others, key=lambda other: -math.fsum(other.log_probabilities)):
+            spans = parse_spans(each.ids, text.sentinels, self._tokenizer.decode, text.closing)
+            alternative = Alternative(
+                text=fill_in(text.text, spans),
+                raw=self._tokenizer.decode(each.ids, special=True),
+                output_ids=each.ids,
+                spans=_scored(spans, text, each.ids[1:], each.log_probabilities),
+                finish_reason="stop" if each.finished else "length",
+                log_probability=math.fsum(each.log_probabilities),
+            )
+            found.setdefault(len(found) if options.sample else alternative.text, (alternative, each))
+        best = list(found.values())[: options.alternatives]
+        if best:
+            first = best[0][1]
+            encoder = tuple(layer for layer in output.routing if layer.stack == "encoder")
+            output = replace(first, dropped=output.dropped, routing=encoder + first.routing)
+        return tuple(alternative for alternative, _ in best), output
+
+    def _filled(self, text: Encoded, ids: Sequence[int], **rest: Any) -> FillResult:
+        spans = parse_spans(ids, text.sentinels, self._tokenizer.decode, text.closing)
+        return FillResult(text=fill_in(text.text, spans), spans=spans, **rest)
+
+    def _generated(self, _text: EncodedText, ids: Sequence[int], **rest: Any) -> GenerateResult:
+        return GenerateResult(text=self._tokenizer.decode(ids).strip(), **rest)
+
+    def _model_info(self) -> ModelInfo:
+        return ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype)
 
     def _show(self, stage: Stage, done: int, most: int, load_bytes: int | None = None) -> None:
         if self._progress is not None:
@@ -357,8 +567,7 @@ def open_session(
         if progress is not None:
             progress(Progress("fetch", done, most, 0, done))
 
-    expected = min(EXPECTED_NEW_TOKENS, options.max_new_tokens)
-    planned = plan_model(options, hub_output_tokens=expected, warn=warn, on_download=on_download)
+    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
     on_plan(planned.plan)
     planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
@@ -383,15 +592,51 @@ def fetch_dense_weights(planned: PlannedModel, progress: ProgressCallback | None
         raise
 
 
+def _in_batches(
+    inputs: Sequence[_Input],
+    batches: Sequence[Sequence[int]],
+    answer: Callable[[Sequence[_Input], Sequence[int]], Sequence[_Answer]],
+    ids: Sequence[int],
+    on_results: Callable[[Sequence[_Answer]], None] | None,
+) -> list[_Answer]:
+    """Return the answers to inputs in their order; `batches` are their indices."""
+    if len(ids) != len(inputs):
+        raise UsageError(f"ids: {len(ids)} for {len(inputs)} texts", option="ids")
+    results: dict[int, _Answer] = {}
+    for batch in batches:
+        answers = answer([inputs[at] for at in batch], [ids[at] for at in batch])
+        results |= zip(batch, answers, strict=True)
+        if on_results is not None:
+            on_results(answers)
+    return [results[at] for at in range(len(inputs))]
+
+
+def _scored(
+    spans: Sequence[Span], text: Encoded, ids: Sequence[int], log_probabilities: Sequence[float]
+) -> tuple[ScoredSpan, ...]:
+    """Return the spans of an answer with what their tokens add up to."""
+    places = span_places(ids, text.sentinels, text.closing)
+    return tuple(
+        ScoredSpan(
+            span.sentinel,
+            span.text,
+            math.fsum(log_probabilities[place] for place in places[number]) if number in places else None,
+        )
+        for number, span in enumerate(spans)
+    )
+
+
 class _Totals:
     """Sums over the inputs that a session answered."""
 
     def __init__(self) -> None:
-        self.inputs = self.output_tokens = self.later_tokens = 0
+        #: Of the inputs, `fills` were generated for.
+        self.inputs = self.fills = self.output_tokens = self.later_tokens = 0
         self.fill_seconds = self.ttft_seconds = self.later_seconds = 0.0
 
-    def add(self, result: FillResult) -> None:
+    def add(self, result: GenerateResult) -> None:
         self.inputs += 1
+        self.fills += 1
         self.output_tokens += result.tokens.output
         self.ttft_seconds += result.timing.ttft_seconds
         if result.timing.itl_seconds is not None:

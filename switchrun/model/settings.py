@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, SwitchTransformersConfig, SwitchTrans
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
-from switchrun.checkpoint.generation import FILE
+from switchrun.checkpoint.generation import KEPT, generation_file
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import ModelError, printable
 
@@ -49,20 +50,22 @@ def model_config(checkpoint: SwitchCheckpoint, **changes: int) -> Any:
             # Of the decoder's buckets half are for a distance each. transformers fails once a text is longer than that.
             raise ValueError("relative_attention_max_distance must be more than half of relative_attention_num_buckets")
     except Exception as error:  # transformers raises many kinds for a value that it does not like
-        raise _refusal(checkpoint, "config.json", error) from error
+        raise _refusal(checkpoint.path / "config.json", error) from error
     return config
 
 
 def generation_config(checkpoint: SwitchCheckpoint) -> GenerationConfig:
-    """Return a checkpoint's own generation settings, without the strings to stop at, which want a tokenizer.
+    """Return a checkpoint's own generation settings as far as no options of ours decide.
+
+    The strings to stop at are left out: they want a tokenizer.
 
     Raises:
         ModelError: transformers does not accept them.
     """
     try:
-        return _generation(checkpoint.generation)
+        return _generation({name: value for name, value in checkpoint.generation.items() if name in KEPT})
     except Exception as error:  # as above
-        raise _refusal(checkpoint, _generation_file(checkpoint), error) from error
+        raise _refusal(generation_file(checkpoint.path), error) from error
 
 
 def check_settings(checkpoint: SwitchCheckpoint, *, beams: bool = False, sample: bool = False) -> None:
@@ -77,7 +80,8 @@ def check_settings(checkpoint: SwitchCheckpoint, *, beams: bool = False, sample:
     reason = _trial(config, generation, beams, sample)
     if reason is not None:
         at_work = _trial(config, _generation(_PLAIN), beams, sample)
-        raise _refusal(checkpoint, _generation_file(checkpoint) if at_work is None else "config.json", reason)
+        file = generation_file(checkpoint.path) if at_work is None else checkpoint.path / "config.json"
+        raise _refusal(file, reason)
 
 
 def _generation(settings: Mapping[str, Any]) -> GenerationConfig:
@@ -112,10 +116,6 @@ def _trial(config: Any, generation: GenerationConfig, beams: bool, sample: bool)
     return None
 
 
-def _generation_file(checkpoint: SwitchCheckpoint) -> str:
-    return FILE if (checkpoint.path / FILE).is_file() else "config.json"
-
-
-def _refusal(checkpoint: SwitchCheckpoint, file: str, error: Exception) -> ModelError:
+def _refusal(file: Path, error: Exception) -> ModelError:
     reason = printable(" ".join(str(error).split()), 300) or type(error).__name__
-    return ModelError(f"transformers does not accept {checkpoint.path / file}: {reason}")
+    return ModelError(f"transformers does not accept {file}: {reason}")

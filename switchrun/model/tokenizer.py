@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from switchrun.checkpoint.locate import locate_settings
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import InputError, ModelError, printable
-from switchrun.model.sentinels import NUM_SENTINELS, check_sentinels, sentinel
+from switchrun.model.sentinels import NUM_SENTINELS, Filling, check_sentinels, sentinel
 from switchrun.model.tokenizer_files import TokenizerSettings, check_files
 
 _HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
@@ -26,12 +26,31 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
-    """A text that can be filled, the ids of its tokens, the end mark included, and those of its sentinels, in order."""
+class EncodedText:
+    """A text, and the ids of its tokens, the end mark included."""
 
     text: str
     ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(EncodedText):
+    """A text that can be filled, with the ids of its sentinels, in order.
+
+    `closing` is the id of the sentinel that ends an answer, if the vocabulary has it.
+    """
+
     sentinels: tuple[int, ...]
+    closing: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedFilling:
+    """A filling that can be scored: its text, and the answer that it is, as ids with the end mark."""
+
+    text: Encoded
+    spans: tuple[str, ...]
+    target: tuple[int, ...]
 
 
 class Tokenizer:
@@ -84,7 +103,7 @@ class Tokenizer:
 
     def sentinel_id(self, number: int) -> int | None:
         """Return the id of a sentinel; None if the vocabulary has not so many."""
-        found = self._sentinels[number]
+        found = self._sentinels[number] if number < NUM_SENTINELS else None
         return None if found is None or found >= self._vocabulary else found
 
     def encode(self, text: str, most_tokens: int) -> Encoded:
@@ -95,13 +114,29 @@ class Tokenizer:
             if found is None:
                 raise InputError(f"the vocabulary of this model has no {sentinel(number)}", "use fewer sentinels")
             sentinels.append(found)
+        ids = self._fitting_ids(text, most_tokens)
+        return Encoded(text, ids, tuple(sentinels), self.sentinel_id(len(sentinels)))
+
+    def encode_text(self, text: str, prefix: str, most_tokens: int) -> EncodedText:
+        """Make any text ready for the model, with a prefix before it; see `Session.encode_text`."""
+        return EncodedText(text, self._fitting_ids(prefix + text, most_tokens))
+
+    def _fitting_ids(self, text: str, most_tokens: int) -> tuple[int, ...]:
         # A text that cannot fit is not tokenised: that takes memory which is not reserved.
         if len(text) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
             raise _too_long(f"{len(text)} characters", most_tokens)
         ids = self._ids(text)
         if len(ids) > most_tokens:
             raise _too_long(f"{len(ids)} tokens", most_tokens)
-        return Encoded(text, tuple(ids), tuple(sentinels))
+        return tuple(ids)
+
+    def encode_filling(self, filling: Filling, most_tokens: int) -> EncodedFilling:
+        """Make a filling ready for the model; see `Session.encode_filling`. Its text may have so many tokens."""
+        text = self.encode(filling.text, most_tokens)
+        target = filling.target(closed=text.closing is not None)
+        if len(target) > most_tokens * _MAX_CHARACTERS_PER_TOKEN:
+            raise InputError(f"the spans have {len(target)} characters, too many for the memory", "score shorter ones")
+        return EncodedFilling(text, tuple(filling.spans), tuple(self._ids(target)))
 
     def plain_ids(self, text: str) -> list[int]:
         """Return the ids of a text without special tokens; errors are those of `encode`."""
@@ -126,6 +161,14 @@ class Tokenizer:
             return str(_apart(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special)))
         except _LibraryError as error:
             raise ModelError(f"the tokenizer cannot write the model's answer: {error}", _HINT) from error
+
+    def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
+        """Return what the tokenizer calls tokens; one that it lacks has no name. Errors are those of `decode`."""
+        try:
+            found = _apart(lambda: self._tokenizer.convert_ids_to_tokens(list(ids)))
+        except _LibraryError as error:
+            raise ModelError(f"the tokenizer cannot name the model's tokens: {error}", _HINT) from error
+        return tuple("" if piece is None else str(piece) for piece in found)
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
         """Return a text's ids: all of them, and no padding, whatever the tokenizer's own settings say."""

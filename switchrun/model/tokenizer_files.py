@@ -8,6 +8,7 @@ each double a text take all memory. A check reads 2 MB of T5's in 0.03 s.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
@@ -97,6 +98,20 @@ def check_files(folder: Path) -> TokenizerSettings:
         _text(settings.get("tokenizer_class")) or _text(config.get("tokenizer_class")),
         bool(code.get("AutoTokenizer") if isinstance(code := settings.get("auto_map"), dict) else code),
     )
+
+
+def tokenizer_content(folder: Path) -> str:
+    """Return one hash of all files that may make a tokenizer.
+
+    Raises:
+        OSError: One cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in sorted({*VOCABULARIES, *_OTHERS, "special_tokens_map.json", "tokenizer_config.json"}):
+        if (folder / name).exists():
+            content = read_regular(folder / name, _MOST_BYTES)
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def _read_settings(path: Path) -> Mapping[str, Any]:

@@ -121,6 +121,43 @@ class ByteProgress(_Line):
         return line + _rest(total - done, done / seconds)
 
 
+class InputProgress(SessionProgress):
+    """A callback for a session that answers a file: how many inputs are through, how fast, and how long it will take.
+
+    Args:
+        stream: Where to draw; stderr.
+        total: How many inputs there are.
+        done: How many were through before.
+        wanted: False to draw nothing.
+    """
+
+    def __init__(self, stream: TextIO, total: int, done: int, *, wanted: bool = True) -> None:
+        super().__init__(stream, wanted=wanted)
+        self.done = done
+        self._total, self._before = total, done
+        self._start: float | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        """As `SessionProgress`; but how far a batch is comes last, and how long it took to open does not count."""
+        if progress.stage not in ("fetch", "open") and self._start is None:
+            self._start = time.monotonic()
+        super().__call__(progress)
+
+    def describe(self) -> str:
+        """Say how far it is."""
+        line = f"{self.done:,} of {self._total:,} inputs ({100 * self.done // max(1, self._total)} %)"
+        seconds = 0.0 if self._start is None else time.monotonic() - self._start
+        if self.done == self._before or seconds < _SETTLING_SECONDS:
+            return line
+        each, left = seconds / (self.done - self._before), self._total - self.done
+        rate = f"{1 / each:.1f} inputs/s" if each < 1 else f"{format_seconds(each)} an input"
+        return f"{line}, {rate}" + (f", {format_seconds(left * each)} left" if left else "")
+
+    def _describe(self, progress: Progress, seconds: float) -> str:
+        line = super()._describe(progress, seconds)
+        return line if progress.stage in ("fetch", "open") else f"{self.describe()}; {line}"
+
+
 def _rest(left: int, rate: float) -> str:
     """Write how fast bytes come, and how long the others will take, as far as that is known."""
     if not rate:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
 from switchrun.errors import OBEYED, InputError, escape
-from switchrun.model.records import SCHEMA_VERSION, FillResult
+from switchrun.model.records import SCHEMA_VERSION, FillResult, GenerateResult, ScoreResult
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
@@ -24,7 +24,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
 class FillFormat(StrEnum):
-    """What `switchrun fill --format` takes."""
+    """What `--format` takes where texts are answered."""
 
     TEXT = "text"
     RAW = "raw"
@@ -32,22 +32,42 @@ class FillFormat(StrEnum):
     JSONL = "jsonl"
 
 
-def format_result(result: FillResult, style: FillFormat) -> str:
-    """Write an answer as whole lines; one line, except in `json`."""
-    if style is FillFormat.TEXT:
-        return _one_line(result.text)
-    if style is FillFormat.RAW:
-        return _one_line(result.raw)
-    return format_record(result.as_record(), indent=style is FillFormat.JSON)
+class ScoreFormat(StrEnum):
+    """What `switchrun score --format` takes."""
+
+    TEXT = "text"
+    JSON = "json"
+    JSONL = "jsonl"
 
 
-def format_failure(position: int, text: str, error: InputError, style: FillFormat) -> str:
+def format_result(result: GenerateResult | ScoreResult, style: FillFormat, lines: int = 1) -> str:
+    """Write an answer as whole lines; so many, except in `json` and `jsonl`.
+
+    Alternatives have a line each, with the log-probability before it; where they are fewer, empty lines follow.
+    A score's line has the log-probability of all, the text filled in, and each span's log-probability, with tabs
+    between.
+    """
+    if style in (FillFormat.JSON, FillFormat.JSONL):
+        return format_record(result.as_record(), indent=style is FillFormat.JSON)
+    if isinstance(result, ScoreResult):
+        spans = ("" if span.log_probability is None else f"{span.log_probability:.4f}" for span in result.spans)
+        return _columns(f"{result.log_probability:.4f}", result.text, *spans)
+    if not isinstance(result, FillResult) or result.alternatives is None:
+        return one_line(result.text if style is FillFormat.TEXT else result.raw)
+    answers = (
+        _columns(f"{each.log_probability:.4f}", each.text if style is FillFormat.TEXT else each.raw)
+        for each in result.alternatives
+    )
+    return "".join(answers) + "\n" * (lines - len(result.alternatives))
+
+
+def format_failure(position: int, text: str, error: InputError, style: FillFormat, lines: int = 1) -> str:
     """Write what stands in the place of an answer that could not be given.
 
-    For `text` and `raw` that is an empty line, so that line n of the output still belongs to line n of the input.
+    For `text` and `raw` these are empty lines, so that line n of the output still belongs to line n of the input.
     """
     if style in (FillFormat.TEXT, FillFormat.RAW):
-        return "\n"
+        return "\n" * lines
     record = {
         "schema_version": SCHEMA_VERSION,
         "id": position,
@@ -108,5 +128,10 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
     }
 
 
-def _one_line(text: str) -> str:
+def _columns(*texts: str) -> str:
+    return one_line("\t".join(text.replace("\t", " ") for text in texts))
+
+
+def one_line(text: str) -> str:
+    """Write a text as one line, without codes that a terminal would obey."""
     return escape(_LINE_BREAK.sub(" ", text)) + "\n"

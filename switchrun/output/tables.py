@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +20,16 @@ from switchrun.units import format_bytes, format_count, format_rate, format_seco
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
-    from switchrun.model.records import HubCounts, SessionStats
+    from switchrun.model.records import HubCounts, Routing, SessionStats
     from switchrun.planning.plan import Bandwidth, Estimate, HubCost, Placement, Plan, TierUse
     from switchrun.planning.preparation import Preparation
     from switchrun.store import ExpertStore, StoreInfo, VerifyReport
 
 _BLOCK = re.compile(r"((?:encoder|decoder)\.block)\.(\d+)(?:\..*)?")
 _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+#: Of a layer, so many experts are named.
+_MOST_EXPERTS = 5
 
 _Rows = Iterator[tuple[str, str]]
 
@@ -147,6 +151,19 @@ def render_stats(stats: SessionStats) -> str:
     if stats.hub is not None:
         lists["From the Hub"] = _hub_counts(stats.hub)
     return render(sys.stderr, [_tiers(stats.tiers), *(make_list(title, rows) for title, rows in lists.items())])
+
+
+def render_routing(routing: Routing, name: str) -> str:
+    """Return the experts that the tokens of an input went to, as lines for stderr, those of most tokens first."""
+    table = make_table(f"Experts of {name}", "layer", "most used: expert × tokens", "tokens", "dropped", text_columns=2)
+    for layer in routing.layers:
+        used = Counter(layer.experts)
+        most = ", ".join(f"{expert} × {count}" for expert, count in used.most_common(_MOST_EXPERTS))
+        more = len(used) - _MOST_EXPERTS
+        place = f"{layer.stack}.block.{layer.block}"
+        tokens, dropped = str(len(layer.experts)), str(len(layer.dropped) or "")
+        table.add_row(place, f"{most}, and {more} more" if more > 0 else most, tokens, dropped)
+    return render(sys.stderr, [table])
 
 
 def _peaks(stats: SessionStats) -> _Rows:

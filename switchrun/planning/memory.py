@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
@@ -65,6 +66,8 @@ MOST_ROWS = 256
 ROW_TOKENS = 64
 #: What a token takes in the lists that say which expert is to compute it.
 _POSITION_BYTES = 400
+#: The scores of so many tokens of a target are in memory at a time: a few vocabularies' worth.
+HEAD_TOKENS = 64
 _PAGE = 4096
 #: The linear layers outside the experts: attention, and the MLPs of blocks without experts.
 _LINEAR = re.compile(r"\.(?:SelfAttention|EncDecAttention)\.[qkvo]\.weight|\.mlp\.w[io]\.weight")
@@ -258,7 +261,8 @@ def max_output_tokens(checkpoint: SwitchCheckpoint, wanted: int) -> int:
 class BatchShape:
     """A batch: `rows` sequences of `tokens` tokens in, the longest one's, and up to `new_tokens` out.
 
-    The decoder has all rows at once, or if not `together` one row, with its beams, after the other.
+    The decoder has all rows at once, or if not `together` one row, with its beams, after the other. With `target`
+    tokens, it also goes over so many at once, to score them: for each row, and for each beam.
     """
 
     rows: int
@@ -266,13 +270,15 @@ class BatchShape:
     new_tokens: int
     beams: int = 1
     together: bool = True
+    target: int = 0
 
 
 def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: BatchShape) -> int:
     """Return the most memory that one batch's hidden states, attention, caches and scratch take.
 
-    The largest of the encoder's and the decoder's moment: nothing of a layer but its output and the position bias
-    outlives it, except the decoder's key-value caches. `benchmarks/memory_promise.py` compares it with the truth.
+    The largest of the encoder's moment, the decoder's, and that of scoring: nothing of a layer but its output and the
+    position bias outlives it, except the decoder's key-value caches. `benchmarks/memory_promise.py` compares it with
+    the truth.
     """
     c = checkpoint.config
     item, rows, tokens = precision.compute.itemsize, shape.rows, shape.tokens
@@ -280,8 +286,8 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
     inner = heads * c["d_kv"]
     # What is multiplied with packed weights, or in bfloat16 without a processor that can, is float32 meanwhile.
     narrow = item < 4 or precision.few_bits
-    positions = rows * tokens
-    hidden, squared = positions * d_model, tokens * tokens
+    sequences = max(rows if shape.together else 1, shape.beams)
+    has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
 
     def product(length: int, width: int) -> int:
         """What multiplying takes, for each token, besides what goes in and comes out."""
@@ -291,28 +297,46 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
         inside = max(product(d_model, d_ff), product(d_ff, d_model), _activation_temporaries(checkpoint) * d_ff * item)
         return count * (2 * d_model * item + d_ff * item + inside)
 
-    # The embeddings, what goes into a block and comes out of its attention, and the norm of that; bias and mask.
-    encoder = 4 * hidden * item + squared * (heads * item + rows * (item + 1))
-    # Queries, keys and values, and copies of two; scores before and after each step, which bfloat16 sums in float32.
-    scores = rows * heads * squared * item
-    attend = 5 * positions * inner * item
-    attend += max((3 if item < 4 else 2) * scores, scores + positions * product(d_model, inner), 5 * 8 * squared)
-    # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
-    route = (hidden * 4 if narrow else 0) + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
-    # The choices and logits stay. No expert has more tokens of a text than its capacity.
-    chosen = rows * min(tokens, c["expert_capacity"])
-    experts = positions * (c["num_experts"] * (8 + 4) + _POSITION_BYTES) + hidden * item + mlp(chosen)
-    has_dense = sum(map(len, checkpoint.sparse_blocks.values())) < c["num_layers"] + c["num_decoder_layers"]
-    encoder += max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
+    def attention(rows: int, queries: int, keys: int) -> tuple[int, int]:
+        """What stays of an attention, its bias and mask, and what it takes meanwhile."""
+        squared, positions = queries * keys, rows * max(queries, keys)
+        # Queries, keys and values, and copies of two; scores before and after each step: bfloat16 sums in float32.
+        scores = rows * heads * squared * item
+        attend = 5 * positions * inner * item
+        attend += max((3 if item < 4 else 2) * scores, scores + positions * product(d_model, inner), 5 * 8 * squared)
+        return squared * (heads * item + rows * (item + 1)), attend
 
-    sequences = max(rows if shape.together else 1, shape.beams)
+    def one_pass(rows: int, length: int, others: int = 0) -> Any:
+        """What a stack takes for tokens that go through it together; it may look at what the other one made, too."""
+        positions = rows * length
+        hidden = positions * d_model
+        kept, attend = attention(rows, length, length)
+        if others:
+            more, cross = attention(rows, length, others)
+            kept, attend = kept + more + rows * others * d_model * item, max(attend, cross)
+        # One-hot expert choices are int64 in transformers: chosen, cumulative, product, mask; and float32 logits twice.
+        route = (hidden * 4 if narrow else 0) + positions * c["num_experts"] * (8 + 8 + 8 + 1 + 4 + 4)
+        # The choices and logits stay. No expert has more tokens of a text than its capacity.
+        chosen = rows * min(length, c["expert_capacity"])
+        experts = positions * (c["num_experts"] * (8 + 4) + _POSITION_BYTES) + hidden * item + mlp(chosen)
+        # The embeddings, what goes into a block and comes out of its attention, and the norm of that; bias and mask.
+        most = max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
+        return 4 * hidden * item + kept + most
+
+    encoder = one_pass(rows, tokens)
+    scoring = 0
+    if shape.target:
+        # Logits as they come, in float32, and their normalised ones.
+        scoring = one_pass(sequences, shape.target, tokens)
+        scoring += max(0, rows - sequences) * tokens * d_model * item
+        scoring += min(sequences * shape.target, HEAD_TOKENS) * c["vocab_size"] * (item + 4 + 4)
     kept = sequences * (tokens + shape.new_tokens) * inner * item
     # One layer's keys and values are copied when they grow or their order changes.
     decoder = 2 * kept * (c["num_decoder_layers"] + 1) + sequences * tokens * (d_model * item + product(d_model, inner))
-    decoder += hidden * item + 3 * sequences * heads * (tokens + shape.new_tokens) * item
+    decoder += rows * tokens * d_model * item + 3 * sequences * heads * (tokens + shape.new_tokens) * item
     # What sampling sorts has numbers of eight bytes.
     decoder += 8 * sequences * c["vocab_size"] * 4 + mlp(sequences)
-    most = max(encoder, decoder)
+    most = max(encoder, decoder, scoring)
     return int(most + min(most * MALLOC_SHARE, MALLOC_BYTES))
 
 
@@ -323,8 +347,8 @@ def _activation_temporaries(checkpoint: SwitchCheckpoint) -> int:
 
 def least_activation_bytes(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
     """Return what a plan reserves for activations whatever the budget."""
-    new_tokens = max_output_tokens(checkpoint, plan.estimate.output_tokens)
-    shape = BatchShape(plan.sure_rows, max_input_tokens(checkpoint), new_tokens, plan.num_beams)
+    tokens, output_tokens = max_input_tokens(checkpoint), plan.estimate.output_tokens
+    shape = _reserved_shape(checkpoint, plan.sure_rows, tokens, output_tokens, plan.num_beams)
     return activation_bytes(checkpoint, plan.precision, shape)
 
 
@@ -335,13 +359,19 @@ def has_room(checkpoint: SwitchCheckpoint, plan: Plan, shape: BatchShape) -> boo
     return all(needed <= use.activation_bytes + max(0, (use.budget_bytes or 0) - use.total_bytes) for use in computing)
 
 
+def _reserved_shape(checkpoint: SwitchCheckpoint, rows: int, tokens: int, output_tokens: int, beams: int) -> BatchShape:
+    """Return what a batch may take. With beams, its answers may be scored once they are there."""
+    new_tokens = max_output_tokens(checkpoint, output_tokens)
+    return BatchShape(rows, tokens, new_tokens, beams, target=output_tokens + 1 if beams > 1 else 0)
+
+
 def longest_input(checkpoint: SwitchCheckpoint, plan: Plan) -> int:
     """Return how many tokens a text can have, filled alone."""
-    new_tokens = max_output_tokens(checkpoint, plan.estimate.output_tokens)
     fits, too_many = max_input_tokens(checkpoint), 1 << 20
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        room = has_room(checkpoint, plan, BatchShape(1, middle, new_tokens, plan.num_beams))
+        shape = _reserved_shape(checkpoint, 1, middle, plan.estimate.output_tokens, plan.num_beams)
+        room = has_room(checkpoint, plan, shape)
         fits, too_many = (middle, too_many) if room else (fits, middle)
     return fits
 
@@ -426,7 +456,7 @@ def needs_of(
     """Add up what a checkpoint needs for batches of a size."""
     tokens = max_input_tokens(checkpoint)
     rows = 1 if batch_size == "auto" else batch_size
-    shape = BatchShape(rows, tokens, max_output_tokens(checkpoint, output_tokens), num_beams)
+    shape = _reserved_shape(checkpoint, rows, tokens, output_tokens, num_beams)
     activations = most_activations = activation_bytes(checkpoint, precision, shape)
     if batch_size == "auto":
         shape = BatchShape(MOST_ROWS, ROW_TOKENS, max(ROW_TOKENS, output_tokens), num_beams)

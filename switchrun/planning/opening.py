@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from switchrun.checkpoint import open_checkpoint
+from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.checkpoint.locate import hub_id
 from switchrun.checkpoint.types import ExpertKey, HubWay, SwitchCheckpoint
 from switchrun.dtypes import resolve_dtype
-from switchrun.errors import check_count
+from switchrun.errors import BudgetError, check_count
 from switchrun.machine import disks, network, ram
 from switchrun.planning.budgets import parse_rate, resolve_budgets
-from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES
+from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES, max_input_tokens
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, BatchSize, HubState, Plan
 from switchrun.planning.planner import make_plan
@@ -73,7 +74,7 @@ def plan_model(
 
     The disk's bandwidth, for the estimate, is in bytes per second or like `1.8GB/s`, or `measure` to read experts for
     half a second; None is what was last measured on that disk, else an assumption. `hub_output_tokens` is how many
-    tokens are expected of a fill that reads from the Hub, if fewer than it may generate. With `headers_only` no weights
+    tokens are expected of a fill that reads from the Hub, if it may generate more. With `headers_only` no weights
     are downloaded, whatever the options say, but the plan counts them. `warn` gets warnings, from any thread; for the
     last see `open_model`.
 
@@ -93,20 +94,38 @@ def plan_model(
         kept = find_kept(checkpoint, options)
         if disk_bandwidth == "measure":
             measure_disk(checkpoint, kept)
-        plan = make_plan(
-            checkpoint,
-            budgets,
-            dtype=options.dtype,
-            batch_size=options.batch_size,
-            num_beams=options.num_beams,
-            device_map=options.tiers,
-            input_tokens=input_tokens,
-            output_tokens=options.max_new_tokens,
-            bandwidth=Bandwidth(rate, "given") if rate else disk_of(checkpoint, options.folder),
-            stored_share=min(1.0, len(kept.files) / len(checkpoint.experts)),
-            hub=None if hub is None else _hub_state(checkpoint, options, kept, hub),
-            hub_output_tokens=hub_output_tokens,
-        )
+        asked = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens}
+        resolved = own_options(checkpoint, asked | {"sample": False})
+        num_beams, output_tokens = resolved["num_beams"], resolved["max_new_tokens"]
+        try:
+            plan = make_plan(
+                checkpoint,
+                budgets,
+                dtype=options.dtype,
+                batch_size=options.batch_size,
+                num_beams=num_beams,
+                device_map=options.tiers,
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                bandwidth=Bandwidth(rate, "given") if rate else disk_of(checkpoint, options.folder),
+                stored_share=min(1.0, len(kept.files) / len(checkpoint.experts)),
+                hub=None if hub is None else _hub_state(checkpoint, options, kept, hub),
+                hub_output_tokens=None if hub_output_tokens is None else min(hub_output_tokens, output_tokens),
+            )
+        except BudgetError as error:
+            # So much is reserved in any case.
+            rows = 1 if options.batch_size == "auto" else options.batch_size
+            least = {"num_beams": rows, "max_new_tokens": max_input_tokens(checkpoint)}
+            own = [name for name in asked if asked[name] is None and resolved[name] > least[name]]
+            if not own:
+                raise
+            things = {"num_beams": "beams", "max_new_tokens": "new tokens"}
+            wishes = " and ".join(f"{resolved[name]} {things[name]}" for name in own)
+            flags = " or ".join(f"--{name.replace('_', '-')}" for name in own)
+            raise BudgetError(
+                f"{error.message}; {generation_file(checkpoint.path)} asks for {wishes}",
+                ", or ".join(filter(None, (error.hint, f"use a smaller {flags}"))),
+            ) from error
         stack.pop_all()
     return PlannedModel(options, checkpoint, plan, own_bytes, hub)
 

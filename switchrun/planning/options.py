@@ -38,8 +38,8 @@ class OpenOptions:
             was last measured, else an assumption.
         batch_size: Most inputs to run together; memory is reserved for as many. `auto` is as many as fit: memory is
             reserved for one, and a share of what is left.
-        num_beams: Most beams that fills will ask for.
-        max_new_tokens: Most tokens that fills will generate for an input.
+        num_beams: Most beams that will be asked for; None is the model's own, as `generate` takes it.
+        max_new_tokens: Most tokens that will be generated for an input; None as above.
         cpu_bytes: `cpu_memory` in bytes; None if that is None. This and what follows is made of the above.
         gpu_bytes: `gpu_memory` in bytes by the GPU's number; None if that is None and the map may use GPUs.
         folder: The offload folder; `limit_bytes` is `offload_limit` in bytes.
@@ -61,8 +61,8 @@ class OpenOptions:
     hub: str = HubWay.AUTO
     network_bandwidth: str | float | None = None
     batch_size: BatchSize = 1
-    num_beams: int = 1
-    max_new_tokens: int = 64
+    num_beams: int | None = 1
+    max_new_tokens: int | None = 64
     cpu_bytes: int | None = field(init=False)
     gpu_bytes: Mapping[int, int] | None = field(init=False)
     folder: Path = field(init=False)
@@ -84,7 +84,8 @@ class OpenOptions:
                 *names, last = kind
                 raise UsageError(f"{name}: {value!r} is not one", f"use {', '.join(names)} or {last}", name)
         for name in ("num_beams", "max_new_tokens"):
-            check_count(name, getattr(self, name))
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
         size = self.batch_size
         if size != "auto" and (type(size) is not int or size < 1):
             raise UsageError(f"batch_size: {size!r} is neither auto nor a whole number above 0", option="batch_size")

@@ -29,6 +29,7 @@ from switchrun.kernels.qmoe import QmoeMatrix, decode
 from switchrun.model.tokenizer import Tokenizer
 from tests.conftest import RunSwitchrun
 from tests.support.checkpoints import oracle_state, read_tensor, tiny_config
+from tests.support.edits import edit_config
 from tests.support.fake_hub import FakeHub
 from tests.support.qmoe_checkpoints import qmoe_config, rewrite, save_qmoe, ternary_model
 
@@ -205,6 +206,7 @@ BAD = {
     "size 0": (change("sizes.pt", lambda s: s.update({f"{EXPERT}.wo": 0})), f"sizes.pt: it says {EXPERT}.wo has 0"),
     "size -1": (change("sizes.pt", lambda s: s.update({f"{EXPERT}.wo": -1})), f"sizes.pt: it says {EXPERT}.wo has -1"),
     "size": (change("sizes.pt", lambda s: s.update({f"{EXPERT}.wo": 1 << 40})), f"{EXPERT}.wo has 1099511627776"),
+    "size of 600 digits": (change("sizes.pt", lambda s: s.update({f"{EXPERT}.wo": 10**600})), "0000…0000"),
     "size text": (change("sizes.pt", lambda s: s.update({f"{EXPERT}.wo": "1"})), "sizes.pt: it does not say how many"),
     "sizes list": (lambda folder: torch.save([1], folder / "sizes.pt"), "sizes.pt: the file holds no dictionary"),
     "sizes class": (lambda folder: torch.save(Path("x"), folder / "sizes.pt"), "the file asks to run `pathlib"),
@@ -213,6 +215,7 @@ BAD = {
         change("noexp.pt", lambda d: d.update({"lm_head.weight": d["lm_head.weight"].to(torch.int8)})),
         "tensor lm_head.weight is stored as I8, not as one of",
     ),
+    "config": (lambda folder: edit_config(folder, d_ff=10**4299), "d_ff is 1000000000000000000000000…0000"),
     "router": (
         change("noexp.pt", less("decoder.block.0.layer.2.mlp.router.classifier.weight")),
         "tensor decoder.block.0.layer.2.mlp.router.classifier.weight has the shape [3, 34]",

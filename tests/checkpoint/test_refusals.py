@@ -64,7 +64,10 @@ def test_wrong_tensors(folder: Path, name: str, tensor: torch.Tensor, message: s
     assert str(folder / "model.safetensors") in caught.value.message
 
 
-@pytest.mark.parametrize("config", [{"d_ff": 64}, {"d_model": 0}, {"vocab_size": "many"}, {"num_heads": True}])
+@pytest.mark.parametrize(
+    "config",
+    [{"d_ff": 64}, {"d_model": 0}, {"vocab_size": "many"}, {"num_heads": True}, {"d_kv": 10**4299, "num_heads": 10}],
+)
 def test_a_config_that_contradicts_the_tensors(folder: Path, config: dict[str, object]) -> None:
     edit_config(folder, **config)
     with pytest.raises(CorruptCheckpointError, match=r"by config\.json it must be|not a positive whole number"):

@@ -44,6 +44,20 @@ def test_lines_become_valid_records(run_switchrun: RunSwitchrun) -> None:
     assert "\x1b" not in done.stderr
 
 
+@pytest.mark.slow
+def test_generate_on_a_model_that_is_pre_trained_only(run_switchrun: RunSwitchrun) -> None:
+    args = ["generate", "--format", "jsonl", "--prefix", "a b ", "--num-beams", "2", *SHORT]
+    done = run_switchrun(args, input="The man sat on the mat.\n\n")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    for record in records:
+        validate(record, "generate")
+    assert [record["input"] for record in records] == ["The man sat on the mat.", ""]
+    assert "<extra_id" in records[0]["raw"]
+    assert "<extra_id" not in records[0]["text"]
+    assert done.stderr.count("answers in sentinels") == 1
+
+
 def test_raw_with_the_plan_as_device_map(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     plan.write_text(run_switchrun(["plan", "--format", "json"]).stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,6 +293,41 @@ def test_a_person_is_told_how_to_end(invoke: Invoke) -> None:
     assert "Ctrl-D" not in invoke("fill", GOOD, terminal=True).stderr
 
 
+def test_alternatives_have_as_many_lines_for_each_input(invoke: Invoke) -> None:
+    outcome = invoke("fill", GOOD, "no sentinel", GOOD, "--alternatives", "3", "-q")
+    answer = "-1.5000\tA wörd [x] b\n-22.0000\tsecond one\n\n"
+    assert outcome.stdout == f"{answer}\n\n\n{answer}"
+    assert outcome.code == 3
+    session = outcome.sessions[0]
+    assert (session.opening.num_beams, session.options[0].alternatives, session.options[0].beams) == (6, 3, 6)
+    raw = invoke("fill", GOOD, "--alternatives", "1", "--format", "raw", "-q", "--num-beams", "4")
+    assert raw.stdout == "-1.5000\t<pad> <extra_id_0> wörd [x]</s>\n"
+    assert raw.sessions[0].opening.num_beams == 4
+
+
+def test_alternatives_that_are_drawn(invoke: Invoke) -> None:
+    session = invoke("fill", GOOD, "--alternatives", "2", "--sample").sessions[0]
+    assert (session.opening.num_beams, session.options[0].beams) == (4, 1)
+
+
+def test_alternatives_and_routing_in_records(invoke: Invoke) -> None:
+    outcome = invoke("fill", GOOD, "--alternatives", "2", "--explain", "--format", "json", "-q")
+    record = json.loads(outcome.stdout)
+    validate(record, "fill")
+    assert [each["log_probability"] for each in record["alternatives"]] == [-1.5, -22.0]
+    assert record["routing"]["layers"][0]["dropped"] == [3]
+    assert outcome.stderr == ""
+
+
+def test_an_explanation_is_a_table_on_stderr(invoke: Invoke) -> None:
+    outcome = invoke("fill", GOOD, GOOD, "--explain", "-q")
+    assert outcome.stdout == ANSWER * 2
+    assert "Experts of text 1" in outcome.stderr
+    row = r"encoder\.block\.1 +7 × 3, 3 × 1, 1 × 1, 2 × 1, 5 × 1, and 2 more +9 +1"
+    assert len(re.findall(row, outcome.stderr)) == 2
+    assert "Experts of the text" in invoke("fill", GOOD, "--explain").stderr
+
+
 def test_options_reach_the_session(invoke: Invoke, tmp_path: Path) -> None:
     map_file = tmp_path / "map.json"
     map_file.write_text('{"": "cpu"}')
@@ -370,6 +406,8 @@ def test_options_from_the_environment(invoke: Invoke, monkeypatch: pytest.Monkey
         (["--gpu-memory", "0=1GiB,0=2GiB"], "--gpu-memory"),
         (["--device-map", "nowhere.json"], "--device-map: there is no file 'nowhere.json'"),
         (["--blank", ""], "--blank"),
+        (["--alternatives", "0"], "'--alternatives'"),
+        (["--alternatives", "2", "--sample", "--num-beams", "2"], "--alternatives: with sampling they are draws"),
         (["-"], "stdin"),
         (["--nonsense"], "--nonsense"),
     ],

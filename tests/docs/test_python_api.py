@@ -43,7 +43,9 @@ def test_every_argument_of_open():
     assert "It takes the arguments of `plan`" in page
 
 
-@pytest.mark.parametrize("kind", [switchrun.GenerationOptions, switchrun.FillResult])
+@pytest.mark.parametrize(
+    "kind", [switchrun.GenerationOptions, switchrun.FillResult, switchrun.Filling, switchrun.ScoreResult]
+)
 def test_every_field(kind):
     page = section(kind.__name__)
     assert not [field.name for field in dataclasses.fields(kind) if f"`{field.name}`" not in page]

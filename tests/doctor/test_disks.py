@@ -119,7 +119,7 @@ def test_one_that_nobody_named_is_a_comfort() -> None:
         ("fuse.sshfs", None, "network", "local disk"),
         ("tmpfs", 5e9, "it is memory", "on a disk"),
         ("zfs", None, "refuses O_DIRECT", "ext4"),
-        ("ext4", 0.12e9, "reads 0.12 GB/s; that is slow", "faster disk"),
+        ("ext4", 0.12e9, "reads 0.12 GB/s; that is slow", "of a model in 16 bits, --dtype int8"),
     ],
 )
 def test_what_a_disk_can_be(

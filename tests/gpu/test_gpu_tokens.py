@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from switchrun import GenerationOptions
+from switchrun import Filling, GenerationOptions, ScoreResult, Session
 from tests.model.test_same_tokens import MAX_NEW_TOKENS, TEXTS, check_ids, check_logits, saved
 from tests.support.fake_accelerator import fake_gpus
 from tests.support.gpu_sessions import open_on_gpus
-from tests.support.sessions import generate, oracle_for, read_in_small_pieces, small_process
+from tests.support.sessions import generate, open_with_slots, oracle_for, read_in_small_pieces, small_process
 from tests.support.strategies import CheckpointSpec, checkpoint_specs
 
 __all__ = ["small_process"]
@@ -82,6 +83,41 @@ def test_every_kind_of_model(
         with open_on_gpus(Path(folder), tiers, *slots, dtype=dtype, batch_size=3) as session:
             check_logits(oracle, session, dtype)
             check_ids(oracle, session, TEXTS, dtype)
+
+
+@pytest.mark.parametrize("device_map", [MAPS[0], MAPS[7], MAPS[8]], ids=str)
+def test_scores_alternatives_and_explanations(tmp_path: Path, device_map: dict[str, Any]) -> None:
+    """As on the CPU, which other tests compare with transformers."""
+    saved(CheckpointSpec(), tmp_path)
+    fillings = [Filling(TEXTS[0], ["cat", "mat"]), Filling(TEXTS[1], ["bar and a beer"])]
+    options = [
+        GenerationOptions(max_new_tokens=8, explain=True),
+        GenerationOptions(max_new_tokens=8, alternatives=2, explain=True),
+        GenerationOptions(max_new_tokens=8, alternatives=2, sample=True, temperature=1e-6),
+    ]
+
+    def results(session: Session) -> list[Any]:
+        filled = [session.fill(TEXTS, each) for each in options]
+        return [*session.score(fillings), *itertools.chain(*filled)]
+
+    with open_with_slots(tmp_path, None, batch_size=3, num_beams=4, max_new_tokens=8) as session:
+        expected = results(session)
+    with (
+        fake_gpus(None, None),
+        open_on_gpus(tmp_path, device_map, 2, 2, batch_size=3, num_beams=4, max_new_tokens=8) as session,
+    ):
+        found = results(session)
+    for one, other in zip(found, expected, strict=True):
+        assert one.text == other.text
+        if isinstance(one, ScoreResult):
+            assert one.log_probability == pytest.approx(other.log_probability, rel=1e-5)
+            continue
+        scores = [[each.log_probability for each in result.alternatives or ()] for result in (one, other)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+        chosen = [
+            [layer.experts for layer in result.routing.layers] if result.routing else [] for result in (one, other)
+        ]
+        assert chosen[0] == chosen[1]
 
 
 @pytest.mark.parametrize("device_map", [MAPS[0], MAPS[7]], ids=str)

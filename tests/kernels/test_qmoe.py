@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,22 @@ def test_product(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatc
         result = matrix.product(x)
         assert (result.dtype, result.shape) == (dtype, (2, tokens, 300))
         torch.testing.assert_close(result.double(), wanted, rtol=8e-3 if dtype is torch.bfloat16 else 1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_takes_no_more_memory(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix, x = random_matrix(1, 300, 1024), torch.ones(3, 1024)
+    x[1, 7] = value
+    wanted = x @ qmoe.decode(matrix).float().T
+    unpack, unpacked = native.unpack_qmoe, []
+
+    def counting(codes: Any, offsets: Any, extremes: Any, result: torch.Tensor, *rows: int) -> None:
+        unpacked.append(result.untyped_storage().nbytes())
+        unpack(codes, offsets, extremes, result, *rows)
+
+    monkeypatch.setattr(native, "unpack_qmoe", counting)
+    torch.testing.assert_close(matrix.product(x), wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert max(unpacked) < 1 << 20
 
 
 @pytest.mark.parametrize("kernels", ["", "off"])

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from switchrun import plan
 from switchrun.bench.synthetic import Geometry, make_checkpoint
+from switchrun.checkpoint import open_checkpoint
+from switchrun.planning import memory
 from switchrun.units import MIB
 from tests.conftest import RunSwitchrun
 from tests.support.checkpoints import save_tiny_tokenizer
@@ -80,6 +83,35 @@ def test_a_batch_with_beams_stays_within_the_budget(
         hermetic,
         *("fill", "--model", str(big), "--cpu-memory", str(budget), *options, "--max-new-tokens", "3"),
         *(TEXT, TEXT, TEXT, "a <extra_id_0> walks"),
+    )
+    assert peak <= budget, f"{peak / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "nf4"])
+def test_scores_stay_within_the_budget(
+    big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str
+) -> None:
+    """Of spans that take all the memory there is for them, beside a long text."""
+    options = ("--dtype", dtype, "--batch-size", "3")
+    budget = minimum_of(run_switchrun, big, *options) + 64 * MIB
+    planned = plan(big, dtype=dtype, batch_size=3, cpu_memory=budget, gpu_memory=0, output_tokens=64)
+    checkpoint = open_checkpoint(str(big))
+    shapes = [memory.BatchShape(1, 450, 0, target=length) for length in range(64, 4096, 16)]
+    longest = max(shape.target for shape in shapes if memory.has_room(checkpoint, planned, shape))
+    assert longest > 512
+    lines = [f"{'a ' * 400}<extra_id_0>\t{'a ' * (longest - words)}" for words in (20, 400, 500)]
+    _, peak = peak_of(hermetic, *("score", "--model", str(big), "--cpu-memory", str(budget), *options), *lines)
+    assert peak <= budget, f"{peak / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_alternatives_stay_within_the_budget(big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str]) -> None:
+    budget = minimum_of(run_switchrun, big, "--num-beams", "12") + 64 * MIB
+    _, peak = peak_of(
+        hermetic,
+        *("fill", "--model", str(big), "--cpu-memory", str(budget), "--alternatives", "6", "--explain"),
+        *("--max-new-tokens", "64", TEXT),
     )
     assert peak <= budget, f"{peak / MIB:.0f} MiB of {budget / MIB:.0f} MiB"
 

@@ -156,6 +156,13 @@ def test_text_before_the_first_sentinel_and_sentinels_of_others() -> None:
     assert spans_of(output, 2) == (Span(sentinel(0), "ab"), Span(sentinel(1), None))
 
 
+def test_what_follows_the_closing_sentinel_is_no_part_of_a_span() -> None:
+    """As pre-trained models do it: they go on with sentinels that the input has not."""
+    output = [0, FIRST, ord("a"), FIRST + 1, ord("b"), FIRST + 2, ord("c"), FIRST + 3, ord("d"), FIRST + 1, ord("e")]
+    spans = parse_spans(output, [FIRST, FIRST + 1], characters, closing=FIRST + 2)
+    assert [span.text for span in spans] == ["a", "b"]
+
+
 def test_an_empty_span_is_an_answer() -> None:
     parsed = spans_of([FIRST, FIRST + 1, ord(" ")], 2)
     assert [span.text for span in parsed] == ["", ""]

@@ -16,7 +16,7 @@ import torch
 
 from switchrun import GenerationOptions, Session
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
-from switchrun.model.records import Progress
+from switchrun.model.records import FillResult, Progress
 from tests.conftest import validate
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import encode, open_with_slots, small_process
@@ -48,7 +48,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_records_follow_the_schema(folder: Path) -> None:
     with open_with_slots(folder, 2, batch_size=2) as session:
-        results = session.fill(TEXTS, SHORT, first_id=7)
+        batches: list[list[FillResult]] = []
+        results = session.fill(TEXTS, SHORT, first_id=7, on_results=lambda batch: batches.append(list(batch)))
+    assert sorted(map(len, batches)) == [1, 2]
+    assert sorted((each for batch in batches for each in batch), key=lambda result: result.id) == results
     for result in results:
         validate(result.as_record() | {"output_ids": list(result.output_ids), "spans": list_spans(result)}, "fill")
         assert result.tokens.output == len(result.output_ids) - 1

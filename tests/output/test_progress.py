@@ -8,7 +8,7 @@ import pytest
 
 from switchrun.model.records import Progress
 from switchrun.output import progress
-from switchrun.output.progress import ByteProgress, SessionProgress
+from switchrun.output.progress import ByteProgress, InputProgress, SessionProgress
 
 ERASE = "\r\x1b[2K"
 
@@ -102,6 +102,30 @@ def test_bytes_are_not_drawn_where_nobody_looks(clock: list[float]) -> None:
     pipe = io.StringIO()
     ByteProgress(pipe, "verify")(0, 0)
     assert pipe.getvalue() == ""
+
+
+def test_inputs_have_a_rate_and_an_end(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was answered before, and the time to open, say nothing about the rate."""
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = _Terminal()
+    line = InputProgress(stream, total=5000, done=1000)
+    line(Progress("open", 10**9, 2 * 10**9, 0))
+    clock[0] += 100
+    line(Progress("encode", 1, 15, 0))
+    clock[0] += 10
+    line.done = 1040
+    line(Progress("decode", 1, 64, 0))
+    clock[0] += 90
+    line.done = 1050
+    line(Progress("decode", 2, 64, 0))
+    line.done = 5000
+    assert stream.getvalue().split(ERASE)[1:] == [
+        "open: 954 MiB of 1.86 GiB",
+        "1,000 of 5,000 inputs (20 %); encode: 1 of 15 layers, 0 B read",
+        "1,040 of 5,000 inputs (20 %), 4.0 inputs/s, 16 min 30 s left; decode: 1 of 64 tokens, 0 B read",
+        "1,050 of 5,000 inputs (21 %), 2.00 s an input, 2 h 11 min left; decode: 2 of 64 tokens, 0 B read",
+    ]
+    assert line.describe() == "5,000 of 5,000 inputs (100 %), 40.0 inputs/s"
 
 
 def test_what_comes_from_the_hub(clock: list[float]) -> None:

@@ -1,0 +1,157 @@
+"""`switchrun generate`: answers texts, given as arguments or as lines on stdin, with a model fine-tuned to do so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from switchrun.checkpoint.types import HubWay
+from switchrun.cli import options
+from switchrun.cli.answering import Work, answer_texts
+from switchrun.cli.streams import read_arguments
+from switchrun.dtypes import DtypeChoice
+from switchrun.errors import UsageError
+from switchrun.model.records import GenerateResult, GenerationOptions
+from switchrun.model.sentinels import has_sentinel
+from switchrun.output.sinks import FillFormat
+
+if TYPE_CHECKING:
+    from switchrun.model.tokenizer import EncodedText
+
+_OWN = "as the model says"
+_SAMPLING = "Only with --sample."
+
+
+def generate(
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="TEXT",
+            show_default=False,
+            help="A text, quoted for the shell. No TEXT, or -, reads one input a line from stdin.",
+        ),
+    ] = None,
+    model: options.Model = None,
+    prefix: Annotated[
+        str,
+        typer.Option(show_default=False, help="Put this before each text, as the model was trained: 'summarize: '."),
+    ] = "",
+    dtype: options.Dtype = DtypeChoice.AUTO,
+    cpu_memory: options.CpuMemory = None,
+    gpu_memory: options.GpuMemory = None,
+    offload_folder: options.OffloadFolder = None,
+    offload_limit: options.OffloadLimit = None,
+    device_map: options.DeviceMap = "auto",
+    tokenizer: options.Tokenizer = None,
+    hub: options.Hub = HubWay.AUTO,
+    network_bandwidth: options.NetworkBandwidth = None,
+    batch_size: options.BatchSize = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWITCHRUN_MAX_NEW_TOKENS",
+            min=1,
+            show_default=f"{_OWN}, else 64",
+            help="Most tokens to generate for an input.",
+        ),
+    ] = None,
+    num_beams: Annotated[
+        int | None,
+        typer.Option(
+            envvar="SWITCHRUN_NUM_BEAMS",
+            min=1,
+            show_default=f"{_OWN}, else 1",
+            help="Beams of the search; 1 is greedy.",
+        ),
+    ] = None,
+    sample: Annotated[
+        bool | None,
+        typer.Option("--sample/--no-sample", show_default=_OWN, help="Draw tokens, or take the likeliest."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(show_default=f"{_OWN}, else 1.0", help=f"Divides the logits before drawing. {_SAMPLING}"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            show_default=f"{_OWN}, else 1.0",
+            help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            show_default=f"{_OWN}, else 50",
+            help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}",
+        ),
+    ] = None,
+    seed: options.Seed = None,
+    explain: options.Explain = False,
+    style: Annotated[
+        FillFormat,
+        typer.Option(
+            "--format",
+            envvar="SWITCHRUN_FORMAT",
+            help="text: the answer; raw: the same with special tokens; json, jsonl: a record of each input.",
+        ),
+    ] = FillFormat.TEXT,
+    stats: options.Stats = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Answer each TEXT with a fine-tuned model: with a summary, a translation. No sentinels are needed."""
+    from switchrun.planning.options import OpenOptions
+
+    unreadable = next(read_arguments([prefix])).error
+    if unreadable is not None:
+        raise UsageError(f"prefix: {unreadable.message}", unreadable.hint, "prefix")
+    opening = OpenOptions(
+        model=model,
+        dtype=dtype.value,
+        cpu_memory=cpu_memory,
+        gpu_memory=gpu_memory,
+        offload_folder=offload_folder,
+        offload_limit=offload_limit,
+        device_map=device_map,
+        tokenizer=tokenizer,
+        hub=hub.value,
+        network_bandwidth=network_bandwidth,
+        batch_size=options.batch_size_for(batch_size, texts),
+        num_beams=num_beams,
+        max_new_tokens=max_new_tokens,
+    )
+    drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    asked = drawing | {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "explain": explain or None}
+    given = {name: value for name, value in asked.items() if value is not None}
+    answer_texts(generate_work(given, prefix), texts, opening, style=style, stats=stats, quiet=quiet)
+
+
+def generate_work(given: Mapping[str, Any], prefix: str) -> Work[str, EncodedText, GenerateResult]:
+    """Return how texts are answered; `given` are fields of `GenerationOptions`, the rest is as the model says.
+
+    Raises:
+        UsageError: What is given makes no sense.
+    """
+    GenerationOptions(**given)
+    return Work(
+        check=lambda text: text,
+        encode=lambda session, text: session.encode_text(text, prefix),
+        answer=lambda session, encoded, ids, on_results: session.generate(
+            encoded, session.own_options(**given), ids=ids, on_results=on_results
+        ),
+        remark=_remark,
+    )
+
+
+def _remark(results: Sequence[GenerateResult]) -> str | None:
+    """Say that a model looks merely pre-trained: it answers in sentinels, as none does that was fine-tuned."""
+    in_sentinels = sum(has_sentinel(result.raw) for result in results)
+    if 2 * in_sentinels <= len(results):
+        return None
+    return (
+        f"{results[0].model.id} answers in sentinels, so it looks pre-trained only, to fill in blanks: "
+        "use switchrun fill, or a fine-tuned model"
+    )
