@@ -117,13 +117,12 @@ def test_alternatives_stay_within_the_budget(big: Path, run_switchrun: RunSwitch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room_mib", [0, 300, 1500])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32", "nf4"])
+@pytest.mark.parametrize(("dtype", "room_mib"), [("bf16", 300), ("fp32", 0), ("nf4", 300)])
 def test_auto_answers_as_one_by_one_within_the_budget(
     big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str, room_mib: int
 ) -> None:
     """Lines of 5 to 600 tokens, of which the longest cannot be filled where memory is least."""
-    lengths = [3, 40, 590, *range(4, 64), 300, 600, 590, 120, 8] + [24] * 60
+    lengths = [3, 40, 590, *range(4, 64, 2), 300, 600, 590, 120, 8] + [24] * 30
     words = "the cat sat on the mat and a man walks into a bar with salt".split()
     lines = [
         " ".join([words[(n + at) % 14] for at in range(length)]) + " <extra_id_0>" for n, length in enumerate(lengths)
