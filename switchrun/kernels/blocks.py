@@ -70,7 +70,8 @@ def linear_by_blocks(x: torch.Tensor, shape: tuple[int, int], unpack: Unpack) ->
     columns = x.to(dtype).t()
     result = torch.empty(shape[0], len(x), dtype=dtype, device=x.device)
     size = min(step, shape[0]), shape[1]
-    block = torch.empty(size, dtype=dtype, device=x.device) if x.is_cuda else _SCRATCH.block(*size, dtype)
+    on_cpu = x.device.type == "cpu"
+    block = _SCRATCH.block(*size, dtype) if on_cpu else torch.empty(size, dtype=dtype, device=x.device)
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
         unpacked = block[: rows.stop - start]
