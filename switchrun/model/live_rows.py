@@ -55,14 +55,18 @@ class LiveRows:
     def _leave_out(self, _model: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
         rows, left = len(self.live), [at for at, row in enumerate(self._kept) if self.live[row]]
         if self._leave and 0 < len(left) <= _LEFT * len(self._kept):
-            named[CACHE_ARGUMENT].batch_select_indices(torch.tensor(left))
+            cache, places = named[CACHE_ARGUMENT], torch.tensor(left)
+            for layer in (*cache.self_attention_cache.layers, *cache.cross_attention_cache.layers):
+                layer.batch_select_indices(places.to(layer.keys.device))  # layers may be on several GPUs
             self._kept = [self._kept[at] for at in left]
         self._context.live = [[self.live[row]] for row in self._kept]
         if len(self._kept) == rows:
             return given, named
         encoded = named["encoder_outputs"].last_hidden_state
         named = {
-            name: value[self._kept] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
+            name: value[self._places(value)]
+            if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,)
+            else value
             for name, value in named.items()
         }
         # Of the encoder's output only the shape matters now: its keys and values are in the cache.
@@ -71,5 +75,8 @@ class LiveRows:
     def _fill_up(self, _model: Any, _given: tuple[Any, ...], output: Any) -> None:
         if len(self._kept) < len(self.live):
             logits = output.logits.new_zeros(len(self.live), *output.logits.shape[1:])
-            logits[self._kept] = output.logits
+            logits[self._places(logits)] = output.logits
             output.logits = logits
+
+    def _places(self, value: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(self._kept, device=value.device)

@@ -36,7 +36,7 @@ _Rows = Iterator[tuple[str, str]]
 
 def render_plan(plan: Plan) -> str:
     """Return a plan as lines for stdout, with colours if stdout is a terminal."""
-    inputs = "one input" if plan.batch_size == 1 else f"{plan.batch_size} inputs"
+    inputs = "one input" if plan.sure_rows == 1 else f"{plan.sure_rows} inputs"
     tokens = format_count(plan.estimate.input_tokens, "token")
     memory = (
         ("least --cpu-memory that works", _at_least(plan.minimum_cpu_bytes)),

@@ -50,6 +50,15 @@ def test_the_json_is_valid_and_is_a_device_map(run_switchrun: RunSwitchrun, tmp_
     assert all(module.startswith("encoder.block.1.layer.0.") for module in on_disk)
 
 
+def test_what_a_batch_size_of_auto_reserves(run_switchrun: RunSwitchrun) -> None:
+    one, auto = (plan(run_switchrun, "--cpu-memory", "1GiB", "--batch-size", size) for size in ("1", "auto"))
+    assert (one["batch_size"], auto["batch_size"]) == (1, "auto")
+    assert auto["minimum_cpu_bytes"] == one["minimum_cpu_bytes"]
+    assert auto["tiers"][0]["activation_bytes"] > one["tiers"][0]["activation_bytes"]
+    done = run_switchrun(["plan", "--cpu-memory", "1GiB", "--batch-size", "auto"])
+    assert "First fill of one input:" in done.stdout
+
+
 def test_a_gpu_in_the_json(run_switchrun: RunSwitchrun) -> None:
     record = plan(run_switchrun, "--cpu-memory", "2GiB", "--gpu-memory", "1GiB")
     assert set(record["device_map"].values()) == {0}
