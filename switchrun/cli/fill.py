@@ -11,7 +11,7 @@ from switchrun.cli import options
 from switchrun.cli.answering import Work, answer_texts
 from switchrun.dtypes import DtypeChoice
 from switchrun.model.records import GenerationOptions
-from switchrun.model.sentinels import check_sentinels, replace_blanks
+from switchrun.model.sentinels import check_sentinels
 from switchrun.output.sinks import FillFormat
 
 if TYPE_CHECKING:
@@ -105,12 +105,10 @@ def fill(
 
 def fill_work(generation: GenerationOptions, blank: str | None) -> Work[str, Encoded, FillResult]:
     """Return how texts are filled; UsageError for a mark that cannot stand for a blank."""
-    if blank is not None:
-        replace_blanks("", blank)
+    with_sentinels = options.sentinels_for(blank)
 
     def check(text: str) -> str:
-        if blank is not None:
-            text = replace_blanks(text, blank)
+        text = with_sentinels(text)
         check_sentinels(text)
         return text
 

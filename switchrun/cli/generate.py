@@ -105,9 +105,6 @@ def generate(
     """Answer each TEXT with a fine-tuned model: with a summary, a translation. No sentinels are needed."""
     from switchrun.planning.options import OpenOptions
 
-    unreadable = next(read_arguments([prefix])).error
-    if unreadable is not None:
-        raise UsageError(f"prefix: {unreadable.message}", unreadable.hint, "prefix")
     opening = OpenOptions(
         model=model,
         dtype=dtype.value,
@@ -136,6 +133,9 @@ def generate_work(given: Mapping[str, Any], prefix: str) -> Work[str, EncodedTex
         UsageError: What is given makes no sense.
     """
     GenerationOptions(**given)
+    unreadable = next(read_arguments([prefix])).error
+    if unreadable is not None:
+        raise UsageError(f"prefix: {unreadable.message}", unreadable.hint, "prefix")
     return Work(
         check=lambda text: text,
         encode=lambda session, text: session.encode_text(text, prefix),

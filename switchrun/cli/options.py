@@ -14,6 +14,7 @@ from switchrun.checkpoint.types import HubWay
 from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 from switchrun.model.records import GenerationOptions
+from switchrun.model.sentinels import replace_blanks
 from switchrun.planning.plan import BatchSize as AnyBatchSize
 
 
@@ -209,6 +210,18 @@ def drawing(sample: bool | None, **values: float | None) -> dict[str, Any]:
     if given and not sample:
         raise UsageError(f"--{next(iter(given)).replace('_', '-')} does nothing without --sample", "add --sample")
     return {"sample": sample, **given}
+
+
+def sentinels_for(blank: str | None) -> Callable[[str], str]:
+    """Return what puts sentinels in the place of blanks, if there is a mark for them.
+
+    Raises:
+        UsageError: The mark cannot stand for a blank.
+    """
+    if blank is None:
+        return lambda text: text
+    replace_blanks("", blank)
+    return lambda text: replace_blanks(text, blank)
 
 
 class TableFormat(StrEnum):

@@ -12,7 +12,7 @@ from switchrun.cli import options
 from switchrun.cli.answering import Work, answer_texts
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import InputError
-from switchrun.model.sentinels import Filling, replace_blanks
+from switchrun.model.sentinels import Filling
 from switchrun.output.sinks import FillFormat, ScoreFormat
 
 _EXAMPLE = 'for example {"text": "A <extra_id_0> walks in", "spans": ["man"]}'
@@ -67,12 +67,11 @@ def score(
         network_bandwidth=network_bandwidth,
         batch_size=options.batch_size_for(batch_size, fillings),
     )
-    if blank is not None:
-        replace_blanks("", blank)  # refuses a mark that cannot stand for a blank
+    with_sentinels = options.sentinels_for(blank)
 
     def check(line: str) -> Filling:
         text, spans = _parse(line)
-        return Filling(text if blank is None else replace_blanks(text, blank), spans)
+        return Filling(with_sentinels(text), spans)
 
     work = Work(
         check=check,

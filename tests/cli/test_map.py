@@ -273,9 +273,10 @@ def test_texts_are_answered_with_a_prefix(invoke: Invoke, tmp_path: Path) -> Non
     [
         (["--prefix", "x"], "--prefix does nothing without --task generate"),
         (["--task", "generate", "--blank", "___"], "--blank does nothing with --task generate"),
+        (["--task", "generate", "--prefix", "a \udcff"], "--prefix: not UTF-8: byte 0xff at offset 2"),
     ],
 )
-def test_options_of_the_other_task(invoke: Invoke, source: Path, args: list[str], message: str) -> None:
+def test_options_that_do_not_go_with_the_task(invoke: Invoke, source: Path, args: list[str], message: str) -> None:
     done = invoke("map", str(source), "-o", "out", *args)
     assert (done.code, done.sessions) == (2, [])
     assert message in done.stderr
