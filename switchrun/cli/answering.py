@@ -194,10 +194,11 @@ def _answer(
     """Answer checked entries, at most so many at a time, and no more than are `ready`; then write their answers."""
     waiting: list[Entry] = []
     texts: list[_Encoded] = []
+    characters = 0
     remark: str | None = None
 
     def answer() -> None:
-        nonlocal remark
+        nonlocal characters, remark
         ids = [entry.id for entry in waiting if entry.error is None]
         results = work.answer(session, texts, ids, lambda _results: None) if texts else ()
         answers.write(waiting, results)
@@ -205,6 +206,7 @@ def _answer(
             note(f"note: {remark}")
         waiting.clear()
         texts.clear()
+        characters = 0
 
     for entry in entries:
         if entry.error is None:
@@ -213,9 +215,10 @@ def _answer(
             except InputError as error:
                 entry = replace(entry, error=error)
         waiting.append(entry)
+        characters += len(entry.text)
         # An unreadable entry is answered at once, unless answers of earlier entries must come first.
         full = len(texts) in (0, most) or len(waiting) == most + _WINDOW_TEXTS
-        if full or sum(len(each.text) for each in waiting) >= _WINDOW_CHARACTERS or not ready():
+        if full or characters >= _WINDOW_CHARACTERS or not ready():
             answer()
     answer()
 

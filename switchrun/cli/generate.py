@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from switchrun.model.tokenizer import EncodedText
 
 _OWN = "as the model says"
-_SAMPLING = "Only with --sample."
 
 
 def generate(
@@ -48,47 +47,12 @@ def generate(
     hub: options.Hub = HubWay.AUTO,
     network_bandwidth: options.NetworkBandwidth = None,
     batch_size: options.BatchSize = None,
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            envvar="SWITCHRUN_MAX_NEW_TOKENS",
-            min=1,
-            show_default=f"{_OWN}, else 64",
-            help="Most tokens to generate for an input.",
-        ),
-    ] = None,
-    num_beams: Annotated[
-        int | None,
-        typer.Option(
-            envvar="SWITCHRUN_NUM_BEAMS",
-            min=1,
-            show_default=f"{_OWN}, else 1",
-            help="Beams of the search; 1 is greedy.",
-        ),
-    ] = None,
-    sample: Annotated[
-        bool | None,
-        typer.Option("--sample/--no-sample", show_default=_OWN, help="Draw tokens, or take the likeliest."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(show_default=f"{_OWN}, else 1.0", help=f"Divides the logits before drawing. {_SAMPLING}"),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            show_default=f"{_OWN}, else 1.0",
-            help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}",
-        ),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            show_default=f"{_OWN}, else 50",
-            help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}",
-        ),
-    ] = None,
+    max_new_tokens: Annotated[int | None, options.max_new_tokens(f"{_OWN}, else 64")] = None,
+    num_beams: Annotated[int | None, options.num_beams(f"{_OWN}, else 1")] = None,
+    sample: Annotated[bool | None, options.sample_or_not(_OWN)] = None,
+    temperature: Annotated[float | None, options.temperature(f"{_OWN}, else 1.0")] = None,
+    top_p: Annotated[float | None, options.top_p(f"{_OWN}, else 1.0")] = None,
+    top_k: Annotated[int | None, options.top_k(f"{_OWN}, else 50")] = None,
     seed: options.Seed = None,
     explain: options.Explain = False,
     style: Annotated[

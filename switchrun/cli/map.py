@@ -100,28 +100,9 @@ def map_inputs(
             help="Inputs answered together; an expert they share is read once. auto: as many as fit.",
         ),
     ] = "auto",
-    max_new_tokens: Annotated[
-        int | None,
-        typer.Option(
-            envvar="SWITCHRUN_MAX_NEW_TOKENS",
-            min=1,
-            show_default=f"{_DEFAULTS.max_new_tokens}{_OWN}",
-            help="Most tokens to generate for an input.",
-        ),
-    ] = None,
-    num_beams: Annotated[
-        int | None,
-        typer.Option(
-            envvar="SWITCHRUN_NUM_BEAMS",
-            min=1,
-            show_default=f"{_DEFAULTS.num_beams}{_OWN}",
-            help="Beams of the search; 1 is greedy.",
-        ),
-    ] = None,
-    sample: Annotated[
-        bool | None,
-        typer.Option("--sample/--no-sample", show_default=f"no{_OWN}", help="Draw tokens, or take the likeliest."),
-    ] = None,
+    max_new_tokens: Annotated[int | None, options.max_new_tokens(f"{_DEFAULTS.max_new_tokens}{_OWN}")] = None,
+    num_beams: Annotated[int | None, options.num_beams(f"{_DEFAULTS.num_beams}{_OWN}")] = None,
+    sample: Annotated[bool | None, options.sample_or_not(f"no{_OWN}")] = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
     top_k: options.TopK = None,

@@ -129,37 +129,52 @@ BatchSize = Annotated[
         help="Inputs filled together; an expert they share is read once. auto: what has come, as many as fit.",
     ),
 ]
-MaxNewTokens = Annotated[
-    int,
-    typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, help="Most tokens to generate for an input."),
-]
-NumBeams = Annotated[
-    int,
-    typer.Option(envvar="SWITCHRUN_NUM_BEAMS", min=1, help="Beams of the search; 1 is greedy."),
-]
-
 _DEFAULTS = GenerationOptions()
 _SAMPLING = "Only with --sample."
+
+
+def max_new_tokens(shown: bool | str = True) -> Any:
+    """Return `--max-new-tokens`, for which help shows this default."""
+    return typer.Option(
+        envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, show_default=shown, help="Most tokens to generate for an input."
+    )
+
+
+def num_beams(shown: bool | str = True) -> Any:
+    """Return `--num-beams`; see `max_new_tokens`."""
+    return typer.Option(
+        envvar="SWITCHRUN_NUM_BEAMS", min=1, show_default=shown, help="Beams of the search; 1 is greedy."
+    )
+
+
+def sample_or_not(shown: str) -> Any:
+    """Return `--sample/--no-sample`; see `max_new_tokens`."""
+    return typer.Option("--sample/--no-sample", show_default=shown, help="Draw tokens, or take the likeliest.")
+
+
+def temperature(shown: str) -> Any:
+    """Return `--temperature`; see `max_new_tokens`."""
+    return typer.Option(show_default=shown, help=f"Divides the logits before drawing. {_SAMPLING}")
+
+
+def top_p(shown: str) -> Any:
+    """Return `--top-p`; see `max_new_tokens`."""
+    return typer.Option(
+        show_default=shown, help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}"
+    )
+
+
+def top_k(shown: str) -> Any:
+    """Return `--top-k`; see `max_new_tokens`."""
+    return typer.Option(min=0, show_default=shown, help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}")
+
+
+MaxNewTokens = Annotated[int, max_new_tokens()]
+NumBeams = Annotated[int, num_beams()]
 Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
-Temperature = Annotated[
-    float | None,
-    typer.Option(show_default=str(_DEFAULTS.temperature), help=f"Divides the logits before drawing. {_SAMPLING}"),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        show_default=str(_DEFAULTS.top_p),
-        help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}",
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        min=0,
-        show_default=str(_DEFAULTS.top_k),
-        help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}",
-    ),
-]
+Temperature = Annotated[float | None, temperature(str(_DEFAULTS.temperature))]
+TopP = Annotated[float | None, top_p(str(_DEFAULTS.top_p))]
+TopK = Annotated[int | None, top_k(str(_DEFAULTS.top_k))]
 Seed = Annotated[
     int | None,
     typer.Option(
