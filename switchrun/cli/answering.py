@@ -255,7 +255,7 @@ class _Answers:
         for entry in entries:
             if entry.error is None:
                 self._answered += 1
-                result = replace(next(of_readable), id=entry.id)
+                result = next(of_readable)
                 self._write(format_result(result, self._style, self._lines))
                 self._explain(result)
                 continue
