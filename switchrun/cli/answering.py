@@ -22,12 +22,13 @@ from switchrun.cli.startup import import_libraries, quieten_libraries
 from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.machine import processor
+from switchrun.model.records import GenerateResult
 from switchrun.output.progress import SessionProgress
 from switchrun.output.sinks import FillFormat, format_failure, format_result
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
-    from switchrun.model.records import GenerateResult, Progress, ProgressCallback, ScoreResult
+    from switchrun.model.records import Progress, ProgressCallback, ScoreResult
     from switchrun.model.session import Session
     from switchrun.planning.options import OpenOptions
     from switchrun.planning.plan import HubCost, Plan
@@ -267,7 +268,7 @@ class _Answers:
 
     def _explain(self, result: GenerateResult | ScoreResult) -> None:
         """Show a person where the tokens of an answer went; records have it themselves."""
-        routing = getattr(result, "routing", None)
+        routing = result.routing if isinstance(result, GenerateResult) else None
         if routing is not None and self._style in (FillFormat.TEXT, FillFormat.RAW):
             from switchrun.output.tables import render_routing
 

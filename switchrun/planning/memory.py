@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from switchrun.checkpoint.qmoe import INDEX_BYTES_PER_EXPERT
 from switchrun.checkpoint.types import ExpertSlices, SwitchCheckpoint, TensorSlice
 from switchrun.dtypes import QMOE, PackedDtype, Precision
-from switchrun.planning.plan import DISK, BatchSize, Plan, SparseLayer, Tier
+from switchrun.planning.plan import DISK, BatchSize, Plan, SparseLayer, Tier, sure_rows
 from switchrun.store.layout import Layout, layout_of
 from switchrun.units import MIB
 
@@ -306,7 +305,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
         attend += max((3 if item < 4 else 2) * scores, scores + positions * product(d_model, inner), 5 * 8 * squared)
         return squared * (heads * item + rows * (item + 1)), attend
 
-    def one_pass(rows: int, length: int, others: int = 0) -> Any:
+    def one_pass(rows: int, length: int, others: int = 0) -> int:
         """What a stack takes for tokens that go through it together; it may look at what the other one made, too."""
         positions = rows * length
         hidden = positions * d_model
@@ -321,7 +320,7 @@ def activation_bytes(checkpoint: SwitchCheckpoint, precision: Precision, shape: 
         experts = positions * (c["num_experts"] * (8 + 4) + _POSITION_BYTES) + hidden * item + mlp(chosen)
         # The embeddings, what goes into a block and comes out of its attention, and the norm of that; bias and mask.
         most = max(2 * hidden * 4, attend, route, experts, mlp(positions) if has_dense else 0)
-        return 4 * hidden * item + kept + most
+        return int(4 * hidden * item + kept + most)
 
     encoder = one_pass(rows, tokens)
     scoring = 0
@@ -455,8 +454,7 @@ def needs_of(
 ) -> Needs:
     """Add up what a checkpoint needs for batches of a size."""
     tokens = max_input_tokens(checkpoint)
-    rows = 1 if batch_size == "auto" else batch_size
-    shape = _reserved_shape(checkpoint, rows, tokens, output_tokens, num_beams)
+    shape = _reserved_shape(checkpoint, sure_rows(batch_size), tokens, output_tokens, num_beams)
     activations = most_activations = activation_bytes(checkpoint, precision, shape)
     if batch_size == "auto":
         shape = BatchShape(MOST_ROWS, ROW_TOKENS, max(ROW_TOKENS, output_tokens), num_beams)

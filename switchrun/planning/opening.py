@@ -21,7 +21,7 @@ from switchrun.machine import disks, network, ram
 from switchrun.planning.budgets import parse_rate, resolve_budgets
 from switchrun.planning.memory import PYTHON_BYTES, RUNTIME_BYTES, max_input_tokens
 from switchrun.planning.options import OpenOptions
-from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, BatchSize, HubState, Plan
+from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, BatchSize, HubState, Plan, sure_rows
 from switchrun.planning.planner import make_plan
 from switchrun.store import ExpertStore, expert_path, open_checkpoint_store, open_kept_stores, stored_experts
 from switchrun.store.dense_file import DenseFile
@@ -114,8 +114,7 @@ def plan_model(
             )
         except BudgetError as error:
             # So much is reserved in any case.
-            rows = 1 if options.batch_size == "auto" else options.batch_size
-            least = {"num_beams": rows, "max_new_tokens": max_input_tokens(checkpoint)}
+            least = {"num_beams": sure_rows(options.batch_size), "max_new_tokens": max_input_tokens(checkpoint)}
             own = [name for name in asked if asked[name] is None and resolved[name] > least[name]]
             if not own:
                 raise

@@ -20,6 +20,11 @@ BandwidthSource = Literal["given", "measured", "assumed"]
 BatchSize = int | Literal["auto"]
 
 
+def sure_rows(batch_size: BatchSize) -> int:
+    """Return for how many rows of the longest input memory is reserved, whatever the budget."""
+    return 1 if batch_size == "auto" else batch_size
+
+
 class Tier(str):
     """Where weights may be: `gpu:0` and so on, `cpu`, `disk` or `hub`."""
 
@@ -257,8 +262,8 @@ class Plan:
 
     @property
     def sure_rows(self) -> int:
-        """Rows of the longest input for which memory is reserved, whatever the budget."""
-        return 1 if self.batch_size == "auto" else self.batch_size
+        """Those of the batch size: see the function."""
+        return sure_rows(self.batch_size)
 
     @property
     def gpus(self) -> tuple[int, ...]:

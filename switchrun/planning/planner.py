@@ -34,6 +34,7 @@ from switchrun.planning.plan import (
     TierUse,
     gpu_tier,
     main_tier,
+    sure_rows,
 )
 from switchrun.units import format_bytes, mib_up
 
@@ -68,7 +69,7 @@ def make_plan(
         UsageError: The dtype or the device map makes no sense.
     """
     precision = resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
-    rows = 1 if batch_size == "auto" else batch_size
+    rows = sure_rows(batch_size)
     needs = needs_of(checkpoint, precision, batch_size, num_beams, output_tokens)
     if budgets.cpu_bytes < needs.minimum:
         raise BudgetError(
