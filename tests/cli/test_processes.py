@@ -100,7 +100,8 @@ def test_a_text_argument_that_is_not_utf8(start: Start, hermetic: dict[str, str]
 
 
 def test_head_ends_the_run_quietly(start: Start) -> None:
-    process = start("fill", "-q", delay=0.02)
+    # One by one: the answers of a larger batch fit into the pipe at once, and the run could be over before head is.
+    process = start("fill", "-q", "--batch-size", "1", delay=0.02)
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(LINE * 200)
