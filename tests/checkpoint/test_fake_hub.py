@@ -137,7 +137,7 @@ def test_latency_and_bandwidth(hub: FakeHub) -> None:
     begun = time.monotonic()
     get_session().get(url)
     # A new connection and an answer take a round trip each.
-    assert 0.1 + 0.25 < time.monotonic() - begun < 2
+    assert time.monotonic() - begun > 0.1 + 0.25
 
 
 def test_it_ends_with_a_stalled_request(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 from tests.support.fake_hub import FakeHub, Fault, Origin
 
 REPO = "google/switch-tiny"
-PATIENCE = Patience(connect_seconds=2, stall_seconds=0.3, attempts=3, first_wait_seconds=0.01)
+PATIENCE = Patience(connect_seconds=5, stall_seconds=2, attempts=3, first_wait_seconds=0.01)
 Open = Callable[..., SwitchCheckpoint]
 
 
@@ -481,7 +481,7 @@ def test_an_interrupt_ends_it_at_once(hub: FakeHub, folder: Path, tmp_path: Path
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             open_checkpoint(REPO, way=HubWay.RANGES, ranges=ranges, cache_dir=tmp_path / "index")
-        assert time.monotonic() - start < 1.4
+        assert time.monotonic() - start < 5
         if what == "headers":
             with pytest.raises(HubClosedError):
                 ranges.list_files(REPO)

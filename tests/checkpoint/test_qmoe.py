@@ -352,7 +352,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def open_remote(way: HubWay) -> SwitchCheckpoint:
-    patience = Patience(connect_seconds=2, stall_seconds=0.3, attempts=3, first_wait_seconds=0.01)
+    patience = Patience(connect_seconds=5, stall_seconds=2, attempts=3, first_wait_seconds=0.01)
     with HubRanges(patience) as ranges:
         return open_checkpoint(REPO, way=way, ranges=ranges)
 
@@ -453,14 +453,14 @@ def test_the_full_geometry(run_switchrun: RunSwitchrun, tmp_path: Path) -> None:
 
     folder = save_geometry(tmp_path / "m", 2048)
     try:
-        count, _, peak, _ = run()
+        count, _, peak, first_seconds = run()
         assert count == 61_440
         assert peak < 100 << 20
         count, grown, peak, seconds = run()
         assert count == 61_440
         assert grown < 30 << 20
         assert peak < 40 << 20
-        assert seconds < 1
+        assert seconds < first_seconds / 4
         result = run_switchrun(["plan", "--model", str(folder)])
         assert result.returncode == 0, result.stderr
     finally:

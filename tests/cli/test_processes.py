@@ -57,7 +57,7 @@ def test_each_line_is_answered_before_the_next_comes(start: Start) -> None:
         process.stdin.flush()
         assert process.stdout.readline() == ANSWER
     process.stdin.close()
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
 
 
 def test_what_has_come_is_answered_together(start: Start) -> None:
@@ -71,7 +71,7 @@ def test_what_has_come_is_answered_together(start: Start) -> None:
     process.stdin.write(LINE[5:] + LINE * 499)
     process.stdin.close()
     assert process.stdout.read() == ANSWER * 500
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert time.monotonic() - begun < 0.3 * 10
 
 
@@ -88,7 +88,7 @@ def test_a_given_number_of_lines_is_waited_for(start: Start) -> None:
 def test_utf8_whatever_the_locale(start: Start, monkeypatch: pytest.MonkeyPatch, hermetic: dict[str, str]) -> None:
     hermetic |= {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     process = start("fill", "-q")
-    stdout, stderr = process.communicate("<extra_id_0> größer\n".encode(), timeout=10)
+    stdout, stderr = process.communicate("<extra_id_0> größer\n".encode(), timeout=60)
     assert (stdout, stderr) == ("wörd [x] größer\n".encode(), b"")
 
 
@@ -108,7 +108,7 @@ def test_head_ends_the_run_quietly(start: Start) -> None:
     process.stdin.close()
     assert process.stdout.readline() == ANSWER
     process.stdout.close()
-    assert process.wait(10) == 141
+    assert process.wait(60) == 141
     assert process.stderr is not None
     assert process.stderr.read() == b""
 
@@ -127,7 +127,7 @@ def test_head_on_help(hermetic: dict[str, str]) -> None:
 def test_a_full_disk(start: Start) -> None:
     with open("/dev/full", "wb") as full:
         process = start("fill", "-q", LINE.decode(), stdout=full)
-        _, stderr = process.communicate(timeout=10)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert stderr == b"switchrun: cannot write the answer to stdout: No space left on device\n"
 
@@ -139,7 +139,7 @@ def test_a_full_disk(start: Start) -> None:
 )
 def test_closed_streams(start: Start, closed: int, code: int, message: bytes) -> None:
     process = start("fill", *([] if closed == 0 else ["<extra_id_0>"]), preexec_fn=lambda: os.close(closed))
-    stdout, stderr = process.communicate(timeout=10)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert message in stderr
     assert stdout == (b"" if code else "wörd [x]\n".encode())
@@ -154,7 +154,7 @@ def test_signals_leave_whole_lines(start: Start, signum: signal.Signals, code: i
     process.stdin.flush()
     first = process.stdout.readline()
     process.send_signal(signum)
-    stdout, stderr = process.communicate(timeout=10)
+    stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     assert set((first + stdout).splitlines(keepends=True)) == {ANSWER}
     assert stderr == b""
@@ -174,7 +174,7 @@ def test_a_signal_while_the_reader_is_slow_leaves_whole_lines(
     process.stdin.flush()
     start_of_line = process.stdout.read(10)
     process.send_signal(signal.SIGTERM)
-    stdout, _ = process.communicate(timeout=10)
+    stdout, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     lines = (start_of_line + stdout).splitlines(keepends=True)
     assert set(lines) == {f"{long} wörd [x]\n".encode()}
@@ -192,7 +192,7 @@ def test_a_second_signal_kills_at_once(start: Start) -> None:
     time.sleep(0.3)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    assert process.wait(60) == -signal.SIGINT
 
 
 def test_a_signal_while_waiting_for_a_person(start: Start) -> None:
@@ -203,7 +203,7 @@ def test_a_signal_while_waiting_for_a_person(start: Start) -> None:
     process.stdin.flush()
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 130
+    assert process.wait(60) == 130
 
 
 def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> None:
@@ -220,7 +220,7 @@ def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> Non
     except OSError:  # Linux says EIO when the other end is closed
         pass
     os.close(ours)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     assert b"decode: 3 of 64 tokens" in seen
     # What is left on the screen once the erased parts are gone.
     shown = re.sub(rb"[^\n]*\r\x1b\[2K", b"", seen).replace(b"\r\n", b"\n")
