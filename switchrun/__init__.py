@@ -3,7 +3,7 @@
     from switchrun import Session, plan
 
     with Session.open("google/switch-base-8", cpu_memory="6GiB") as session:
-        print(session.fill(["A <extra_id_0> walks into a bar."])[0].text)
+        print(session.fill("A <extra_id_0> walks into a bar.").text)
 
 Importing this package, and `Session` from it, imports neither torch nor transformers; opening a session does.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from switchrun.model.records import FillResult, GenerateResult, GenerationOptions, ScoreResult
+    from switchrun.model.records import FillResult, GenerateResult, GenerationOptions, Progress, ScoreResult
     from switchrun.model.sentinels import Filling
     from switchrun.model.session import Session
     from switchrun.planning.opening import plan
@@ -25,6 +25,7 @@ __all__ = [
     "Filling",
     "GenerateResult",
     "GenerationOptions",
+    "Progress",
     "ScoreResult",
     "Session",
     "__version__",
@@ -37,6 +38,7 @@ _HOMES = {
     "Filling": "switchrun.model.sentinels",
     "GenerateResult": "switchrun.model.records",
     "GenerationOptions": "switchrun.model.records",
+    "Progress": "switchrun.model.records",
     "ScoreResult": "switchrun.model.records",
     "Session": "switchrun.model.session",
     "plan": "switchrun.planning.opening",

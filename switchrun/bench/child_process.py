@@ -18,7 +18,7 @@ from switchrun.machine.limits import refused_by_system
 
 if TYPE_CHECKING:
     from switchrun.model.engine import Engine
-    from switchrun.model.session import ImportLibraries
+    from switchrun.model.opening import ImportLibraries
     from switchrun.planning.opening import PlannedModel
 
 Task = dict[str, Any]
@@ -115,7 +115,7 @@ def open_engine(
     planned: PlannedModel, warn: Callable[[str], None], import_libraries: ImportLibraries
 ) -> Iterator[Engine]:
     """Open a model without a tokenizer, as `switchrun fill` does: libraries are imported while weights are read."""
-    from switchrun.model.session import fetch_dense_weights, read_while_importing
+    from switchrun.model.opening import fetch_dense_weights, read_while_importing
 
     planned = fetch_dense_weights(planned)
     with read_while_importing(planned, import_libraries) as preload:

@@ -17,8 +17,8 @@ from switchrun.checkpoint.generation import end_token
 from switchrun.dtypes import QMOE
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.machine import processor, ram
+from switchrun.model.opening import ImportLibraries, import_model
 from switchrun.model.sentinels import NUM_SENTINELS
-from switchrun.model.session import ImportLibraries, import_model
 from switchrun.model.tokenizer import Tokenizer
 from switchrun.planning import memory
 from switchrun.planning.budgets import resolve_budgets

@@ -16,7 +16,7 @@ from switchrun.checkpoint.generation import end_token
 from switchrun.checkpoint.remote import HubRanges, Traffic
 from switchrun.errors import InputError
 from switchrun.machine import processor, ram
-from switchrun.model.session import ImportLibraries, import_model
+from switchrun.model.opening import ImportLibraries, import_model
 from switchrun.planning.memory import max_input_tokens
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions

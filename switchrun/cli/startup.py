@@ -96,7 +96,7 @@ def import_libraries(plan: Plan) -> None:
     Garbage is not collected meanwhile, which saves a fifth of the time, nor are the million objects that stay ever
     looked through again.
     """
-    from switchrun.model.session import import_model
+    from switchrun.model.opening import import_model
 
     enabled = gc.isenabled()
     gc.disable()

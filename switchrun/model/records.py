@@ -198,6 +198,9 @@ class Alternative:
     finish_reason: FinishReason
     log_probability: float
 
+    def __repr__(self) -> str:
+        return f"<Alternative: {self.log_probability:.3f}, {_short(self.text)}>"
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
@@ -224,6 +227,10 @@ class Routing:
     output_tokens: tuple[str, ...]
     layers: tuple[LayerRouting, ...]
 
+    def __repr__(self) -> str:
+        tokens = f"{len(self.input_tokens)} + {len(self.output_tokens)} tokens"
+        return f"<Routing of {tokens} in {len(self.layers)} layers>"
+
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult:
@@ -245,6 +252,9 @@ class GenerateResult:
     model: ModelInfo
     routing: Routing | None = field(default=None, kw_only=True)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}: {_short(self.text)}>"
+
     def as_record(self) -> dict[str, Any]:
         """Return the result as a JSON-ready dict."""
         record = _record(self)
@@ -254,7 +264,7 @@ class GenerateResult:
         return record
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class FillResult(GenerateResult):
     """One filled input: its `text` with the `spans` in it. Its JSON is that of `docs/schemas/fill.schema.json`.
 
@@ -292,9 +302,16 @@ class ScoreResult:
     memory: MemoryPeak
     model: ModelInfo
 
+    def __repr__(self) -> str:
+        return f"<ScoreResult {self.id}: {self.log_probability:.3f}, {_short(self.text)}>"
+
     def as_record(self) -> dict[str, Any]:
         """Return the result as a JSON-ready dict."""
         return _record(self)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:59]}…")
 
 
 def _record(result: GenerateResult | ScoreResult) -> dict[str, Any]:

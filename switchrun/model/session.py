@@ -6,21 +6,20 @@ Nothing of torch is imported before the dense weights are on their way into memo
 from __future__ import annotations
 
 import math
+import reprlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
+from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
-from switchrun.kernels import libraries
-from switchrun.machine.limits import check_limits
 from switchrun.model.batching import batches_of
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
@@ -46,9 +45,8 @@ from switchrun.model.records import (
 )
 from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
 from switchrun.model.tokenizer import Encoded, EncodedFilling, EncodedText, Tokenizer
-from switchrun.planning import Plan
 from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
-from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
+from switchrun.planning.opening import PlannedModel
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import BatchSize
 
@@ -56,8 +54,9 @@ if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
     from switchrun.model.scoring import RawScore
 
-#: Imports torch, transformers and what else a plan needs.
-ImportLibraries = Callable[[Plan], None]
+#: Of an iterator so many inputs are taken at a time where the batch size is `auto`.
+_WINDOW = 512
+
 _Text = TypeVar("_Text", bound=EncodedText)
 _Result = TypeVar("_Result", bound=GenerateResult)
 _Input = TypeVar("_Input")
@@ -116,14 +115,17 @@ class Session:
         device_map: str | Path | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         hub: str = "auto",
+        network_bandwidth: str | float | None = None,
         batch_size: BatchSize = 1,
         num_beams: int | None = 1,
         max_new_tokens: int | None = 64,
         progress: ProgressCallback | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
 
-        The arguments are those of `OpenOptions`, and `progress`, which is called while the session works.
+        The arguments are those of `OpenOptions`; `progress` is called while the session works, and `warn` with
+        warnings, from any thread: without it they are logged.
 
         Raises:
             SwitchrunError: One of its kinds; see `switchrun.errors`.
@@ -138,11 +140,14 @@ class Session:
             device_map=device_map,
             tokenizer=tokenizer,
             hub=hub,
+            network_bandwidth=network_bandwidth,
             batch_size=batch_size,
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
         )
-        return open_session(options, progress=progress)
+        from switchrun.model.opening import open_session
+
+        return open_session(options, progress=progress, warn=warn)
 
     def encode(self, text: str) -> Encoded:
         """Make a text ready to be filled.
@@ -153,20 +158,41 @@ class Session:
         """
         return self._tokenizer.encode(text, self._most_tokens)
 
-    def fill(
+    @overload
+    def fill(  # type: ignore[overload-overlap] # a text is a collection of texts, too
         self,
-        texts: Sequence[str | Encoded],
+        texts: str | Encoded,
         options: GenerationOptions | None = None,
         *,
-        first_id: int = 0,
-        ids: Sequence[int] | None = None,
+        ids: Iterable[int] | None = None,
         on_results: Callable[[Sequence[FillResult]], None] | None = None,
-    ) -> list[FillResult]:
+    ) -> FillResult: ...
+    @overload
+    def fill(
+        self,
+        texts: Collection[str | Encoded],
+        options: GenerationOptions | None = None,
+        *,
+        ids: Iterable[int] | None = None,
+        on_results: Callable[[Sequence[FillResult]], None] | None = None,
+    ) -> list[FillResult]: ...
+    @overload
+    def fill(
+        self,
+        texts: Iterator[str | Encoded],
+        options: GenerationOptions | None = None,
+        *,
+        ids: Iterable[int] | None = None,
+        on_results: Callable[[Sequence[FillResult]], None] | None = None,
+    ) -> Iterator[FillResult]: ...
+    def fill(self, texts: Any, options: Any = None, *, ids: Any = None, on_results: Any = None) -> Any:
         """Fill texts with sentinels `<extra_id_0>`, `<extra_id_1>`, …, or what `encode` returned for them.
 
-        Give all texts that there are: they are filled in batches of like length, as large as the session's batch size.
-        Generation is greedy by default. The results are in the order of the texts, their ids from `first_id` on, or
-        `ids`. `on_results` is called with the results of each batch as soon as they are there.
+        One text has one result, a list has a list. An iterator, such as a generator or an open file, has an iterator,
+        which takes the next texts when it is asked for their results. Give all texts that there are: they are filled in
+        batches of like length, as large as the session's batch size. Generation is greedy by default. The results are
+        in the order of the texts, their ids from 0 on, or `ids`. `on_results` is called with the results of each batch
+        as soon as they are there.
 
         Raises:
             InputError: A text cannot be filled.
@@ -175,7 +201,8 @@ class Session:
             UsageError: Another thread is filling with this session, it is closed, or an argument is of another kind.
         """
         options = GenerationOptions() if options is None else options
-        return self._answer(texts, Encoded, self.encode, options, self._filled, first_id, ids, on_results)
+        answer = partial(self._answer, Encoded, self.encode, options, self._filled, on_results)
+        return self._one_or_many(texts, (str, Encoded), ids, answer)
 
     def own_options(self, **changes: Any) -> GenerationOptions:
         """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
@@ -199,20 +226,43 @@ class Session:
         """
         return self._tokenizer.encode_text(text, prefix, self._most_tokens)
 
-    def generate(
+    @overload
+    def generate(  # type: ignore[overload-overlap] # a text is a collection of texts, too
         self,
-        texts: Sequence[str | EncodedText],
+        texts: str | EncodedText,
         options: GenerationOptions | None = None,
         *,
         prefix: str = "",
-        first_id: int = 0,
-        ids: Sequence[int] | None = None,
+        ids: Iterable[int] | None = None,
         on_results: Callable[[Sequence[GenerateResult]], None] | None = None,
-    ) -> list[GenerateResult]:
+    ) -> GenerateResult: ...
+    @overload
+    def generate(
+        self,
+        texts: Collection[str | EncodedText],
+        options: GenerationOptions | None = None,
+        *,
+        prefix: str = "",
+        ids: Iterable[int] | None = None,
+        on_results: Callable[[Sequence[GenerateResult]], None] | None = None,
+    ) -> list[GenerateResult]: ...
+    @overload
+    def generate(
+        self,
+        texts: Iterator[str | EncodedText],
+        options: GenerationOptions | None = None,
+        *,
+        prefix: str = "",
+        ids: Iterable[int] | None = None,
+        on_results: Callable[[Sequence[GenerateResult]], None] | None = None,
+    ) -> Iterator[GenerateResult]: ...
+    def generate(
+        self, texts: Any, options: Any = None, *, prefix: str = "", ids: Any = None, on_results: Any = None
+    ) -> Any:
         """Answer texts with a model that was fine-tuned to: with summaries, or translations.
 
         A `prefix` is put before each text, but not before what `encode_text` returned. Without `options`, the model's
-        own settings decide: `own_options`. Batches, order and ids are as of `fill`.
+        own settings decide: `own_options`. Results, batches, order and ids are as of `fill`.
 
         Raises:
             SwitchrunError: As `fill`; ModelError also for settings that make no sense.
@@ -221,35 +271,62 @@ class Session:
         if isinstance(options, GenerationOptions) and options.alternatives:
             raise UsageError("alternatives: only fill has them", option="alternatives")
         encode = partial(self.encode_text, prefix=prefix)
-        return self._answer(texts, EncodedText, encode, options, self._generated, first_id, ids, on_results)
+        answer = partial(self._answer, EncodedText, encode, options, self._generated, on_results)
+        return self._one_or_many(texts, (str, EncodedText), ids, answer)
+
+    def _one_or_many(
+        self,
+        given: Any,
+        kinds: tuple[type, ...],
+        ids: Iterable[int] | None,
+        answer: Callable[[list[Any], list[int]], list[_Answer]],
+    ) -> _Answer | list[_Answer] | Iterator[_Answer]:
+        """Answer one input, a list of them, or those of an iterator as their answers are asked for."""
+        numbers = count() if ids is None else iter(ids)
+
+        def answer_all(inputs: list[Any]) -> list[_Answer]:
+            for wrong in (each for each in inputs if not isinstance(each, kinds)):
+                name = "texts" if str in kinds else "fillings"
+                raise UsageError(f"{name}: {reprlib.repr(wrong)} is no {kinds[0].__name__}", option=name)
+            numbered = list(islice(numbers, len(inputs)))
+            if len(numbered) < len(inputs):
+                raise UsageError(f"ids: {len(numbered)} for {len(inputs)} inputs", option="ids")
+            return answer(inputs, numbered)
+
+        def answer_windows(rest: Iterator[Any]) -> Iterator[_Answer]:
+            size = _WINDOW if self.plan.batch_size == "auto" else self.plan.batch_size
+            while window := list(islice(rest, size)):
+                yield from answer_all(window)
+
+        if isinstance(given, Iterator):
+            return answer_windows(given)
+        if isinstance(given, Iterable) and not isinstance(given, kinds):
+            return answer_all(list(given))
+        return answer_all([given])[0]
 
     def _answer(
         self,
-        texts: Sequence[str | _Text],
         kind: type[_Text],
         encode: Callable[[str], _Text],
         options: GenerationOptions,
         result: Callable[..., _Result],
-        first_id: int,
-        ids: Sequence[int] | None,
         on_results: Callable[[Sequence[_Result]], None] | None,
+        texts: Sequence[str | _Text],
+        ids: Sequence[int],
     ) -> list[_Result]:
         """Answer texts, or what `encode` made of them, a `kind`; `result` makes one of what came out."""
         if not isinstance(options, GenerationOptions):
             raise UsageError(f"options: {options!r} is no GenerationOptions", option="options")
-        inputs = [None] if isinstance(texts, str) else list(texts)
-        if not all(isinstance(text, str | kind) for text in inputs):
-            raise UsageError("texts: they must be a list of texts, also if there is one", option="texts")
         with self._one_thread():
             self._check_open()
-            encoded = [text if isinstance(text, kind) else encode(str(text)) for text in inputs]
+            encoded = [text if isinstance(text, kind) else encode(str(text)) for text in texts]
             self._check_reserved(options)
             self._check_way(options)
             return _in_batches(
                 encoded,
                 self._batches(encoded, options),
                 lambda batch, numbers: self._answer_batch(batch, options, result, numbers),
-                range(first_id, first_id + len(encoded)) if ids is None else ids,
+                ids,
                 on_results,
             )
 
@@ -268,18 +345,35 @@ class Session:
             )
         return encoded
 
+    @overload
     def score(
         self,
-        fillings: Sequence[Filling | EncodedFilling],
+        fillings: Filling | EncodedFilling,
         *,
-        first_id: int = 0,
-        ids: Sequence[int] | None = None,
+        ids: Iterable[int] | None = None,
         on_results: Callable[[Sequence[ScoreResult]], None] | None = None,
-    ) -> list[ScoreResult]:
+    ) -> ScoreResult: ...
+    @overload
+    def score(
+        self,
+        fillings: Collection[Filling | EncodedFilling],
+        *,
+        ids: Iterable[int] | None = None,
+        on_results: Callable[[Sequence[ScoreResult]], None] | None = None,
+    ) -> list[ScoreResult]: ...
+    @overload
+    def score(
+        self,
+        fillings: Iterator[Filling | EncodedFilling],
+        *,
+        ids: Iterable[int] | None = None,
+        on_results: Callable[[Sequence[ScoreResult]], None] | None = None,
+    ) -> Iterator[ScoreResult]: ...
+    def score(self, fillings: Any, *, ids: Any = None, on_results: Any = None) -> Any:
         """Return how likely fillings are, or what `encode_filling` returned for them.
 
-        A batch takes one pass of the encoder and one of the decoder, each expert read once. Batches, order and ids are
-        as of `fill`.
+        A batch takes one pass of the encoder and one of the decoder, each expert read once. Results, batches, order and
+        ids are as of `fill`.
 
         Raises:
             InputError: A filling cannot be scored.
@@ -287,18 +381,18 @@ class Session:
             BudgetError: A GPU's memory runs out.
             UsageError: Another thread is using this session, it is closed, or an argument is of another kind.
         """
-        if isinstance(fillings, Filling) or not all(isinstance(each, Filling | EncodedFilling) for each in fillings):
-            raise UsageError("fillings: they must be a list of Filling, also if there is one", option="fillings")
+        return self._one_or_many(fillings, (Filling, EncodedFilling), ids, partial(self._score, on_results))
+
+    def _score(
+        self,
+        on_results: Callable[[Sequence[ScoreResult]], None] | None,
+        fillings: Sequence[Filling | EncodedFilling],
+        ids: Sequence[int],
+    ) -> list[ScoreResult]:
         with self._one_thread():
             self._check_open()
             encoded = [each if isinstance(each, EncodedFilling) else self.encode_filling(each) for each in fillings]
-            return _in_batches(
-                encoded,
-                self._score_batches(encoded),
-                self._score_batch,
-                range(first_id, first_id + len(encoded)) if ids is None else ids,
-                on_results,
-            )
+            return _in_batches(encoded, self._score_batches(encoded), self._score_batch, ids, on_results)
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
@@ -328,6 +422,9 @@ class Session:
         with self._one_thread():
             self._closed = True
             self.engine.close()
+
+    def __repr__(self) -> str:
+        return f"<Session of {self.checkpoint.id}, {self.plan.dtype}{', closed' if self._closed else ''}>"
 
     def __enter__(self) -> Session:
         self._check_open()
@@ -523,75 +620,6 @@ class Session:
             self._progress(Progress(stage, done, most, loaded, 0 if self._hub is None else self._hub.traffic.bytes))
 
 
-@contextmanager
-def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
-    """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
-    check_limits()
-    libraries.path()  # refuses one that this machine does not have
-    with DensePreload(planned.checkpoint, planned.plan) as preload:
-        import_libraries(planned.plan)
-        yield preload
-
-
-def import_model(plan: Plan) -> None:
-    """Import the model's code and the libraries that a plan needs; blocks for seconds."""
-    import_module("switchrun.model.engine")
-    if plan.precision.packed is not None and plan.gpus:
-        from switchrun.kernels import bitsandbytes_ops
-
-        bitsandbytes_ops.operations()  # else the first product would wait for it
-
-
-def open_session(
-    options: OpenOptions,
-    *,
-    progress: ProgressCallback | None = None,
-    warn: Callable[[str], None] | None = None,
-    started: float | None = None,
-    import_libraries: ImportLibraries = import_model,
-    on_plan: Callable[[Plan], object] = lambda _plan: None,
-) -> Session:
-    """Open a model; torch and transformers are imported while its dense weights are being read.
-
-    `progress` is called while the session works, in a download from other threads; `warn` with warnings, from any
-    thread; without it they are logged.
-    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way;
-    `on_plan` is called with the plan before a weight is read.
-
-    Raises:
-        SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
-    """
-    started = time.perf_counter() if started is None else started
-
-    def on_download(done: int, most: int) -> None:
-        if progress is not None:
-            progress(Progress("fetch", done, most, 0, done))
-
-    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
-    on_plan(planned.plan)
-    planned = fetch_dense_weights(planned, progress)
-    with read_while_importing(planned, import_libraries) as preload:
-        return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
-
-
-def fetch_dense_weights(planned: PlannedModel, progress: ProgressCallback | None = None) -> PlannedModel:
-    """Return a planned model with its dense weights on this machine; see `switchrun.model.dense_fetch`."""
-    hub = planned.hub
-    if hub is None:
-        return planned
-    from switchrun.model.dense_fetch import with_dense_weights
-
-    def on_bytes(done: int, most: int) -> None:
-        if progress is not None:
-            progress(Progress("fetch", done, most, 0, hub.traffic.bytes))
-
-    try:
-        return with_dense_weights(planned, on_bytes)
-    except BaseException:
-        hub.close()
-        raise
-
-
 def _in_batches(
     inputs: Sequence[_Input],
     batches: Sequence[Sequence[int]],
@@ -600,8 +628,6 @@ def _in_batches(
     on_results: Callable[[Sequence[_Answer]], None] | None,
 ) -> list[_Answer]:
     """Return the answers to inputs in their order; `batches` are their indices."""
-    if len(ids) != len(inputs):
-        raise UsageError(f"ids: {len(ids)} for {len(inputs)} texts", option="ids")
     results: dict[int, _Answer] = {}
     for batch in batches:
         answers = answer([inputs[at] for at in batch], [ids[at] for at in batch])

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from switchrun.checkpoint.types import Stack
 from switchrun.dtypes import Precision
+from switchrun.units import format_bytes
 
 SCHEMA_VERSION = 1
 
@@ -254,6 +255,10 @@ class Plan:
     resident_cpu_bytes: int
     estimate: Estimate
     hub: HubCost | None = None
+
+    def __repr__(self) -> str:
+        tiers = ", ".join(f"{use.tier} {format_bytes(use.total_bytes)}" for use in self.tiers)
+        return f"<Plan of {self.model_id}, {self.dtype}: {tiers}>"
 
     @property
     def dtype(self) -> str:

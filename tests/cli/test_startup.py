@@ -77,7 +77,7 @@ OWN_FAULT = """
 import sys
 from types import SimpleNamespace
 from switchrun.cli.startup import import_libraries
-from switchrun.model import session
+from switchrun.model import opening
 
 runs = []
 
@@ -85,7 +85,7 @@ def broken(plan):
     runs.append(plan)
     raise ImportError("a fault of our own")
 
-session.import_model = broken
+opening.import_model = broken
 try:
     import_libraries(SimpleNamespace())
 except ImportError as error:

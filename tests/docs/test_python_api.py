@@ -31,7 +31,25 @@ def arguments(function: Callable[..., object]) -> set[str]:
     return set(inspect.signature(function).parameters)
 
 
+def signature(function: Callable[..., object]) -> str:
+    """The arguments as they are written, with their defaults, but without their types."""
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    bare = inspect.Signature([each.replace(annotation=inspect.Parameter.empty) for each in parameters])
+    return str(bare)[1:-1].replace("'", '"')
+
+
+def defaults(function: Callable[..., object], page: str) -> list[str]:
+    """The arguments whose defaults the page does not give: `name` (`default`), or for several names in their order."""
+    found: dict[str, str] = {}
+    for names, values in re.findall(r"^- ((?:`\w+`(?:, )?)+) \((.*?)\): ", page, re.MULTILINE):
+        found |= zip(re.findall(r"\w+", names), (value.strip(" `") for value in values.split(",")), strict=True)
+    parameters = inspect.signature(function).parameters.values()
+    own = {each.name: str(each.default).replace("'", '"') for each in parameters if each.name in found}
+    return [name for name, value in own.items() if found[name].strip('"') != value]
+
+
 def test_every_argument_of_plan():
+    assert defaults(switchrun.plan, section("plan(")) == []
     assert not [name for name in arguments(switchrun.plan) if f"`{name}`" not in section("plan(")]
 
 
@@ -39,12 +57,21 @@ def test_every_argument_of_open():
     # Its section refers to that of `plan` for what both take, and names what only `plan` takes.
     of_plan, of_open = arguments(switchrun.plan), arguments(switchrun.Session.open)
     page = section("Session.open(")
+    assert defaults(switchrun.Session.open, section("plan(")) == defaults(switchrun.Session.open, page) == []
+    assert defaults(switchrun.GenerationOptions, section("GenerationOptions")) == []
     assert not [name for name in of_open ^ of_plan if f"`{name}`" not in page]
     assert "It takes the arguments of `plan`" in page
 
 
 @pytest.mark.parametrize(
-    "kind", [switchrun.GenerationOptions, switchrun.FillResult, switchrun.Filling, switchrun.ScoreResult]
+    "kind",
+    [
+        switchrun.GenerationOptions,
+        switchrun.FillResult,
+        switchrun.Filling,
+        switchrun.Progress,
+        switchrun.ScoreResult,
+    ],
 )
 def test_every_field(kind):
     page = section(kind.__name__)
@@ -53,5 +80,10 @@ def test_every_field(kind):
 
 def test_every_member_of_a_session():
     session = switchrun.Session
-    members = {name for name, value in vars(session).items() if inspect.isfunction(value) and not name.startswith("_")}
-    assert not [name for name in members if f"- `session.{name}" not in section("Session.open(")]
+    members = {name: value for name, value in vars(session).items() if inspect.isfunction(value) and name[0] != "_"}
+    page = section("Session.open(")
+    written = {name: re.search(rf"^- `session\.{name}\((.*?)\)`: ", page, re.MULTILINE) for name in members}
+    assert not [name for name, found in written.items() if found is None]
+    assert {name: found[1] for name, found in written.items() if found} == {
+        name: signature(member) for name, member in members.items()
+    }

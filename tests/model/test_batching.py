@@ -63,7 +63,7 @@ def test_auto_answers_as_one_by_one(folder: Path) -> None:
     with Session.open(folder, cpu_memory="1GiB", batch_size="auto") as session:
         encoded = [session.encode(text) for text in TEXTS]
         batches = session._batches(encoded, SHORT)
-        results = session.fill(TEXTS, SHORT, first_id=3)
+        results = session.fill(TEXTS, SHORT, ids=range(3, 3 + len(TEXTS)))
     assert 1 < len(batches) < len(TEXTS) / 2
     assert [result.input for result in results] == TEXTS
     assert [result.id for result in results] == list(range(3, 3 + len(TEXTS)))
@@ -71,7 +71,7 @@ def test_auto_answers_as_one_by_one(folder: Path) -> None:
 
 
 def test_an_id_for_each_text(folder: Path) -> None:
-    with Session.open(folder, cpu_memory="1GiB") as session, pytest.raises(UsageError, match="ids: 1 for 2 texts"):
+    with Session.open(folder, cpu_memory="1GiB") as session, pytest.raises(UsageError, match="ids: 1 for 2 inputs"):
         session.fill(TEXTS[:2], SHORT, ids=[4])
 
 
@@ -82,7 +82,7 @@ def test_the_same_seed_draws_the_same_whatever_the_batch(folder: Path, beams: in
     texts = [TEXTS[0]] * 4 + TEXTS[4:6]
     with Session.open(folder, cpu_memory="1GiB", batch_size="auto", num_beams=2) as session:
         together = [result.output_ids for result in session.fill(texts, options)]
-        alone = [session.fill([text], options, first_id=number)[0].output_ids for number, text in enumerate(texts)]
+        alone = [session.fill(text, options, ids=[number]).output_ids for number, text in enumerate(texts)]
         some = session.fill(texts[1::2], options, ids=[1, 3, 5])
     assert together == alone
     assert [(result.id, result.output_ids) for result in some] == [(at, alone[at]) for at in (1, 3, 5)]

@@ -121,7 +121,7 @@ def test_dropped_tokens_of_both_stacks_are_counted(tmp_path: Path) -> None:
 
 def test_records_follow_the_schema(folder: Path) -> None:
     with open_with_slots(folder, 2, batch_size=2) as session:
-        results = session.score(FILLINGS, first_id=4)
+        results = session.score(FILLINGS, ids=[4, 5, 6])
         stats = session.stats()
     for result in results:
         record = result.as_record()
@@ -182,8 +182,9 @@ def test_too_long_a_filling(folder: Path) -> None:
 
 def test_what_cannot_be_scored(folder: Path) -> None:
     with open_with_slots(folder, None) as session:
-        for wrong in (FILLINGS[0], ["text"], [("a <extra_id_0>", ["b"])]):
-            with pytest.raises(UsageError, match=r"^fillings: they must be a list of Filling"):
+        assert session.score(FILLINGS[0]).id == 0
+        for wrong in ("text", ["text"], [("a <extra_id_0>", ["b"])]):
+            with pytest.raises(UsageError, match=r"^fillings: .* is no Filling$"):
                 session.score(wrong)  # type: ignore[arg-type]
         assert session.score([]) == []
         session.engine.model.lm_head.weight.data.fill_(float("nan"))

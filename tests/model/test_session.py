@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -49,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
 def test_records_follow_the_schema(folder: Path) -> None:
     with open_with_slots(folder, 2, batch_size=2) as session:
         batches: list[list[FillResult]] = []
-        results = session.fill(TEXTS, SHORT, first_id=7, on_results=lambda batch: batches.append(list(batch)))
+        results = session.fill(TEXTS, SHORT, ids=range(7, 10), on_results=lambda batch: batches.append(list(batch)))
     assert sorted(map(len, batches)) == [1, 2]
     assert sorted((each for batch in batches for each in batch), key=lambda result: result.id) == results
     for result in results:
@@ -282,10 +283,42 @@ def test_a_closed_session_says_so(folder: Path) -> None:
             call()
 
 
-@pytest.mark.parametrize("texts", [TEXTS[0], [3], [TEXTS[0], None]])
-def test_what_is_no_list_of_texts(folder: Path, texts: Any) -> None:
+def test_one_text_a_list_and_an_iterator(folder: Path) -> None:
+    with open_with_slots(folder, 2, batch_size=2) as session:
+        results = session.fill(TEXTS, SHORT)
+        one = session.fill(TEXTS[1], SHORT)
+        assert (one.id, one.output_ids) == (0, results[1].output_ids)
+        assert session.fill(session.encode(TEXTS[1]), SHORT).output_ids == one.output_ids
+        assert [each.output_ids for each in session.fill(dict.fromkeys(TEXTS), SHORT)] == [
+            each.output_ids for each in results
+        ]
+        taken: list[str] = []
+        lazy = session.fill((taken.append(text) or text for text in TEXTS), SHORT, ids=itertools.count(5))  # type: ignore[func-returns-value]
+        assert taken == []
+        assert next(lazy).id == 5
+        assert taken == list(TEXTS[:2])
+        assert session.fill(TEXTS[0], SHORT).output_ids == results[0].output_ids, "it holds no lock meanwhile"
+        assert [(each.id, each.output_ids) for each in lazy] == [
+            (6, results[1].output_ids),
+            (7, results[2].output_ids),
+        ]
+
+
+def test_short_reprs(folder: Path) -> None:
     with open_with_slots(folder, 2) as session:
-        with pytest.raises(UsageError, match=r"^texts: they must be a list of texts"):
-            session.fill(texts)
+        result = session.fill("a " * 100 + "<extra_id_0>", GenerationOptions(max_new_tokens=2, explain=True))
+        assert repr(session) == f"<Session of {folder}, fp32>"
+        assert repr(session.plan).startswith(f"<Plan of {folder}, fp32: cpu ")
+    assert repr(session) == f"<Session of {folder}, fp32, closed>"
+    assert repr(result).startswith("<FillResult 0: 'a a a a")
+    assert len(repr(result)) < 100
+    assert repr(result.routing) == "<Routing of 103 + 2 tokens in 4 layers>"
+
+
+@pytest.mark.parametrize("texts", [3, None, [3], [TEXTS[0], None], [TEXTS[0], 3]])
+def test_what_is_no_text(folder: Path, texts: Any) -> None:
+    with open_with_slots(folder, 2) as session:
+        with pytest.raises(UsageError, match=r"^texts: (3|None) is no str$"):
+            list(session.fill(texts))
         with pytest.raises(UsageError, match=r"^options: .* is no GenerationOptions"):
             session.fill([TEXTS[0]], {"max_new_tokens": 3})  # type: ignore[arg-type]
