@@ -155,7 +155,7 @@ def open_session(
     on_plan: Callable[[Plan], None],
 ) -> Session:
     """Open the model. The tests put a session of their own in the place of this."""
-    from switchrun.model.opening import open_session as open_it
+    from switchrun.model.session import open_session as open_it
 
     started = time.perf_counter() - processor.process_age_seconds()
     return open_it(

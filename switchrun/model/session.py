@@ -21,6 +21,7 @@ from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.model.batching import batches_of
+from switchrun.model.opening import ImportLibraries, fetch_dense_weights, import_model, read_while_importing
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
     Alternative,
@@ -45,8 +46,9 @@ from switchrun.model.records import (
 )
 from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
 from switchrun.model.tokenizer import Encoded, EncodedFilling, EncodedText, Tokenizer
+from switchrun.planning import Plan
 from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
-from switchrun.planning.opening import PlannedModel
+from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import BatchSize
 
@@ -145,8 +147,6 @@ class Session:
             num_beams=num_beams,
             max_new_tokens=max_new_tokens,
         )
-        from switchrun.model.opening import open_session
-
         return open_session(options, progress=progress, warn=warn)
 
     def encode(self, text: str) -> Encoded:
@@ -618,6 +618,38 @@ class Session:
         if self._progress is not None:
             loaded = self.engine.cache.counters().load_bytes if load_bytes is None else load_bytes
             self._progress(Progress(stage, done, most, loaded, 0 if self._hub is None else self._hub.traffic.bytes))
+
+
+def open_session(
+    options: OpenOptions,
+    *,
+    progress: ProgressCallback | None = None,
+    warn: Callable[[str], None] | None = None,
+    started: float | None = None,
+    import_libraries: ImportLibraries = import_model,
+    on_plan: Callable[[Plan], object] = lambda _plan: None,
+) -> Session:
+    """Open a model; torch and transformers are imported while its dense weights are being read.
+
+    `progress` is called while the session works, in a download from other threads; `warn` with warnings, from any
+    thread; without it they are logged.
+    `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way;
+    `on_plan` is called with the plan before a weight is read.
+
+    Raises:
+        SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
+    """
+    started = time.perf_counter() if started is None else started
+
+    def on_download(done: int, most: int) -> None:
+        if progress is not None:
+            progress(Progress("fetch", done, most, 0, done))
+
+    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
+    on_plan(planned.plan)
+    planned = fetch_dense_weights(planned, progress)
+    with read_while_importing(planned, import_libraries) as preload:
+        return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
 
 
 def _in_batches(

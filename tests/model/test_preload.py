@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from switchrun.experts.reader import FileReader, Segment
-from switchrun.model.opening import open_session
 from switchrun.model.preload import DensePreload
+from switchrun.model.session import open_session
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
