@@ -46,10 +46,12 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with experts of 8 MiB in float32, so that copies take a while."""
+    """A random model, on a real GPU with experts of 8 MiB in float32, so that copies take a while."""
     folder = tmp_path_factory.mktemp("gpu") / "model"
+    width = 512 if accelerator.device_count() else 256
     config = tiny_config(
-        d_model=512, d_ff=2048, num_heads=8, d_kv=64, num_experts=8, num_layers=LAYERS, num_decoder_layers=LAYERS,
+        d_model=width, d_ff=4 * width, num_heads=8, d_kv=width // 8, num_experts=8,
+        num_layers=LAYERS, num_decoder_layers=LAYERS,
         num_sparse_encoder_layers=LAYERS // 2, num_sparse_decoder_layers=LAYERS // 2, n_positions=128,
     )  # fmt: skip
     save_checkpoint(random_model(config), folder)

@@ -24,6 +24,8 @@ from tests.support.checkpoints import save_tiny_tokenizer
 BIG = Geometry(d_model=1024, d_ff=4096, d_kv=64, num_heads=16, num_layers=2, num_experts=384, vocab_size=128)
 TEXT = "the <extra_id_0> sat on the <extra_id_1> . " + "a man walks into a bar and orders a beer with salt " * 30
 
+CAMPAIGN = pytest.mark.campaign
+
 #: Runs the command and tells its peak resident set.
 MEASURE = """
 import resource, subprocess, sys
@@ -55,8 +57,9 @@ def peak_of(env: dict[str, str], *arguments: str) -> tuple[int, int]:
     return done.returncode, int(done.stderr.splitlines()[-1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("room_mib", [0, 200, 1024])
+@pytest.mark.parametrize(
+    "room_mib", [*(pytest.param(each, marks=pytest.mark.slow) for each in (0, 200)), pytest.param(1024, marks=CAMPAIGN)]
+)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "int8", "nf4"])
 def test_the_process_stays_within_the_budget(
     big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str, room_mib: int
@@ -117,12 +120,12 @@ def test_alternatives_stay_within_the_budget(big: Path, run_switchrun: RunSwitch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "room_mib"), [("bf16", 300), ("fp32", 0), ("nf4", 300)])
+@pytest.mark.parametrize(("dtype", "room_mib"), [pytest.param("bf16", 300, marks=CAMPAIGN), ("fp32", 0), ("nf4", 300)])
 def test_auto_answers_as_one_by_one_within_the_budget(
     big: Path, run_switchrun: RunSwitchrun, hermetic: dict[str, str], dtype: str, room_mib: int
 ) -> None:
     """Lines of 5 to 600 tokens, of which the longest cannot be filled where memory is least."""
-    lengths = [3, 40, 590, *range(4, 64, 2), 300, 600, 590, 120, 8] + [24] * 30
+    lengths = [3, 40, 590, *range(4, 64, 2), 300, 600, 590, 120, 8] + [24] * 12
     words = "the cat sat on the mat and a man walks into a bar with salt".split()
     lines = [
         " ".join([words[(n + at) % 14] for at in range(length)]) + " <extra_id_0>" for n, length in enumerate(lengths)

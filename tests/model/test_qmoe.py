@@ -48,7 +48,7 @@ def test_greedy_ids_and_logits(**case: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=25)
 @ANY_OF_THESE
 def test_greedy_ids_and_logits_of_many(**case: Any) -> None:
     check_greedy(**case)

@@ -62,7 +62,7 @@ def test_greedy_ids_and_logits(**case: Any) -> None:
 
 
 @pytest.mark.slow
-@settings(SETTINGS, max_examples=50)
+@settings(SETTINGS, max_examples=25)
 @ANY_OF_THESE
 def test_greedy_ids_and_logits_of_many(**case: Any) -> None:
     check_greedy(**case)
