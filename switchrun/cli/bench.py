@@ -161,7 +161,7 @@ def bench(
     Examples:
         switchrun bench --model google/switch-base-8 --cpu-memory 2GiB,4GiB
         switchrun bench --synthetic base-128:experts=16 --dtype bf16,int8 --warm
-        switchrun bench -m google/switch-base-8 --report bench.html --resume done.jsonl
+        switchrun bench -m google/switch-base-8 --cold --report bench.html
     """
     from switchrun.bench.records import compare as compare_records
     from switchrun.bench.records import read_records

@@ -86,7 +86,6 @@ def evaluate(
             envvar="SWITCHRUN_MAX_NEW_TOKENS",
             metavar="N",
             min=0,
-            rich_help_panel=Panel.GENERATION,
             help="Most tokens to generate for a passage; 0 leaves the generation out.",
         ),
     ] = 32,

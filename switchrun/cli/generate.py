@@ -74,12 +74,12 @@ def generate(
 ) -> None:
     """Answer texts with a fine-tuned model: summaries, translations.
 
-    The texts need no sentinels. What --max-new-tokens, beams and drawing are is up to the model, unless you say so.
+    The texts need no sentinels. Lengths, beams and sampling are as the model's own settings say, unless you set them.
 
     Examples:
         switchrun generate -m my-summarizer --prefix "summarize: " < dialogues.txt
         switchrun generate -m my-summarizer --max-new-tokens 20 "A long text."
-        switchrun generate -m my-summarizer --format jsonl - < in.txt > out.jsonl
+        switchrun generate -m my-summarizer --format jsonl < in.txt > out.jsonl
     """
     from switchrun.planning.options import OpenOptions
 

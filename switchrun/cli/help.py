@@ -22,6 +22,7 @@ class Panel(StrEnum):
     MODEL = "Model options"
     MEMORY = "Memory options"
     GENERATION = "Generation options"
+    ESTIMATE = "Estimate options"
     MEASUREMENT = "Measurement options"
     OUTPUT = "Output options"
 
@@ -142,8 +143,8 @@ def _environment(parameters: list[Any]) -> str:
     if not options:
         return ""
     first, *others = map(long_name, options)
-    text = f"{options[0].envvar} is the default of {first}"
-    return text + (f"; in the same way, variables are those of {', '.join(others)}." if others else ".")
+    text = f"{options[0].envvar} sets the default of {first}."
+    return text + (f" Variables like it set those of {', '.join(others)}." if others else "")
 
 
 def _table(rows: Iterable[tuple[str, str]], width: int, column: int = _COLUMN) -> Iterator[str]:

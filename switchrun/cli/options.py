@@ -63,7 +63,7 @@ GpuMemory = Annotated[
     typer.Option(
         envvar="SWITCHRUN_GPU_MEMORY",
         metavar="SIZE",
-        show_default="most of all GPUs",
+        show_default="what is free, less a reserve",
         rich_help_panel=Panel.MEMORY,
         help="Memory to use on the first GPU, like 6GiB; on several, like 0=6GiB,1=20GiB; 0 uses none.",
     ),
@@ -74,7 +74,7 @@ OffloadFolder = Annotated[
         parser=named("offload-folder"),
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
-        show_default="./offload, else in the user's cache",
+        show_default="./offload if there, else the user's cache",
         rich_help_panel=Panel.MEMORY,
         help="Where switchrun keeps what it writes itself.",
     ),

@@ -33,20 +33,18 @@ def plan(
     num_beams: options.NumBeams = 1,
     input_tokens: Annotated[
         int,
-        typer.Option(
-            metavar="N", min=1, rich_help_panel=Panel.MEASUREMENT, help="Tokens of an input, for the estimate."
-        ),
+        typer.Option(metavar="N", min=1, rich_help_panel=Panel.ESTIMATE, help="Tokens of an input."),
     ] = 24,
     output_tokens: Annotated[
         int,
-        typer.Option(metavar="N", min=1, rich_help_panel=Panel.MEASUREMENT, help="Tokens generated, for the estimate."),
+        typer.Option(metavar="N", min=1, rich_help_panel=Panel.ESTIMATE, help="Tokens generated for it."),
     ] = 12,
     disk_bandwidth: Annotated[
         str | None,
         typer.Option(
             metavar="RATE|measure",
-            show_default="as last measured, else 1GB/s",
-            rich_help_panel=Panel.MEASUREMENT,
+            show_default="as measured, else 1GB/s",
+            rich_help_panel=Panel.ESTIMATE,
             help="Read bandwidth of the disk, like 1.8GB/s; measure: read experts for half a second.",
         ),
     ] = None,

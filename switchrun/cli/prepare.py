@@ -41,7 +41,7 @@ def prepare(
         typer.Option(
             metavar="LIST",
             show_default="all",
-            rich_help_panel=Panel.INPUT,
+            rich_help_panel=Panel.MODEL,
             help="Only these layers, like encoder.1,decoder.3-7.",
         ),
     ] = None,
@@ -50,7 +50,7 @@ def prepare(
         typer.Option(
             metavar="LIST",
             show_default="all",
-            rich_help_panel=Panel.INPUT,
+            rich_help_panel=Panel.MODEL,
             help="Only these experts of each layer, like 0-15,20.",
         ),
     ] = None,

@@ -24,8 +24,8 @@ def score(
         typer.Argument(
             metavar="FILLING",
             show_default=False,
-            help="A text and a span for each of its sentinels, with tabs between: text<TAB>span<TAB>span; or JSON: "
-            '{"text": "A <extra_id_0> walks in", "spans": ["man"]}. No FILLING, or -, reads one a line from stdin.',
+            help="A text and a span for each of its sentinels, with tabs between; or JSON, as in the examples. No "
+            "FILLING, or -, reads one a line from stdin.",
         ),
     ] = None,
     model: options.Model = None,
