@@ -27,7 +27,8 @@ _CLI_HEAD = """# Command line
 Written by `tools/cli_reference.py` from the program itself; do not edit.
 
 Answers go to stdout, everything else to stderr. Defaults are in brackets. Options that are only named are
-explained [at the end](#options-of-several-commands). See also the [exit codes](exit-codes.md), and the
+explained [at the end](#options-of-several-commands). `switchrun` alone lists the commands, and
+`switchrun COMMAND -h` explains one. See also the [exit codes](exit-codes.md), and the
 [environment variables](environment.md) that stand for options.
 """
 
@@ -57,7 +58,7 @@ _OTHER_VARIABLES = {
     },
     "The terminal": {
         "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables; by default the terminal's, or 80.",
+        "COLUMNS": "the width of tables and of help; by default the terminal's, or 80.",
         "TERM": "`dumb` means no progress line.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
@@ -80,6 +81,7 @@ Unless `SWITCHRUN_DEBUG` is set, the command line sets these where they are unse
 class Option(NamedTuple):
     """An option or argument, as both pages show it."""
 
+    panel: str
     name: str
     signature: str
     variable: str
@@ -126,11 +128,7 @@ def _command(command: Any, context: Any) -> Command:
         _escape(text),
         command_help.usage(command, context),
         examples,
-        [
-            Option(each.metavar, each.metavar, "", "", _escape(each.help))
-            for each in command.params
-            if each not in options
-        ],
+        [_option(each, context) for each in command.params if each not in options],
         {
             title: [_option(each, context) for each in members]
             for title, members in command_help.panels(options).items()
@@ -139,10 +137,16 @@ def _command(command: Any, context: Any) -> Command:
 
 
 def _option(parameter: Any, context: Any) -> Option:
-    signature = command_help.signature(parameter, context)
+    if command_help.is_argument(parameter):
+        return Option("", parameter.metavar, parameter.metavar, "", "", _escape(parameter.help))
     default = "required" if parameter.required else command_help.default(parameter)
     return Option(
-        command_help.long_name(parameter), signature, parameter.envvar or "", default, _escape(parameter.help)
+        parameter.rich_help_panel or command_help.Panel.OPTIONS,
+        command_help.long_name(parameter),
+        command_help.signature(parameter, context),
+        parameter.envvar or "",
+        default,
+        _escape(parameter.help),
     )
 
 
@@ -162,7 +166,11 @@ def reference() -> str:
                 parts += [f"{title}:\n", *_option_list(own), *([f"- also {names}"] if names else []), ""]
             else:
                 parts.append(f"{title}: {names}\n")
-    return "\n".join([*parts, f"## {_SHARED}\n", *_option_list(shared), ""])
+    parts.append(f"## {_SHARED}\n")
+    for panel in command_help.Panel:
+        members = [option for option in shared if option.panel == panel]
+        parts += [f"{panel}:\n", *_option_list(members), ""] if members else []
+    return "\n".join(parts)
 
 
 def _shared(found: dict[str, Command]) -> list[Option]:

@@ -86,7 +86,7 @@ def prepare(
 
     Examples:
         switchrun prepare --dtype int8 --model google/switch-base-8
-        switchrun prepare --dtype nf4 --layers encoder.1,decoder.3-7 --dry-run
+        switchrun prepare --dtype nf4 --layers encoder,decoder.0-3 --dry-run
         switchrun prepare --dtype int8 -m google/switch-c-2048 --limit 200GB
     """
     from switchrun.planning import preparation as planning
