@@ -74,7 +74,7 @@ OffloadFolder = Annotated[
         parser=named("offload-folder"),
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
-        show_default="./offload if there, else the user's cache",
+        show_default="./offload, or the user's cache",
         rich_help_panel=Panel.MEMORY,
         help="Where switchrun keeps what it writes itself.",
     ),
