@@ -69,8 +69,9 @@ def _plain_words(context: Any) -> Iterator[None]:
 
 
 def _what_is_wrong(error: Any, context: Any) -> str:
-    name, parameter = getattr(error, "option_name", None), getattr(error, "param", None)
-    if hasattr(error, "possibilities"):
+    name: str | None = getattr(error, "option_name", None)
+    parameter = getattr(error, "param", None)
+    if name is not None and hasattr(error, "possibilities"):
         for taker, command in getattr(context.command, "commands", {}).items():
             if any(name in each.opts for each in command.params):
                 return f"{name} is an option of a command: write {context.command_path} {taker} {name}"
