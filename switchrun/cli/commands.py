@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from switchrun.cli.help import is_argument, long_name, signature, summary, usage, write_help
+from switchrun.cli.help import is_argument, long_name, signature, summary, write_help
 from switchrun.errors import UsageError, printable
 
 
@@ -18,9 +18,6 @@ class Command(TyperCommand):
     """A command; the examples at the end of its docstring are those of its help."""
 
     allow_extra_args = True  # so that they are refused here
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: D102 - typer's
-        return [usage(self, ctx)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: D102 - typer's
         write_help(self, ctx, formatter)
@@ -40,9 +37,6 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """A command that has commands of its own."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: D102 - typer's
-        return [usage(self, ctx)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: D102 - typer's
         write_help(self, ctx, formatter)
