@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from switchrun.errors import OBEYED, UsageError, printable
+from switchrun.errors import UsageError, printable
 from switchrun.machine.files import read_regular
 from switchrun.machine.folders import NOWHERE, in_home
 
@@ -135,7 +135,7 @@ def _text(path: Path, place: str, value: Any, *, number: bool = False) -> str:
     if isinstance(value, int) and abs(value) >= 1 << 63:
         raise UsageError(f"{path}: {place}: the number is too large")
     text = str(value)
-    if OBEYED.search(text):
+    if printable(text, len(text)) != text:
         raise UsageError(f"{path}: {place}: {_quoted(text)} has control characters")
     return text
 

@@ -121,6 +121,7 @@ BAD = {
     "max-new-tokens = 0x" + "f" * 6000: "max-new-tokens: the number is too large",
     "max-new-tokens = " + "9" * 6000: "not valid TOML",
     'model = "a\\u001b[31mb"': "model: 'a\\x1b[31mb' has control characters",
+    'model = "a\\nb"': "model: 'a b' has control characters",
     '"a\\u001b[31mb" = 1': "'a\\x1b[31mb' is not a key",
     "aliases = 3": "aliases: a table is expected, not a number",
     "[aliases]\na = 3": "aliases: a: a text in quotes is expected, not a number",
