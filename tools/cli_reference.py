@@ -38,12 +38,15 @@ Written by `tools/cli_reference.py` from the program itself; do not edit.
 
 ## Instead of options
 
-An option on the command line wins over its variable. The [Python API](python-api.md) reads none of these.
+An option on the command line wins over its variable, and that over the [config file](configuration.md). The
+[Python API](python-api.md) reads none of these.
 """
 
 # What is read without an option: by switchrun itself, or by a library that it uses.
 _OTHER_VARIABLES = {
     "Without an option": {
+        "SWITCHRUN_CONFIG": "the [config file](configuration.md), instead of `switchrun/config.toml` in "
+        "`$XDG_CONFIG_HOME` or `~/.config`. `/dev/null` does without one.",
         "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache. "
         "Without a home folder nothing is kept.",
         "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",

@@ -20,6 +20,7 @@ from switchrun.machine import processor, ram
 from switchrun.model.opening import ImportLibraries, import_model
 from switchrun.model.sentinels import NUM_SENTINELS
 from switchrun.model.tokenizer import Tokenizer
+from switchrun.model.tokenizer_files import find_tokenizer
 from switchrun.planning import memory
 from switchrun.planning.budgets import resolve_budgets
 from switchrun.planning.opening import PlannedModel, plan_model
@@ -142,11 +143,12 @@ def _agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
 
 def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model) -> Answer:
     """Score an evaluation's lines in the task's dtype, then generate for each; the work of the process."""
-    from switchrun.bench import loss_pass
-
     planned = _plan(task, task["cpu_memory"])
     checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
-    text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)
+    files = find_tokenizer(checkpoint.path, task["tokenizer"])
+    from switchrun.bench import loss_pass  # imports torch
+
+    text = _passages(task, Tokenizer.load(checkpoint, files), checkpoint)
     batches = loss_pass.make_batches(text.usable, task["batch_size"])
     sizes = (int(checkpoint.config["d_model"]), planned.plan.precision.compute.itemsize)
     fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes

@@ -77,7 +77,7 @@ def locate(
     return Location(id=repo, revision=path.name, path=path, content=path.name, remote=remote)
 
 
-def locate_settings(model: str) -> Path:
+def locate_settings(model: str | None) -> Path:
     """Return the folder of a model's configuration and tokenizer, downloading those; errors are those of `locate`."""
     location = _locate_local(model)
     if location is not None:

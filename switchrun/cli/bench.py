@@ -23,6 +23,7 @@ Record = dict[str, Any]
 
 
 def bench(
+    context: typer.Context,
     model: options.Model = None,
     synthetic: Annotated[
         str | None,
@@ -172,7 +173,9 @@ def bench(
     from switchrun.planning.options import OpenOptions
 
     if model is not None and synthetic is not None:
-        raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
+        if options.is_typed(context, "model"):
+            raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
+        model = None
     if materialize is not None and synthetic is None:
         raise UsageError("--materialize does nothing without --synthetic", "add --synthetic NAME")
     dtypes = options.dtype_list(dtype)

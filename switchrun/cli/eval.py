@@ -43,6 +43,8 @@ def evaluate(
     reference_model: Annotated[
         str | None,
         typer.Option(
+            parser=options.model_name("reference-model"),
+            autocompletion=options.complete_model,
             metavar="MODEL",
             show_default=False,
             rich_help_panel=Panel.MEASUREMENT,
@@ -107,6 +109,7 @@ def evaluate(
     from switchrun.bench.evaluation import DEFAULT_DTYPES, Evaluation
     from switchrun.checkpoint.locate import hub_id
     from switchrun.machine import folders
+    from switchrun.model.tokenizer_files import locate_tokenizer
     from switchrun.planning.budgets import parse_size
     from switchrun.planning.options import OpenOptions
 
@@ -125,7 +128,8 @@ def evaluate(
     lines = _readable(name, islice(_entries(text), limit))
     tell: Callable[[str], Any] = (lambda _: None) if quiet else report
     folder = folders.offload_folder(offload_folder)
-    for each in (model, reference_model):
+    for each in dict.fromkeys((model, reference_model or model)):
+        locate_tokenizer(each, tokenizer)
         if hub_id(each) is not None:
             open_for_processes(OpenOptions(model=each, offload_folder=folder, hub=hub.value), quiet=quiet)
     evaluation = Evaluation(

@@ -46,9 +46,10 @@ from switchrun.model.records import (
 )
 from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
 from switchrun.model.tokenizer import Encoded, EncodedFilling, EncodedText, Tokenizer
+from switchrun.model.tokenizer_files import TokenizerFiles, find_tokenizer, locate_tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
-from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
+from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, held_bytes, plan_model
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import BatchSize
 
@@ -79,6 +80,7 @@ class Session:
         self,
         planned: PlannedModel,
         *,
+        tokenizer: TokenizerFiles | None = None,
         preload: DensePreload | None = None,
         progress: ProgressCallback | None = None,
         warn: Callable[[str], None] | None = None,
@@ -93,7 +95,8 @@ class Session:
         self._hub = planned.hub
         self._checked = {(planned.plan.num_beams > 1, False)}
         check_settings(planned.checkpoint, beams=planned.plan.num_beams > 1)
-        self._tokenizer = Tokenizer.load(planned.checkpoint, planned.options.tokenizer)
+        files = tokenizer or find_tokenizer(planned.checkpoint.path, planned.options.tokenizer)
+        self._tokenizer = Tokenizer.load(planned.checkpoint, files)
         stop_strings = planned.checkpoint.generation.get("stop_strings")
         self._stop = None if stop_strings is None else self._tokenizer.stop_criteria(stop_strings)
         self.engine = engine = Engine(planned, partial(self._show, "open", load_bytes=0), warn, preload)
@@ -637,7 +640,7 @@ def open_session(
     `on_plan` is called with the plan before a weight is read.
 
     Raises:
-        SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
+        SwitchrunError: One of its kinds. A wrong model, tokenizer or budget is noticed before torch is imported.
     """
     started = time.perf_counter() if started is None else started
 
@@ -645,11 +648,20 @@ def open_session(
         if progress is not None:
             progress(Progress("fetch", done, most, 0, done))
 
-    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
-    on_plan(planned.plan)
+    own_bytes = held_bytes()
+    folder = locate_tokenizer(None if options.model is None else str(options.model), options.tokenizer)
+    planned = plan_model(
+        options, hub_output_tokens=EXPECTED_NEW_TOKENS, own_bytes=own_bytes, warn=warn, on_download=on_download
+    )
+    try:
+        tokenizer = find_tokenizer(planned.checkpoint.path, options.tokenizer, folder)
+        on_plan(planned.plan)
+    except BaseException:
+        planned.close()
+        raise
     planned = fetch_dense_weights(planned, progress)
     with read_while_importing(planned, import_libraries) as preload:
-        return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
+        return Session(planned, tokenizer=tokenizer, preload=preload, progress=progress, warn=warn, started=started)
 
 
 def _in_batches(

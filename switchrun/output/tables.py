@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -261,6 +261,62 @@ def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
     for info in stores:
         table.add_row(_owner(info), info.folder.name, info.problem, str(info.experts), format_bytes(info.nbytes))
     return render(sys.__stdout__, [table])
+
+
+def render_models(record: Mapping[str, Any]) -> str:
+    """Return what `switchrun models` found as lines for stdout."""
+    cache, offload = record["hub_cache"], record["offload"]
+    sections = {
+        "With switchrun": _models([record["demo"]]),
+        f"In the Hub's local cache, {cache['folder']}": _models(cache["models"]),
+        f"Kept in the offload folder, {offload['folder']}": _models(offload["models"]),
+    }
+    if record["aliases"]:
+        sections["Aliases"] = _aliases((each["alias"], each["model"]) for each in record["aliases"])
+    # A path is not to be broken at 80 columns, so titles are not rich's.
+    return "\n".join(
+        f"{printable(title)}\n{render(sys.__stdout__, [table])}" for title, table in sections.items() if table.row_count
+    )
+
+
+def _models(models: Sequence[Mapping[str, Any]]) -> Table:
+    problems = any(each["problem"] for each in models)
+    kept = any("num_experts" in each for each in models)
+    columns = ["model", "dtype", *(["problem"] if problems else []), *(["experts"] if kept else []), "size"]
+    table = make_table("", *columns, text_columns=3 if problems else 2)
+    for each in models:
+        dtypes = each["dtypes"] if kept else [each["dtype"] or ""]
+        table.add_row(
+            printable(each["model"], 200),
+            ", ".join(dtypes),
+            *([printable(each["problem"] or "", 200)] if problems else []),
+            *([str(each["num_experts"])] if kept else []),
+            format_bytes(each["total_bytes"]),
+        )
+    return table
+
+
+def _aliases(aliases: Iterable[tuple[str, str]]) -> Table:
+    table = make_table("", "alias", "model", text_columns=2)
+    for name, model in aliases:
+        table.add_row(name, model)
+    return table
+
+
+def render_config(record: Mapping[str, Any]) -> str:
+    """Return what `switchrun config show` found as lines for stdout."""
+    settings = make_table("", "key", "value", "from", text_columns=3)
+    for each in record["settings"]:
+        default = each["source"] == "default"
+        value = f"({each['default']})" if default else printable(each["value"], 200)
+        settings.add_row(each["key"], value, each["variable"] if each["source"] == "environment" else each["source"])
+    parts = [
+        f"{printable(record['path'])}{'' if record['found'] else ' (not there)'}\n",
+        render(sys.__stdout__, [settings]),
+    ]
+    if record["aliases"]:
+        parts.append(render(sys.__stdout__, [_aliases(record["aliases"].items())]))
+    return "\n".join(parts)
 
 
 def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyReport]]) -> str:

@@ -67,6 +67,7 @@ def plan_model(
     disk_bandwidth: str | float | None = None,
     hub_output_tokens: int | None = None,
     headers_only: bool = False,
+    own_bytes: int | None = None,
     warn: Callable[[str], None] | None = None,
     on_download: Callable[[int, int], None] | None = None,
 ) -> PlannedModel:
@@ -75,7 +76,8 @@ def plan_model(
     The disk's bandwidth, for the estimate, is in bytes per second or like `1.8GB/s`, or `measure` to read experts for
     half a second; None is what was last measured on that disk, else an assumption. `hub_output_tokens` is how many
     tokens are expected of a fill that reads from the Hub, if it may generate more. With `headers_only` no weights
-    are downloaded, whatever the options say, but the plan counts them. `warn` gets warnings, from any thread; for the
+    are downloaded, whatever the options say, but the plan counts them. `own_bytes` is what `held_bytes` said before
+    anything was done to open the model; None is what it says now. `warn` gets warnings, from any thread; for the
     last see `open_model`.
 
     Raises:
@@ -83,8 +85,7 @@ def plan_model(
     """
     check_count("input_tokens", input_tokens)
     rate = None if disk_bandwidth == "measure" else parse_rate("disk_bandwidth", disk_bandwidth)
-    libraries = RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES
-    own_bytes = max(0, ram.rss_bytes() - libraries)
+    own_bytes = held_bytes() if own_bytes is None else own_bytes
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)
     way = HubWay.RANGES if headers_only else HubWay(options.hub)
     checkpoint, hub = open_model(options, warn, on_download, way)
@@ -127,6 +128,11 @@ def plan_model(
             ) from error
         stack.pop_all()
     return PlannedModel(options, checkpoint, plan, own_bytes, hub)
+
+
+def held_bytes() -> int:
+    """Return what this process holds now, besides Python and the libraries: the caller's own data."""
+    return max(0, ram.rss_bytes() - (RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES))
 
 
 def open_model(

@@ -34,6 +34,9 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
         "prepare --help",
         "offload --help",
         "doctor --help",
+        "models --help",
+        "config path",
+        "config show --format json",
         "fill nosentinel",
     ],
 )
@@ -51,6 +54,11 @@ def test_what_stores_are_there_is_told_without_torch(hermetic: dict[str, str]) -
     assert _imported("offload verify", hermetic) <= {"rich"}
     assert _imported("offload clear --yes", hermetic) == set()
     assert _imported("prepare --dtype int8 --limit 0 --dry-run", hermetic) <= {"rich"}
+
+
+def test_models_are_listed_without_torch(hermetic: dict[str, str]) -> None:
+    assert _imported("models --format json", hermetic) <= {"huggingface_hub"}
+    assert _imported("models", hermetic) <= {"rich", "huggingface_hub"}
 
 
 def test_importing_the_package_imports_nothing_heavy(hermetic: dict[str, str]) -> None:
