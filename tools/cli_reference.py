@@ -57,7 +57,7 @@ _OTHER_VARIABLES = {
     },
     "The terminal": {
         "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables; by default the terminal's, or 80.",
+        "COLUMNS": "the width of tables; by default the terminal's. In pipes a line is as long as it must be.",
         "TERM": "`dumb` means no progress line.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
