@@ -16,7 +16,7 @@ from typing import Any, Literal
 from switchrun import __version__
 from switchrun.bench.child_process import CHILD, Answer, ChildError, run_child
 from switchrun.bench.raw_disk import drop_page_cache
-from switchrun.bench.records import SCHEMA_VERSION, Record, cell_record
+from switchrun.bench.records import SCHEMA_VERSION, SPARSE, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import SwitchrunError
 from switchrun.machine import disks, ram
@@ -85,6 +85,9 @@ class Bench:
 
         Cells that have a record in `finished` are not run again.
         """
+        notes = self._notes()
+        for note in notes:
+            self.tell(f"{'warning' if SPARSE in note else 'note'}: {note}")
         for number, cell in enumerate(cells, 1):
             label, knobs = f"cell {number} of {len(cells)}", asdict(cell)
             known = next((each for each in finished if each["status"] == "ok" and each["knobs"] == knobs), None)
@@ -95,9 +98,20 @@ class Bench:
             environment = describe_environment(self.checkpoint.path)
             head = {"knobs": knobs, "environment": environment, "synthetic": self.synthetic}
             try:
-                yield cell_record(head, self._measure(cell, label))
+                yield cell_record(head, self._measure(cell, label), notes)
             except ChildError as error:
                 yield {"schema_version": SCHEMA_VERSION, "status": "failed", **head, "error": error.record}
+
+    def _notes(self) -> list[str]:
+        """Return what to keep in mind of every cell: that weights are made up, or not there."""
+        if self.synthetic:
+            return [self.synthetic["note"]]
+        files = weight_files(self.checkpoint)
+        sparse = sum(map(disks.is_sparse, files))
+        what = (
+            f"{sparse} of {len(files)} files in {self.checkpoint.path} are {SPARSE}, whose holes take no time to read"
+        )
+        return [f"{what}: measure with a complete checkpoint"] if sparse else []
 
     def _measure(self, cell: Cell, label: str) -> list[Answer]:
         """Run a cell's processes, and return the answers without the fills that only warm up."""
@@ -116,17 +130,22 @@ class Bench:
         return [answer | {"fills": answer["fills"][cell.warmup :]} for answer in answers]
 
 
-def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) -> set[Path]:
-    """Return the files that a fill may read: the checkpoint's, and what is kept of it for a dtype."""
+def weight_files(checkpoint: SwitchCheckpoint) -> set[Path]:
+    """Return the local files that a checkpoint's weights are in."""
     slices = [tensor for expert in checkpoint.experts.values() for tensor in expert]
     files = {tensor.file for tensor in [*slices, *checkpoint.dense.values()]}
+    return {file for file in files if isinstance(file, Path)}
+
+
+def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) -> set[Path]:
+    """Return the files that a fill may read: the checkpoint's, and what is kept of it for a dtype."""
     kept: set[Path] = set()
     with contextlib.suppress(SwitchrunError):  # the cell will say it
         options = OpenOptions(offload_folder=offload_folder, dtype=dtype)
         kept = {path for path, _ in find_kept(checkpoint, options).files.values()}
         dense = dense_path(offload_folder, model_name(checkpoint))
         kept |= {dense} if dense.is_file() else set()
-    return kept | {file for file in files if isinstance(file, Path)}
+    return kept | weight_files(checkpoint)
 
 
 def describe_environment(checkpoint: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from switchrun.bench import synthetic_qmoe
 from switchrun.bench.raw_disk import drop_page_cache
+from switchrun.bench.records import SPARSE
 from switchrun.bench.torch_zip import StoredTensor
 from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
 from switchrun.errors import BudgetError, StorageError, UsageError
@@ -242,7 +243,8 @@ def _real_experts(size: str, geometry: Geometry) -> int:
 
 def _note(real: int, count: int) -> str:
     if not real:
-        return "the weights are synthetic, and experts are holes that cost no disk time: reading speeds mean nothing"
+        what = f"the weights are synthetic, and the experts lie in {SPARSE}, whose holes take no time to read"
+        return f"{what}: add --materialize SIZE to measure reading"
     part = "all experts" if real == count else f"{real} of {count} experts"
     return f"the weights are synthetic: random numbers in {part} of each layer, and what comes out means nothing"
 

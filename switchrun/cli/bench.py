@@ -148,7 +148,7 @@ def bench(
             metavar="FILE.html",
             show_default=False,
             rich_help_panel=Panel.OUTPUT,
-            help="Write a page; needs the plot extra.",
+            help="Write a page that says what limits, with pictures.",
         ),
     ] = None,
     quiet: Annotated[
@@ -206,7 +206,6 @@ def bench(
     if synthetic is not None:
         made = make_synthetic(synthetic, materialize, folder, tell)
         first, description = replace(first, model=str(made.path)), made.description
-        tell(f"note: {description['note']}")
     opening = OpenOptions(model=first.model, offload_folder=folder, hub=hub.value)
     checkpoint = open_for_processes(opening, quiet=quiet)
     runner = Bench(checkpoint, folder, description, tell)
@@ -249,8 +248,8 @@ class _Files:
                 raise UsageError(f"'{path}' has an ending that is not known", f"use {', '.join(known)}")
             if not path.parent.is_dir():
                 raise UsageError(f"there is no folder '{path.parent}'", "make it first")
-        if self.plot or self.page:
-            from switchrun.output.bench_report import check_matplotlib
+        if self.plot:
+            from switchrun.output.bench_plot import check_matplotlib
 
             check_matplotlib()
 
@@ -258,7 +257,7 @@ class _Files:
         if self.records:
             _write(self.records, format_records(records, BenchFormat(self.records.suffix[1:])))
         if self.plot:
-            from switchrun.output.bench_report import draw
+            from switchrun.output.bench_plot import draw
 
             draw(records, self.plot)
         if self.page:

@@ -141,6 +141,19 @@ def test_a_failed_cell_does_not_end_the_run(invoke: Invoke, children: list[dict[
     assert invoke(*"bench --batch-size 6 --repeats 1".split()).code == 6
 
 
+def test_the_summary_is_printed_last(invoke: Invoke, children: list[dict[str, Any]], tmp_path: Path) -> None:
+    """With what failed below it; the page has both too, and needs no extra."""
+    done = invoke(*"bench --batch-size 1,6 --repeats 1 --report page.html".split())
+    *_, failed, empty, last = done.stdout.splitlines()
+    assert (failed, empty) == ("Cell 2 failed: it needs more (give more)", "")
+    limit = "The disk limits: 50 % of a fill was waiting for it. int8 would read 50 % of the bytes."
+    assert last == f"{limit} 1 cell of 2 failed."
+    assert done.stdout.index("Summary") > done.stdout.index("Measured in cell 1")
+    page = (tmp_path / "page.html").read_text().replace("&nbsp;", " ")
+    assert last in page
+    assert "it needs more (give more)" in page
+
+
 def test_ctrl_c_keeps_finished_cells_and_resume_goes_on(
     invoke: Invoke, children: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
