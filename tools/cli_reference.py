@@ -61,8 +61,8 @@ _OTHER_VARIABLES = {
     },
     "The terminal": {
         "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables and of help; by default the terminal's. In pipes help is 80 wide, and a line of "
-        "a table as long as it must be.",
+        "COLUMNS": "the width of tables and of help; by default the terminal's. In pipes help is 80 wide, and a line "
+        "of a table as long as it must be.",
         "TERM": "`dumb` means no progress line.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
