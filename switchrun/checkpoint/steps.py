@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from switchrun.checkpoint.remote import HubRanges
 
 #: In their order; `switchrun.model.records.Progress` says what is counted in each.
-Stage = Literal["ask", "download", "index", "plan", "fetch", "import", "open", "encode", "decode", "score"]
+Stage = Literal[
+    "ask", "download", "index", "plan", "fetch", "import", "open", "encode", "decode", "score",
+    "generate", "replay",  # only where `eval` and `bench` measure: passages, and reads without a model
+]  # fmt: skip
 
 
 class Steps:

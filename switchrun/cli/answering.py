@@ -18,7 +18,16 @@ import typer
 from switchrun.cli.downloads import ask_to_download, notes_of
 from switchrun.cli.signals import SIGNALS
 from switchrun.cli.startup import import_libraries, quieten_libraries
-from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
+from switchrun.cli.streams import (
+    Entry,
+    TypedLines,
+    read_arguments,
+    report,
+    report_lines,
+    someone_types,
+    stdin_lines,
+    write_answer,
+)
 from switchrun.errors import InputError, UsageError
 from switchrun.machine import processor
 from switchrun.model.records import GenerateResult
@@ -34,6 +43,8 @@ if TYPE_CHECKING:
     from switchrun.planning.plan import HubCost, Plan
 
 EXIT_SOME_FAILED = 3
+
+_PROMPT = "> "
 
 #: If more is expected from the Hub, the user hears of it before it begins.
 _MUCH_BYTES = 1_000_000_000
@@ -84,7 +95,8 @@ def answer_texts(
     arguments = [] if texts == ["-"] else list(texts or ())
     if "-" in arguments:
         raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
-    stdin = None if arguments else stdin_lines()
+    typed = not arguments and someone_types()
+    stdin = None if arguments else TypedLines("" if quiet else _PROMPT) if typed else stdin_lines()
     entries: Iterable[Entry] = _check(work, read_arguments(arguments) if stdin is None else stdin)
     hopeless = False
     if arguments:
@@ -99,7 +111,7 @@ def answer_texts(
             answers.write(entries, ())
             raise typer.Exit(answers.exit_code)
         with open_with_notes(opening, progress, note) as session:
-            if not arguments and sys.stdin.isatty():
+            if typed:
                 note("type one input a line; Ctrl-D ends")
             size = opening.batch_size
             most = _WINDOW_TEXTS if size == "auto" else size

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from switchrun.checkpoint.types import HubWay
-from switchrun.cli.streams import confirmed, report
+from switchrun.cli.streams import confirmed, report, someone_types
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.model.reporting import Reporter
 from switchrun.output.progress import SessionProgress
@@ -45,7 +45,7 @@ def ask_to_download(opening: OpenOptions, progress: Line) -> None:
 
     way = HubWay(opening.hub)
     found = hub_id(None if opening.model is None else str(opening.model))
-    if way is not HubWay.DOWNLOAD or found is None or not _is_terminal():
+    if way is not HubWay.DOWNLOAD or found is None or not someone_types():
         return
     from switchrun.checkpoint.hub_ways import missing_bytes
     from switchrun.checkpoint.remote import HubRanges
@@ -90,7 +90,3 @@ def open_for_processes(opening: OpenOptions, *, quiet: bool) -> SwitchCheckpoint
     if ranges is not None:
         ranges.close()
     return checkpoint
-
-
-def _is_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

@@ -10,10 +10,10 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import PurePath
-from typing import TextIO
+from typing import Any, TextIO
 
 from switchrun.errors import printable
 from switchrun.model.records import Progress
@@ -32,6 +32,9 @@ _LONG_SECONDS = 2.0
 _IDLE_SECONDS = 5.0
 #: What a model's name takes of the line at most.
 _NAME_COLUMNS = 32
+
+#: The stages in which inputs are answered; before them the model is opened.
+_WORK = ("encode", "decode", "score")
 
 _ERASE = "\r\x1b[2K"
 
@@ -200,11 +203,15 @@ class SessionProgress(Line):
 
     def _describe(self) -> list[str]:
         step = self._last
-        if step.stage in ("encode", "decode", "score"):
-            first, *rest = self._describe_work(step)
-            return [f"{self._where(step.ids)}{first}", *rest]
-        first, *rest = self._describe_opening(step)
-        return [f"opening {self._model}: {first}", *rest]
+        opening = "" if step.stage in _WORK else f"opening {self._model}: "
+        first, *rest = self._describe_step(step)
+        return [f"{opening}{first}", *rest]
+
+    def _describe_step(self, step: Progress) -> list[str]:
+        if step.stage not in _WORK:
+            return self._describe_opening(step)
+        first, *rest = self._describe_work(step)
+        return [f"{self._where(step.ids)}{first}", *rest]
 
     def _describe_opening(self, step: Progress) -> list[str]:
         seconds = time.monotonic() - self._stage_at
@@ -283,7 +290,7 @@ class InputProgress(SessionProgress):
 
     def __call__(self, progress: Progress) -> None:
         """As `SessionProgress`; but how far a batch is comes last, and how long it took to open does not count."""
-        if self._start is None and progress.stage in ("encode", "decode", "score"):
+        if self._start is None and progress.stage in _WORK:
             self._start = time.monotonic()
         super().__call__(progress)
 
@@ -307,6 +314,45 @@ class InputProgress(SessionProgress):
         *parts, last = self.describe()
         first, *rest = super()._describe_work(step)
         return [*parts, f"{last}; {first}", *rest]
+
+
+class MeasurementProgress(SessionProgress):
+    """Shows what `bench` or `eval` measures, for how long already, and how far the process is that measures it."""
+
+    def __init__(self, stream: TextIO, *, wanted: bool = True) -> None:
+        super().__init__(stream, label="fill", wanted=wanted)
+        self._what, self._began = "", 0.0
+
+    def watch(self, what: str) -> Callable[[Mapping[str, Any] | None], None]:
+        """Say what is measured from now on; return what takes the fields of a `Progress`, None while there is none."""
+        with self._lock:
+            self._what, self._began = printable(what), time.monotonic()
+            if self._draws:
+                self._draw([self._what])
+            elif self._wanted:
+                self._written_at = self._began
+                self._write(f"switchrun: {self._what}\n")
+        return self._take
+
+    def _take(self, step: Mapping[str, Any] | None) -> None:
+        if step is None:
+            self.update(lambda: self._head)
+        else:
+            self(Progress(**{**step, "ids": tuple(step["ids"])}))
+
+    @property
+    def _head(self) -> list[str]:
+        return [self._what, f"{_rough(time.monotonic() - self._began)} so far"]
+
+    def _describe(self) -> list[str]:
+        step = self._last
+        if step.stage == "replay":
+            return [*self._head, "reading the same without a model"]
+        if step.stage not in ("score", "generate"):
+            return [*self._head, *self._describe_step(step)]
+        parts = [f"passage {step.done + 1} of {step.total}"] if step.stage == "generate" else self._describe_work(step)
+        left = (time.monotonic() - self._stage_at) / max(1, step.done) * (step.total - step.done)
+        return [*self._head, parts[0], *([f"{_rough(left)} left"] if step.done and left else []), *parts[1:]]
 
 
 class ByteProgress(Line):
