@@ -25,8 +25,8 @@ from switchrun.machine.limits import refused_by_system
 if TYPE_CHECKING:
     from switchrun.model.engine import Engine
     from switchrun.model.opening import ImportLibraries
-    from switchrun.model.reporting import Reporter
     from switchrun.model.records import Progress
+    from switchrun.model.reporting import Reporter
     from switchrun.planning.opening import PlannedModel
 
 Task = dict[str, Any]
@@ -97,9 +97,7 @@ def run_child(
     return answer
 
 
-def _wait(
-    child: subprocess.Popen[bytes], task: bytes, timeout: float | None, on_step: OnStep
-) -> tuple[bytes, bytes]:
+def _wait(child: subprocess.Popen[bytes], task: bytes, timeout: float | None, on_step: OnStep) -> tuple[bytes, bytes]:
     """Hand a child its task, and return what it wrote to stdout and stderr once it has ended."""
     start, given = time.monotonic(), task
     while True:

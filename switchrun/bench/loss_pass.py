@@ -9,8 +9,8 @@ after another.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch

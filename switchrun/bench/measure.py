@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,7 @@ _INTERVAL_SECONDS = 0.1
 _LEFT_OUT, _SMALL_VOCABULARY = 128, 1024
 
 
-def measure(
-    task: Task, import_libraries: ImportLibraries = import_model, report: Reporter | None = None
-) -> Answer:
+def measure(task: Task, import_libraries: ImportLibraries = import_model, report: Reporter | None = None) -> Answer:
     """Open the model, fill as often as the task says, and replay each fill's reads without a model."""
     report = report or Reporter()
     with contextlib.closing(MemoryTimeline()) as timeline:
@@ -72,7 +71,7 @@ def measure(
                     with report.working((number,) if task["fills"] > 1 else ()):
                         report("encode")
                         most = task["output_tokens"]
-                        fill = probe.fill(rows, most, on_token=lambda done, most=most: report("decode", done, most))
+                        fill = probe.fill(rows, most, partial(report, "decode", total=most))
                         timeline.close()
                         report("replay")
                         beside = {

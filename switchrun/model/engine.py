@@ -144,9 +144,9 @@ class Engine:
     ) -> list[RawOutput]:
         """Generate for one batch of token ids.
 
-        `on_layer` is called at first and after each sparse layer of the encoder, with their number so far and in all; `on_token`
-        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each row's own of
-        the `closings` its alternatives. Each row draws with its own of the `seeds`.
+        `on_layer` is called at first and after each sparse layer of the encoder, with their number so far and in all;
+        `on_token` with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each
+        row's own of the `closings` its alternatives. Each row draws with its own of the `seeds`.
         """
 
         def generate(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawOutput]:

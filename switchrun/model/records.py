@@ -361,8 +361,8 @@ class Progress:
     """How far a session is, handed to its `progress`.
 
     `done` of `total` counts bytes of whole files from the Hub (`download`), files whose headers are read (`index`),
-    bytes of dense weights from the Hub (`fetch`) or into memory (`open`), sparse layers (`encode`, `score`) or tokens, at
-    most (`decode`); nothing while the Hub is asked what it has (`ask`), in `plan`, and while libraries are imported
+    bytes of dense weights from the Hub (`fetch`) or into memory (`open`), sparse layers (`encode`, `score`) or tokens,
+    at most (`decode`); nothing while the Hub is asked what it has (`ask`), in `plan`, and while libraries are imported
     (`import`). `load_bytes` are the expert bytes read since the session was opened, `hub_bytes` all that came from the
     Hub, and `ids` those of the inputs that are answered together.
     """

@@ -267,7 +267,9 @@ class SessionProgress(Line):
         if len(ids) == 1:
             return f"{self._label} {first}: "
         together = last - first + 1 == len(ids)
-        return f"batch {self._batch}, {f'{self._label}s {first}–{last}' if together else f'{len(ids)} {self._label}s'}: "
+        return (
+            f"batch {self._batch}, {f'{self._label}s {first}–{last}' if together else f'{len(ids)} {self._label}s'}: "
+        )
 
 
 class InputProgress(SessionProgress):
