@@ -30,8 +30,8 @@ _WINDOW_SECONDS, _SETTLING_SECONDS = 10.0, 1.0
 _LONG_SECONDS = 2.0
 #: Nobody works that is silent for so long.
 _IDLE_SECONDS = 5.0
-#: What a model's name takes of the line at most.
-_NAME_COLUMNS = 32
+#: What a model's name takes of the line at most; and where less important things have room, too.
+_NAME_COLUMNS, _WIDE_COLUMNS = 32, 100
 
 #: The stages in which inputs are answered; before them the model is opened.
 _WORK = ("encode", "decode", "score")
@@ -95,7 +95,7 @@ class Line:
     def _draw(self, parts: Sequence[str]) -> None:
         self._drawn_at, self._shown = time.monotonic(), True
         # One column is left free: a terminal would wrap after the last one.
-        columns = shutil.get_terminal_size().columns - 1
+        columns = _columns() - 1
         text = ", ".join(parts)
         while len(parts) > 1 and width(text) > columns:
             parts = parts[:-1]
@@ -166,6 +166,8 @@ class SessionProgress(Line):
         expected_hub_bytes: What is expected to come from the Hub until the first fill is done; 0 if nothing is.
     """
 
+    _at_most = "at most "
+
     def __init__(
         self, stream: TextIO, model: str | None = None, label: str | None = None, *, wanted: bool = True
     ) -> None:
@@ -220,16 +222,19 @@ class SessionProgress(Line):
             # Pieces are counted when they are whole; what has come of them is known too.
             arrived = self._stage_done + step.hub_bytes - self._stage_hub_bytes
             done = min(max(step.done, arrived), step.total)
-            what = "downloading" if step.stage == "download" else "fetching dense weights"
-            return [f"{what}, {_of(done, step.total)}", *_rest(step.total - done, rate)]
-        if step.stage == "index":
-            files = f", {step.done} of {step.total} files" if step.total > 1 else ""
-            fetched = [f"{format_bytes(step.hub_bytes)} fetched"] if step.hub_bytes else []
-            return [f"reading headers{files}", *fetched, *_rest(0, rate)]
+            verb = "downloading" if step.stage == "download" else "fetching"
+            return [f"{verb} {_of(done, step.total)}", *_rest(step.total - done, rate)]
+        if step.stage == "index" and step.total > 1:
+            fetched = [format_bytes(step.hub_bytes)] if step.hub_bytes else []
+            left = (
+                [f"{_rough(seconds / step.done * (step.total - step.done))} left"] if seconds >= _LONG_SECONDS else []
+            )
+            return [f"reading headers, {step.done} of {step.total} files", *fetched, *_rest(0, rate), *left]
         if step.stage == "open":
             return [f"reading dense weights, {_of(step.done, step.total)}"]
         words = {
             "ask": "asking the Hub",
+            "index": "reading headers",
             "plan": "planning",
             "fetch": "waiting for another process, which fetches the dense weights",
             "import": "importing torch and transformers",
@@ -237,20 +242,21 @@ class SessionProgress(Line):
         return [words, *([_rough(seconds)] if seconds >= _LONG_SECONDS else [])]
 
     def _describe_work(self, step: Progress) -> list[str]:
+        speed: list[str] = []
         if step.stage == "decode":
-            parts = [f"token {step.done} of at most {step.total}", *self._speed(len(step.ids))]
+            what, speed = f"token {step.done} of {self._at_most}{step.total}", self._speed(len(step.ids))
         elif step.stage == "encode" and step.done == step.total:
-            parts = ["waiting for the first token"]
+            what = "waiting for the first token"
         else:
             layer = "layer" if step.stage == "score" else "encoder layer"
-            parts = [f"{layer} {min(step.done + 1, step.total)} of {step.total}"]
+            what = f"{layer} {min(step.done + 1, step.total)} of {step.total}"
         if fetching := self._fetched.per_second:
             left = self.expected_hub_bytes - step.hub_bytes
             expected = f" of ~{format_bytes(self.expected_hub_bytes)}" if left > 0 else ""
-            return [*parts, f"{format_bytes(step.hub_bytes)}{expected} from the Hub", *_rest(left, fetching)]
+            return [what, f"Hub: {format_bytes(step.hub_bytes)}{expected}", *_rest(left, fetching), *speed]
         if reading := self._read.per_second:
-            return [*parts, f"{format_bytes(step.load_bytes)} read at {format_rate(reading)}"]
-        return [*parts, *([f"{format_bytes(step.load_bytes)} read"] if step.load_bytes else [])]
+            return [what, f"{format_bytes(step.load_bytes)} read at {format_rate(reading)}", *speed]
+        return [what, *speed, *([f"{format_bytes(step.load_bytes)} read"] if step.load_bytes else [])]
 
     def _speed(self, inputs: int) -> list[str]:
         rate = self._tokens.per_second
@@ -266,10 +272,10 @@ class SessionProgress(Line):
         first, last = min(ids) + 1, max(ids) + 1
         if len(ids) == 1:
             return f"{self._label} {first}: "
-        together = last - first + 1 == len(ids)
-        return (
-            f"batch {self._batch}, {f'{self._label}s {first}–{last}' if together else f'{len(ids)} {self._label}s'}: "
-        )
+        batch = f"batch {self._batch}, " if not self._draws or _columns() >= _WIDE_COLUMNS else ""
+        if last - first + 1 == len(ids):
+            return f"{batch}{self._label}s {first}–{last}: "
+        return f"{batch}{len(ids)} {self._label}s: "
 
 
 class InputProgress(SessionProgress):
@@ -313,13 +319,13 @@ class InputProgress(SessionProgress):
         return [*parts, *([f"{_rough(left)} left"] if left > 0 else [])]
 
     def _describe_work(self, step: Progress) -> list[str]:
-        *parts, last = self.describe()
-        first, *rest = super()._describe_work(step)
-        return [*parts, f"{last}; {first}", *rest]
+        return [*self.describe(), *super()._describe_work(step)]
 
 
 class MeasurementProgress(SessionProgress):
     """Shows what `bench` or `eval` measures, for how long already, and how far the process is that measures it."""
+
+    _at_most = ""  # there are always as many
 
     def __init__(self, stream: TextIO, *, wanted: bool = True) -> None:
         super().__init__(stream, label="fill", wanted=wanted)
@@ -344,7 +350,7 @@ class MeasurementProgress(SessionProgress):
 
     @property
     def _head(self) -> list[str]:
-        return [self._what, f"{_rough(time.monotonic() - self._began)} so far"]
+        return [self._what, _rough(time.monotonic() - self._began)]
 
     def _describe(self) -> list[str]:
         step = self._last
@@ -379,6 +385,10 @@ class ByteProgress(Line):
             percent = f" ({100 * done // total} %)" if total else ""
             begin = f"{self._label}: {_of(done, total)}{percent}"
             self.update(lambda: [begin, *_rest(total - done, self._rate.per_second)])
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 def _short_name(model: str | None) -> str:
