@@ -225,11 +225,10 @@ class SessionProgress(Line):
             verb = "downloading" if step.stage == "download" else "fetching"
             return [f"{verb} {_of(done, step.total)}", *_rest(step.total - done, rate)]
         if step.stage == "index" and step.total > 1:
-            fetched = [format_bytes(step.hub_bytes)] if step.hub_bytes else []
-            left = (
-                [f"{_rough(seconds / step.done * (step.total - step.done))} left"] if seconds >= _LONG_SECONDS else []
-            )
-            return [f"reading headers, {step.done} of {step.total} files", *fetched, *_rest(0, rate), *left]
+            parts = [f"reading headers, {step.done} of {step.total} files"]
+            parts += [format_bytes(step.hub_bytes), *_rest(0, rate)] if step.hub_bytes else []
+            left = seconds / step.done * (step.total - step.done)
+            return parts + ([f"{_rough(left)} left"] if seconds >= _LONG_SECONDS and left else [])
         if step.stage == "open":
             return [f"reading dense weights, {_of(step.done, step.total)}"]
         words = {
