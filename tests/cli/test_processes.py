@@ -221,7 +221,7 @@ def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> Non
         pass
     os.close(ours)
     assert process.wait(60) == 0
-    assert b"decode: 3 of 64 tokens" in seen
+    assert b"line 2: token 3 of at most 64" in seen
     # What is left on the screen once the erased parts are gone.
     shown = re.sub(rb"[^\n]*\r\x1b\[2K", b"", seen).replace(b"\r\n", b"\n")
     assert shown == f"switchrun: note: {REPAIR}\nswitchrun: note: {UNUSED}\n".encode() + ANSWER * 2
