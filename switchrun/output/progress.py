@@ -6,7 +6,6 @@ It is our own, and not rich's: rich takes 0.14 s to import, and the first line h
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from typing import Any, TextIO
 
 from switchrun.errors import printable
 from switchrun.model.records import Progress
-from switchrun.output.terminal import cut, obeys_codes, width
+from switchrun.output.terminal import columns_of, cut, obeys_codes, width
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 #: The line is drawn at most this often, in seconds: terminals are slow, and the work should not wait for one.
@@ -95,7 +94,7 @@ class Line:
     def _draw(self, parts: Sequence[str]) -> None:
         self._drawn_at, self._shown = time.monotonic(), True
         # One column is left free: a terminal would wrap after the last one.
-        columns = _columns() - 1
+        columns = columns_of(self._stream) - 1
         text = ", ".join(parts)
         while len(parts) > 1 and width(text) > columns:
             parts = parts[:-1]
@@ -271,7 +270,7 @@ class SessionProgress(Line):
         first, last = min(ids) + 1, max(ids) + 1
         if len(ids) == 1:
             return f"{self._label} {first}: "
-        batch = f"batch {self._batch}, " if not self._draws or _columns() >= _WIDE_COLUMNS else ""
+        batch = f"batch {self._batch}, " if not self._draws or columns_of(self._stream) >= _WIDE_COLUMNS else ""
         if last - first + 1 == len(ids):
             return f"{batch}{self._label}s {first}–{last}: "
         return f"{batch}{len(ids)} {self._label}s: "
@@ -384,10 +383,6 @@ class ByteProgress(Line):
             percent = f" ({100 * done // total} %)" if total else ""
             begin = f"{self._label}: {_of(done, total)}{percent}"
             self.update(lambda: [begin, *_rest(total - done, self._rate.per_second)])
-
-
-def _columns() -> int:
-    return shutil.get_terminal_size().columns
 
 
 def _short_name(model: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -18,6 +19,14 @@ def obeys_codes(stream: TextIO | None) -> bool:
 def takes_colours(stream: TextIO | None) -> bool:
     """Whether a stream is a terminal that shows colours, and `NO_COLOR` does not forbid it."""
     return obeys_codes(stream) and not os.environ.get("NO_COLOR")
+
+
+def columns_of(stream: TextIO) -> int:
+    """Return how wide a terminal is: as `COLUMNS` says, else as it says itself, else 80."""
+    given = os.environ.get("COLUMNS", "")
+    with suppress(OSError, ValueError):
+        return int(given) if given.isdigit() and int(given) else os.get_terminal_size(stream.fileno()).columns or 80
+    return 80
 
 
 def width(text: str) -> int:
