@@ -56,9 +56,9 @@ _OTHER_VARIABLES = {
         "HTTPS_PROXY": "a proxy for the Hub.",
     },
     "The terminal": {
-        "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables; by default the terminal's, or 80.",
-        "TERM": "`dumb` means no progress line.",
+        "NO_COLOR": "no colours in tables, nor where a sentinel was filled in.",
+        "COLUMNS": "the width of tables and of the progress line; by default the terminal's, or 80.",
+        "TERM": "`dumb` means no progress line and no colours.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
     "Processors": {
