@@ -17,7 +17,7 @@ from switchrun.cli.downloads import notes_of, open_for_processes
 from switchrun.cli.streams import write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.output.measurement_tables import BenchFormat, format_records
-from switchrun.output.progress import MeasurementProgress
+from switchrun.output.progress import ByteProgress, MeasurementProgress
 from switchrun.output.sinks import format_record
 
 Record = dict[str, Any]
@@ -143,7 +143,11 @@ def bench(
     tell = notes_of(progress, quiet)
     description = None
     if synthetic is not None:
-        made = make_synthetic(synthetic, materialize, folder, tell)
+        making = ByteProgress(sys.stderr, "make", wanted=not quiet)
+        try:
+            made = make_synthetic(synthetic, materialize, folder, notes_of(making, quiet), making)
+        finally:
+            making.clear()
         first, description = replace(first, model=str(made.path)), made.description
         tell(f"note: {description['note']}")
     opening = OpenOptions(model=first.model, offload_folder=folder, hub=hub.value)
