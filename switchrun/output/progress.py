@@ -234,7 +234,7 @@ class SessionProgress(Line):
             "ask": "asking the Hub",
             "index": "reading headers",
             "plan": "planning",
-            "fetch": "waiting for another process, which fetches the dense weights",
+            "fetch": "another process fetches the dense weights",
             "import": "importing torch and transformers",
         }[step.stage]
         return [words, *([_rough(seconds)] if seconds >= _LONG_SECONDS else [])]

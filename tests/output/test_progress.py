@@ -134,6 +134,7 @@ def test_what_comes_from_the_hub(clock: list[float]) -> None:
     line(Progress("fetch", 0, 2 * GIB, 0, 11 * 2**20))
     clock[0] += 2
     line(Progress("fetch", 0, 2 * GIB, 0, 35 * 2**20))  # no piece is whole yet
+    clock[0] += 1
     line(Progress("fetch", 0, 0, 0, 35 * 2**20))
     clock[0] += 60
     line(Progress("encode", 0, 15, 0, 2 * GIB))
@@ -151,8 +152,8 @@ def test_what_comes_from_the_hub(clock: list[float]) -> None:
         "opening switch-c-2048: reading headers, 91 of 364 files, 11 MiB, 1.05 MB/s",
         "opening switch-c-2048: fetching 0 B of 2 GiB, 1.05 MB/s, 34 min left",
         "opening switch-c-2048: fetching 24 MiB of 2 GiB, 2.97 MB/s, 12 min left",
-        "opening switch-c-2048: waiting for another process, which fetches the dense",
-        "encoder layer 1 of 15, Hub: 2 GiB of ~11 GiB, 34.07 MB/s, 5 min left",
+        "opening switch-c-2048: another process fetches the dense weights, 3 s",
+        "encoder layer 1 of 15, Hub: 2 GiB of ~11 GiB, 35.18 MB/s, 5 min left",
         "encoder layer 3 of 15, Hub: 3 GiB of ~11 GiB, 10.74 MB/s, 13 min left",
         "token 1 of at most 64, Hub: 3 GiB of ~11 GiB, 10.74 MB/s, 13 min left",
         "token 2 of at most 64, 4 GiB read at 0.02 GB/s, 10 s a token",

@@ -53,6 +53,13 @@ class Terminal:
                 seconds = 0.0
         return self.seen
 
+    def wait_for_editing(self) -> None:
+        """Wait until a program edits lines: before that, Ctrl-D would be the terminal's own."""
+        end = time.monotonic() + 60
+        while self.echoes:
+            assert time.monotonic() < end, self.seen
+            self.read(0.01)
+
     @property
     def echoes(self) -> bool:
         """Whether what is typed is shown, as it is when no program edits lines."""
@@ -61,8 +68,7 @@ class Terminal:
 
 def lines_drawn(seen: bytes) -> list[str]:
     """Return every progress line that was drawn, in order."""
-    drawn = re.findall(r"\r\x1b\[2K([^\r\n\x1b]*)", seen.decode())
-    return [line for line in drawn if line]
+    return re.findall(r"\r\x1b\[2K([^\r\n\x1b]+)(?=\r\x1b\[2K)", seen.decode())
 
 
 def left_on_screen(seen: bytes) -> bytes:
