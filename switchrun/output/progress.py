@@ -174,7 +174,7 @@ class SessionProgress(Line):
         self.expected_hub_bytes = 0
         self._model, self._label = _short_name(model), label
         self._batch = 0
-        self._last = Progress("ask", 0, 0, 0)
+        self._last = Progress("replay", 0, 0, 0)  # nothing that a session begins with
         self._stage_at = self._called_at = time.monotonic()
         self._stage_done = self._stage_hub_bytes = 0
         self._tokens, self._read, self._fetched = _Rate(math.inf), _Rate(), _Rate()

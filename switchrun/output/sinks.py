@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
 from switchrun.errors import OBEYED, InputError, escape
-from switchrun.model.records import SCHEMA_VERSION, FillResult, GenerateResult, ScoreResult, Span
+from switchrun.model.records import SCHEMA_VERSION, Alternative, FillResult, GenerateResult, ScoreResult, Span
 from switchrun.model.sentinels import fill_in
 
 if TYPE_CHECKING:
@@ -55,29 +55,32 @@ def format_result(
     """
     if style in (FillFormat.JSON, FillFormat.JSONL):
         return format_record(result.as_record(), indent=style is FillFormat.JSON)
+
+    def shown(answer: FillResult | Alternative | ScoreResult) -> str:
+        if style is FillFormat.RAW and not isinstance(answer, ScoreResult):
+            return _flat(answer.raw)
+        return _coloured(result.input, answer.spans) if colours else _flat(answer.text)
+
     if isinstance(result, ScoreResult):
         spans = ("" if span.log_probability is None else f"{span.log_probability:.4f}" for span in result.spans)
-        text = _filled(result.input, result.spans, colours)
-        return _columns(f"{result.log_probability:.4f}", text, *spans)
+        return _columns(f"{result.log_probability:.4f}", shown(result), *spans)
     if not isinstance(result, FillResult):
         return one_line(result.text if style is FillFormat.TEXT else result.raw)
     if result.alternatives is None:
-        return one_line(result.raw) if style is FillFormat.RAW else _filled(result.input, result.spans, colours) + "\n"
-    answers = (
-        _columns(
-            f"{each.log_probability:.4f}",
-            _flat(each.raw) if style is FillFormat.RAW else _filled(result.input, each.spans, colours),
-        )
-        for each in result.alternatives
-    )
+        return shown(result) + "\n"
+    answers = (_columns(f"{each.log_probability:.4f}", shown(each)) for each in result.alternatives)
     return "".join(answers) + "\n" * (lines - len(result.alternatives))
 
 
-def _filled(text: str, spans: Sequence[Span], colours: bool) -> str:
+def _coloured(text: str, spans: Sequence[Span]) -> str:
     """Put spans into a text, on one line without codes that a terminal would obey, but for those of the colour."""
-    begin, end = (_BEGIN_SPAN, _END_SPAN) if colours else ("", "")
-    shown = [replace(span, text=f"{begin}{_flat(span.text)}{end}" if span.text else span.text) for span in spans]
-    return fill_in(_flat(text), shown)
+    return fill_in(
+        _flat(text),
+        [
+            replace(span, text=f"{_BEGIN_SPAN}{_flat(span.text)}{_END_SPAN}" if span.text else span.text)
+            for span in spans
+        ],
+    )
 
 
 def format_failure(position: int, text: str, error: InputError, style: FillFormat, lines: int = 1) -> str:

@@ -156,7 +156,7 @@ def test_what_comes_from_the_hub(clock: list[float]) -> None:
         "encoder layer 1 of 15, Hub: 2 GiB of ~11 GiB, 35.18 MB/s, 5 min left",
         "encoder layer 3 of 15, Hub: 3 GiB of ~11 GiB, 10.74 MB/s, 13 min left",
         "token 1 of at most 64, Hub: 3 GiB of ~11 GiB, 10.74 MB/s, 13 min left",
-        "token 2 of at most 64, 4 GiB read at 0.02 GB/s, 10 s a token",
+        "token 2 of at most 64, 4 GiB read at 0.11 GB/s, 10 s a token",
         "token 3 of at most 64, Hub: 12 GiB, 0.97 GB/s, 10 s a token",
     ]
 
