@@ -533,7 +533,7 @@ def test_a_line_now_and_then_without_a_terminal(invoke: Invoke, many: Path, monk
     assert re.search(
         r"^switchrun: 1,\d+ of 2,500 inputs \(\d+ %\), ", invoke("map", str(many), "-o", "again").stderr, re.M
     )
-    assert invoke("map", str(many), "-o", "quiet", "-q").stderr == ""
+    assert " inputs (" not in invoke("map", str(many), "-o", "quiet", "-q").stderr
 
 
 # In a process of its own
