@@ -154,10 +154,11 @@ def evaluate_dtype(
     task: Task, import_libraries: ImportLibraries = import_model, report: Reporter | None = None
 ) -> Answer:
     """Score an evaluation's lines in the task's dtype, then generate for each; the work of the process."""
-    from switchrun.bench import loss_pass
-
     report = report or Reporter()
     with report.working():
+        report("import")
+        from switchrun.bench import loss_pass
+
         planned = _plan(task, task["cpu_memory"], report)
     checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
     text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)

@@ -25,7 +25,9 @@ REDRAW_SECONDS = 0.1
 REPORT_SECONDS = 30.0
 #: A rate is that of so many seconds, and of no less than so many: it would jump.
 _WINDOW_SECONDS, _SETTLING_SECONDS = 10.0, 1.0
-#: From then on a step that counts nothing shows how long it has taken.
+#: Bytes a second below which the digits of a rate say nothing.
+_LEAST_RATE = 5_000
+#: From then on a step shows how long it has taken, or may take.
 _LONG_SECONDS = 2.0
 #: Nobody works that is silent for so long.
 _IDLE_SECONDS = 5.0
@@ -165,7 +167,7 @@ class SessionProgress(Line):
         expected_hub_bytes: What is expected to come from the Hub until the first fill is done; 0 if nothing is.
     """
 
-    _at_most = "at most "
+    _at_most, _times_steps = "at most ", True
 
     def __init__(
         self, stream: TextIO, model: str | None = None, label: str | None = None, *, wanted: bool = True
@@ -237,7 +239,7 @@ class SessionProgress(Line):
             "fetch": "another process fetches the dense weights",
             "import": "importing torch and transformers",
         }[step.stage]
-        return [words, *([_rough(seconds)] if seconds >= _LONG_SECONDS else [])]
+        return [words, *([_rough(seconds)] if seconds >= _LONG_SECONDS and self._times_steps else [])]
 
     def _describe_work(self, step: Progress) -> list[str]:
         speed: list[str] = []
@@ -323,7 +325,7 @@ class InputProgress(SessionProgress):
 class MeasurementProgress(SessionProgress):
     """Shows what `bench` or `eval` measures, for how long already, and how far the process is that measures it."""
 
-    _at_most = ""  # there are always as many
+    _at_most, _times_steps = "", False  # there are always as many, and the time is that of all steps
 
     def __init__(self, stream: TextIO, *, wanted: bool = True) -> None:
         super().__init__(stream, label="fill", wanted=wanted)
@@ -399,7 +401,7 @@ def _of(done: int, total: int) -> str:
 
 def _rest(left: int, rate: float) -> list[str]:
     """Write how fast bytes come, and how long the others will take, as far as that is known."""
-    if not rate:
+    if rate < _LEAST_RATE:
         return []
     return [format_rate(rate), *([f"{_rough(left / rate)} left"] if left > 0 else [])]
 
