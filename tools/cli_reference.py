@@ -60,10 +60,10 @@ _OTHER_VARIABLES = {
         "HTTPS_PROXY": "a proxy for the Hub.",
     },
     "The terminal": {
-        "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables and of help; by default the terminal's. In pipes help is 80 wide, and a line "
-        "of a table as long as it must be.",
-        "TERM": "`dumb` means no progress line.",
+        "NO_COLOR": "no colours in tables, nor where a sentinel was filled in.",
+        "COLUMNS": "the width of tables, of help and of the progress line; by default the terminal's. In pipes help is "
+        "80 wide, and a line of a table as long as it must be.",
+        "TERM": "`dumb` means no progress line and no colours.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
     "Processors": {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from switchrun import __version__
-from switchrun.bench.child_process import CHILD, Answer, ChildError, run_child
+from switchrun.bench.child_process import CHILD, Answer, ChildError, OnStep, run_child
 from switchrun.bench.raw_disk import drop_page_cache
 from switchrun.bench.records import SCHEMA_VERSION, SPARSE, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
@@ -73,12 +73,16 @@ def product(
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all cells share; `synthetic` describes weights that are made up, `tell` takes a line for a human."""
+    """What all cells share; `synthetic` describes weights that are made up, `tell` takes a line for a human.
+
+    `watch` takes what is measured now, and returns what takes the steps of the process that measures it.
+    """
 
     checkpoint: SwitchCheckpoint
     offload_folder: Path
     synthetic: dict[str, Any] | None
     tell: Callable[[str], None]
+    watch: Callable[[str], OnStep] = lambda _what: lambda _step: None
 
     def run(self, cells: Sequence[Cell], finished: Sequence[Record] = ()) -> Iterator[Record]:
         """Yield the record of each cell as soon as there is one; a cell that fails has its error there.
@@ -118,10 +122,10 @@ class Bench:
         cold, fills = cell.cache == "cold", cell.warmup + cell.repeats
         answers = []
         for turn in range(fills if cold else 1):
-            self.tell(f"{label}: {cell}, {f'process {turn + 1} of {fills}' if cold else f'{fills} fills'}")
+            on_step = self.watch(f"{label}: {cell}, {f'fill {turn + 1} of {fills}' if cold else f'{fills} fills'}")
             dropped = drop_page_cache(model_files(self.checkpoint, self.offload_folder, cell.dtype)) if cold else None
             task = {"work": "measure", "fills": 1 if cold else fills, "offload_folder": str(self.offload_folder)}
-            answer = run_child(CHILD, asdict(cell) | task) | {"page_cache_dropped": dropped}
+            answer = run_child(CHILD, asdict(cell) | task, on_step=on_step) | {"page_cache_dropped": dropped}
             for warning in answer["warnings"]:
                 self.tell(f"warning: {label}: {warning}")
             answers.append(answer)

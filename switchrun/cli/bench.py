@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,12 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
-from switchrun.cli.downloads import open_for_processes
+from switchrun.cli.downloads import notes_of, open_for_processes
 from switchrun.cli.help import Panel
-from switchrun.cli.streams import report, write_answer
+from switchrun.cli.streams import write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.output.measurement_tables import BenchFormat, format_records
+from switchrun.output.progress import ByteProgress, MeasurementProgress
 from switchrun.output.sinks import format_record
 
 Record = dict[str, Any]
@@ -201,14 +203,19 @@ def bench(
     old = read_records(compare) if compare else []
     finished = read_records(resume) if resume and resume.exists() else []
     folder = folders.offload_folder(offload_folder)
-    tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    progress = MeasurementProgress(sys.stderr, wanted=not quiet)
+    tell = notes_of(progress, quiet)
     description = None
     if synthetic is not None:
-        made = make_synthetic(synthetic, materialize, folder, tell)
+        making = ByteProgress(sys.stderr, "make", wanted=not quiet)
+        try:
+            made = make_synthetic(synthetic, materialize, folder, notes_of(making, quiet), making)
+        finally:
+            making.clear()
         first, description = replace(first, model=str(made.path)), made.description
     opening = OpenOptions(model=first.model, offload_folder=folder, hub=hub.value)
     checkpoint = open_for_processes(opening, quiet=quiet)
-    runner = Bench(checkpoint, folder, description, tell)
+    runner = Bench(checkpoint, folder, description, tell, progress.watch)
     records: list[Record] = []
     try:
         for record in runner.run(product(first, dtypes, memories, batches), finished):
@@ -216,6 +223,7 @@ def bench(
             if resume and record not in finished:
                 _write(resume, format_record(record, indent=False), "a")
     finally:
+        progress.clear()
         # Also after a signal: what was finished is written.
         records = compare_records(records, old, compare.name) if compare else records
         if records:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,12 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
-from switchrun.cli.downloads import open_for_processes
+from switchrun.cli.downloads import notes_of, open_for_processes
 from switchrun.cli.help import Panel
 from switchrun.cli.streams import Entry, LineReader, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.output.measurement_tables import EvalFormat, format_evaluation
+from switchrun.output.progress import MeasurementProgress
 
 
 def evaluate(
@@ -126,7 +128,8 @@ def evaluate(
         parse_size("offload_limit", offload_limit)
     name = "stdin" if text == "-" else text
     lines = _readable(name, islice(_entries(text), limit))
-    tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    progress = MeasurementProgress(sys.stderr, wanted=not quiet)
+    tell = notes_of(progress, quiet)
     folder = folders.offload_folder(offload_folder)
     for each in dict.fromkeys((model, reference_model or model)):
         locate_tokenizer(each, tokenizer)
@@ -146,7 +149,10 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    record = evaluation.run(dtypes, reference, tell)
+    try:
+        record = evaluation.run(dtypes, reference, tell, progress.watch)
+    finally:
+        progress.clear()
     _tell_notes(record, tell)
     failed = [row for row in record["rows"] if row["status"] == "failed"]
     for row in failed:

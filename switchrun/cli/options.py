@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +17,9 @@ from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import replace_blanks
-from switchrun.planning.plan import BatchSize as AnyBatchSize
+
+if TYPE_CHECKING:
+    from switchrun.planning.plan import BatchSize as AnyBatchSize
 
 
 def named(option: str) -> Callable[[str], str]:

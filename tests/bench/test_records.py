@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Run children in this process; gives their names, in order."""
     seen: list[str] = []
 
-    def run_child(module: str, task: dict[str, Any]) -> Any:
+    def run_child(module: str, task: dict[str, Any], **_: Any) -> Any:
         seen.append(task["work"])
         if task["batch_size"] == 7:
             raise ChildError("crashed", "do better")

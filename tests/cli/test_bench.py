@@ -61,7 +61,7 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, 
     """Answer without a process; gives the tasks. Batch size 6 fails, 7 is Ctrl-C."""
     tasks: list[dict[str, Any]] = []
 
-    def run_child(module: str, task: dict[str, Any]) -> Any:
+    def run_child(module: str, task: dict[str, Any], **_: Any) -> Any:
         tasks.append(task)
         if task["batch_size"] == 6:
             raise ChildError("it needs more", "give more", "budget", 6)
@@ -95,7 +95,7 @@ def test_what_came_from_the_hub(
     hub = {"bytes": 4100, "requests": 9, "retries": 1}
     given["fills"][0] |= {"stages": {"encoder": stage, "decoder": stage}, "hub": hub}
     monkeypatch.setattr(
-        runner, "run_child", lambda *_: given | {"open_hub": {"bytes": 77, "requests": 3, "retries": 0}}
+        runner, "run_child", lambda *_, **__: given | {"open_hub": {"bytes": 77, "requests": 3, "retries": 0}}
     )
     record = json.loads(invoke(*"bench --repeats 1 --hub ranges --format jsonl -q".split()).stdout)
     validate(record, "bench")
@@ -104,7 +104,7 @@ def test_what_came_from_the_hub(
     assert [record["metrics"][name]["median"] for name in names] == [77, 4, 4100, 9, 1, 500]
     table = invoke(*"bench --repeats 1 --format table -q".split()).stdout
     assert "requests to the Hub" in table
-    monkeypatch.setattr(runner, "run_child", lambda *_: answer())
+    monkeypatch.setattr(runner, "run_child", lambda *_, **__: answer())
     assert "Hub" not in invoke(*"bench --repeats 1 --format table -q".split()).stdout
 
 
@@ -125,7 +125,7 @@ def test_the_arithmetic_of_a_record(invoke: Invoke, children: list[dict[str, Any
 def test_warnings_of_the_store_are_told_and_recorded(
     invoke: Invoke, children: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "run_child", lambda *_: answer() | {"warnings": ["tier cannot be written"]})
+    monkeypatch.setattr(runner, "run_child", lambda *_, **__: answer() | {"warnings": ["tier cannot be written"]})
     done = invoke(*"bench --repeats 2 --format jsonl".split())
     assert done.stderr.count("switchrun: warning: cell 1 of 1: tier cannot be written\n") == 2
     assert json.loads(done.stdout)["notes"].count("tier cannot be written") == 1

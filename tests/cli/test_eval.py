@@ -42,7 +42,7 @@ def tasks(monkeypatch: pytest.MonkeyPatch, small_process: None) -> Tasks:
     """Evaluate in this process, and keep the tasks."""
     found: Tasks = []
 
-    def run_child(module: str, task: dict[str, Any]) -> dict[str, Any]:
+    def run_child(module: str, task: dict[str, Any], **_: Any) -> dict[str, Any]:
         found.append(task)
         try:
             # As through a pipe.
@@ -296,7 +296,7 @@ def test_a_dtype_that_fails_keeps_its_row(
 ) -> None:
     real = evaluation.run_child
 
-    def run_child(module: str, task: dict[str, Any]) -> dict[str, Any]:
+    def run_child(module: str, task: dict[str, Any], **_: Any) -> dict[str, Any]:
         if task["dtype"] == "fp32":
             raise ChildError("the process was killed", "lower --cpu-memory", "killed", 6)
         return real(module, task)
