@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from switchrun.checkpoint.generation import generation_file, own_options
+from switchrun.checkpoint.locate import hub_id
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.model.batching import batches_of
@@ -645,7 +646,10 @@ def open_session(
     report = Reporter(progress)
     with report.working():
         own_bytes = held_bytes()
-        folder = locate_tokenizer(None if options.model is None else str(options.model), options.tokenizer)
+        model = None if options.model is None else str(options.model)
+        if hub_id(options.tokenizer or model) is not None:
+            report("ask")
+        folder = locate_tokenizer(model, options.tokenizer)
         planned = plan_model(
             options, hub_output_tokens=EXPECTED_NEW_TOKENS, own_bytes=own_bytes, warn=warn, steps=report
         )
