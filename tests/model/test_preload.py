@@ -13,12 +13,12 @@ from switchrun.model.preload import DensePreload
 from switchrun.model.session import open_session
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions
-from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
+from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 
 
 def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when an opening fails, or Ctrl-C comes: gigabytes may still wait to be read."""
-    model = save_checkpoint(random_model(tiny_config()), tmp_path / "model")
+    model = save_tiny_tokenizer(save_checkpoint(random_model(tiny_config()), tmp_path / "model"))
     begun: list[Segment] = []
     proceed = threading.Event()
 
@@ -42,7 +42,7 @@ def test_closing_waits_for_no_read_that_has_not_begun(tmp_path: Path, monkeypatc
 
 
 def test_an_interrupted_opening_closes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = save_checkpoint(random_model(tiny_config()), tmp_path / "model")
+    model = save_tiny_tokenizer(save_checkpoint(random_model(tiny_config()), tmp_path / "model"))
     closed: list[DensePreload] = []
 
     def interrupt(_plan: object) -> None:
