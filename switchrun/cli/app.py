@@ -20,6 +20,7 @@ from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
 from switchrun.cli.score import score
+from switchrun.cli.serve import serve
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import debugging, let_threads_sleep, share_one_heap
 from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
@@ -35,6 +36,7 @@ app.command()(generate)
 app.command()(score)
 app.command("map")(map_inputs)
 app.command()(plan)
+app.command()(serve)
 app.command()(bench)
 app.command("eval")(evaluate)
 app.command()(prepare)

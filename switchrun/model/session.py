@@ -21,6 +21,7 @@ from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.model.batching import batches_of
+from switchrun.model.control import RowControl
 from switchrun.model.opening import ImportLibraries, fetch_dense_weights, import_model, read_while_importing
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
@@ -394,6 +395,56 @@ class Session:
             encoded = [each if isinstance(each, EncodedFilling) else self.encode_filling(each) for each in fillings]
             return _in_batches(encoded, self._score_batches(encoded), self._score_batch, ids, on_results)
 
+    def check_options(self, options: GenerationOptions) -> None:
+        """Raise what answering with these options would raise, whatever the text.
+
+        Raises:
+            BudgetError: More beams or tokens are asked for than memory was reserved for.
+        """
+        self._check_reserved(options)
+
+    def spans_of(self, text: Encoded, ids: Sequence[int]) -> tuple[Span, ...]:
+        """Return the spans of a text's answer, or of what there is of it so far."""
+        return parse_spans(ids, text.sentinels, self._tokenizer.decode, text.closing)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids, without special tokens."""
+        return self._tokenizer.decode(ids).strip()
+
+    def together(self, inputs: Sequence[EncodedText | EncodedFilling], options: GenerationOptions) -> list[int]:
+        """Return which of some inputs, all to be answered in the same way, make a batch with the first one."""
+        fillings = [each for each in inputs if isinstance(each, EncodedFilling)]
+        texts = [each for each in inputs if isinstance(each, EncodedText)]
+        batches = self._score_batches(fillings) if fillings else self._batches(texts, options)
+        return sorted(next(batch for batch in batches if 0 in batch))
+
+    def answer_batch(
+        self,
+        inputs: Sequence[EncodedText | EncodedFilling],
+        options: GenerationOptions,
+        ids: Sequence[int],
+        controls: Sequence[RowControl],
+    ) -> Sequence[GenerateResult | ScoreResult]:
+        """Answer one batch of what `encode`, `encode_text` or `encode_filling` returned: for who makes batches himself.
+
+        Others may limit and stop each row by its own of the `controls`.
+
+        Raises:
+            SwitchrunError: As `fill` and `score`.
+        """
+        with self._one_thread():
+            self._check_open()
+            fillings = [each for each in inputs if isinstance(each, EncodedFilling)]
+            if fillings:
+                return self._score_batch(fillings, ids, controls)
+            self._check_reserved(options)
+            self._check_way(options)
+            to_fill = [each for each in inputs if isinstance(each, Encoded)]
+            if to_fill:
+                return self._answer_batch(to_fill, options, self._filled, ids, controls)
+            texts = [each for each in inputs if isinstance(each, EncodedText)]
+            return self._answer_batch(texts, options, self._generated, ids, controls)
+
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
         tiers, totals = self.engine.tiers.counters(), self._totals
@@ -496,11 +547,16 @@ class Session:
 
         return batches_of([max(len(each.text.ids), len(each.target)) for each in fillings], fits)
 
-    def _score_batch(self, batch: Sequence[EncodedFilling], ids: Sequence[int]) -> list[ScoreResult]:
+    def _score_batch(
+        self, batch: Sequence[EncodedFilling], ids: Sequence[int], controls: Sequence[RowControl] = ()
+    ) -> list[ScoreResult]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         scores = self.engine.score(
-            [each.text.ids for each in batch], [each.target for each in batch], on_layer=partial(self._show, "encode")
+            [each.text.ids for each in batch],
+            [each.target for each in batch],
+            controls=controls,
+            on_layer=partial(self._show, "encode"),
         )
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
         timing = ScoreTiming(self.open_seconds, time.perf_counter() - start)
@@ -531,7 +587,12 @@ class Session:
         )
 
     def _answer_batch(
-        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], ids: Sequence[int]
+        self,
+        batch: Sequence[_Text],
+        options: GenerationOptions,
+        make: Callable[..., _Result],
+        ids: Sequence[int],
+        controls: Sequence[RowControl] = (),
     ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
@@ -542,6 +603,7 @@ class Session:
             seeds=[options.seed + number for number in ids],
             stop=self._stop,
             closings=[text.closing if isinstance(text, Encoded) else None for text in batch],
+            controls=controls,
             on_layer=partial(self._show, "encode"),
             on_token=lambda step: self._show("decode", step, options.max_new_tokens),
         )
@@ -605,11 +667,11 @@ class Session:
         return tuple(alternative for alternative, _ in best), output
 
     def _filled(self, text: Encoded, ids: Sequence[int], **rest: Any) -> FillResult:
-        spans = parse_spans(ids, text.sentinels, self._tokenizer.decode, text.closing)
+        spans = self.spans_of(text, ids)
         return FillResult(text=fill_in(text.text, spans), spans=spans, **rest)
 
     def _generated(self, _text: EncodedText, ids: Sequence[int], **rest: Any) -> GenerateResult:
-        return GenerateResult(text=self._tokenizer.decode(ids).strip(), **rest)
+        return GenerateResult(text=self.text_of(ids), **rest)
 
     def _model_info(self) -> ModelInfo:
         return ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype)
