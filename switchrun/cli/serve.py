@@ -134,7 +134,8 @@ def serve(
         listener.socket.listen()
         note(f"opening {opening.model or 'the demo model'}; listening on {listener.url}")
         scheduler.start()
-        code = server.run_server(app, scheduler, listener, shutdown_grace, lambda: outcome[0] if outcome else None)
+        made = server.make_server(app, shutdown_grace)
+        code = server.run_server(made, scheduler, listener, lambda: outcome[0] if outcome else None)
     raise typer.Exit(code)
 
 

@@ -121,18 +121,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run_server(
-    app: ASGIApp,
-    scheduler: Scheduler,
-    listener: Listener,
-    shutdown_grace: float,
-    failure: Callable[[], BaseException | None],
-) -> int:
-    """Serve until a signal comes or the model cannot be opened; returns the exit code.
-
-    The first signal lets what was taken be answered, within so many seconds; the second ends the process at once.
-    `failure` returns why the model is not open, once that is known.
-    """
+def make_server(app: ASGIApp, shutdown_grace: float) -> uvicorn.Server:
+    """Return a server for an app; when it is to end, requests have so many seconds to be answered."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -146,7 +136,20 @@ def run_server(
         timeout_graceful_shutdown=math.ceil(shutdown_grace),
         h11_max_incomplete_event_size=_MOST_HEAD_BYTES,
     )
-    server = _Server(config)
+    return _Server(config)
+
+
+def run_server(
+    server: uvicorn.Server,
+    scheduler: Scheduler,
+    listener: Listener,
+    failure: Callable[[], BaseException | None],
+) -> int:
+    """Serve until a signal comes or the model cannot be opened; returns the exit code.
+
+    The first signal lets what was taken be answered, within the server's grace; the second ends the process at once.
+    `failure` returns why the model is not open, once that is known.
+    """
     received: list[int] = []
 
     def on_signal(signum: int) -> None:
