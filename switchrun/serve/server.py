@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,33 +58,41 @@ class Listener:
 def _tcp_socket(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        with _closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
     except OSError as error:
-        raise UsageError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}", "try another --port"
-        ) from error
+        words = error.strerror or error
+        raise UsageError(f"{host}:{port} cannot be listened on: {words}", "try another --port") from error
     return found
 
 
 def _unix_socket(path: Path) -> socket.socket:
     """Make a socket that only its owner may use, in the place of one that nobody listens on any more."""
-    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-                if other.connect_ex(str(path)) == 0:
-                    raise UsageError(f"--socket: another server listens on {path}", "choose another path")
-            path.unlink()
-        before = os.umask(0o177)
-        try:
-            found.bind(str(path))
-        finally:
-            os.umask(before)
+        with _closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as found:
+            if path.is_socket():
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                    if other.connect_ex(str(path)) == 0:
+                        raise UsageError(f"--socket: another server listens on {path}", "choose another path")
+                path.unlink()
+            before = os.umask(0o177)
+            try:
+                found.bind(str(path))
+            finally:
+                os.umask(before)
     except OSError as error:
         raise StorageError(f"--socket {path}: {error.strerror or error}") from error
     return found
+
+
+@contextlib.contextmanager
+def _closed_on_error(found: socket.socket) -> Iterator[socket.socket]:
+    try:
+        yield found
+    except BaseException:
+        found.close()
+        raise
 
 
 class _Protocol(H11Protocol):
