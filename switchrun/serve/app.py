@@ -46,7 +46,8 @@ _BODY_SECONDS = 30.0
 _RETRY_SECONDS = 1
 _PAGE_POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types 'none'"
 )
 
 

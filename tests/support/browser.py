@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ _FLAGS = (
     "--headless=new --remote-debugging-pipe --disable-gpu --disable-dev-shm-usage --disable-background-networking "
     "--disable-component-update --disable-extensions --disable-sync --no-first-run --no-default-browser-check"
 ).split()
-_SECONDS = 30.0
-_KEYS = {"Enter": 13, "Tab": 9, "Escape": 27, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
+#: A busy machine may take long to start it.
+_SECONDS = 60.0
+_KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "ArrowRight": 39, "ArrowDown": 40}
 
 
 def browser_path() -> str | None:
@@ -149,10 +148,5 @@ class Browser:
 
     def media(self, **features: str) -> None:
         """Have the page see media features: `prefers_color_scheme="dark"`."""
-        given: Sequence[dict[str, str]] = [{"name": k.replace("_", "-"), "value": v} for k, v in features.items()]
+        given = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
         self.send("Emulation.setEmulatedMedia", features=given)
-
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page to a PNG."""
-        found = self.send("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
