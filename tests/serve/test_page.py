@@ -8,7 +8,8 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -160,22 +161,34 @@ def gated(demo: Served) -> Iterator[Gate]:
 
 
 @pytest.mark.slow
-def test_spans_arrive_in_their_places_one_after_another(page: Page, demo: Served) -> None:
-    page.open()
-    page.wait(IDLE)
-    page.run(
-        "window.seen = []; new MutationObserver(() => seen.push(JSON.stringify([document.body.classList.contains("
-        "'running'), [...document.querySelectorAll('#sentence mark')].map((mark) => mark.textContent)])))"
-        ".observe(document.querySelector('#sentence'), { childList: true, subtree: true, characterData: true })"
-    )
-    page.fill()
+def test_spans_arrive_in_their_places_one_after_another(
+    page: Page, demo: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = demo.ask("POST", "/v1/fill", {"text": TEXT, "blank": "___"}, Authorization=f"Bearer {TOKEN}").record
     first, second = (span["text"] for span in record["spans"])
-    assert page.text("#sentence") == record["text"]
-    seen = [json.loads(each) for each in page.run("seen")]
-    assert [True, ["", ""]] in seen, "first the blanks"
-    assert [True, [first, ""]] in seen, "then a span, while the other is still to come"
+    session: Any = demo.scheduler.session
+    answer_batch, seen = session.answer_batch, threading.Event()
+
+    def wait_after_the_first_span(inputs: Any, options: Any, ids: Any, controls: Any) -> Any:
+        on_tokens = controls[0].on_tokens
+
+        def wait(tokens: Sequence[int]) -> None:
+            on_tokens(tokens)
+            assert len(tokens) != 3 or seen.wait(60)  # the start token, the sentinel and its word
+
+        controls[0].on_tokens = wait
+        return answer_batch(inputs, options, ids, controls)
+
+    monkeypatch.setattr(session, "answer_batch", wait_after_the_first_span)
+    page.open()
+    marks = "[...document.querySelectorAll('#sentence mark')].map((mark) => mark.textContent).join()"
+    page.fill(until=f"{marks} === {json.dumps(first + ',')}")
+    assert page.run("document.body.classList.contains('running')")
+    assert page.text("#sentence").startswith(f"A {first} walks into a ")
+    seen.set()
+    page.wait(DONE)
     assert page.marks() == [first, second]
+    assert page.text("#sentence") == record["text"]
     assert f"{record['tokens']['output']} tokens" in page.text("#note")
     assert page.text("#spoken") == f"Answer: {record['text']}"
     page.run("document.getElementById('time').open = true")
