@@ -1,4 +1,4 @@
-r"""What a warm server answers: 16 clients against one, beside the cold command; and a long run that tries to lose an answer.
+r"""What a warm server answers: 16 clients against one, beside the cold command; and a long run that may lose nothing.
 
     python benchmarks/serve_load.py speed [--model DIR]
     python benchmarks/serve_load.py load --requests 10000 --seconds 300
