@@ -121,4 +121,4 @@ def test_without_the_extra(hermetic: dict[str, str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], env=hermetic, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "switchrun: serve needs starlette (pip install 'switchrun[serve]')\n"
+    assert done.stderr == "switchrun: serve needs uvicorn (pip install 'switchrun[serve]')\n"
