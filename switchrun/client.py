@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import socket
 import ssl
 import time
@@ -86,8 +87,8 @@ class Client:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float | None = 600.0) -> None:
-        if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token != ""):
-            raise UsageError("token: it has characters that no token has", option="token")
+        if token is not None and not re.fullmatch("[!-~]+", token):
+            raise UsageError("the token is empty, or has characters that no token has")
         if timeout is not None and not timeout > 0:
             raise UsageError(f"timeout: {timeout!r} is no number above 0", option="timeout")
         self.url = printable(url, 200)
@@ -229,7 +230,7 @@ class Client:
             found |= answers
         return [found[at] for at in range(len(inputs))]
 
-    def wait_until_ready(self, on_wait: Callable[[], object] = lambda: None) -> None:
+    def wait_until_ready(self, on_wait: Callable[[], object] | None = None) -> None:
         """Wait while the server opens its model; `on_wait` is called once, if there is something to wait for.
 
         Raises:
@@ -246,7 +247,7 @@ class Client:
                 raise self._refusal(status, found)
             if end is not None and time.monotonic() > end:
                 raise NetworkError(f"{self.url} has been opening its model for {self._timeout:g} seconds and more")
-            if not waited:
+            if on_wait is not None and not waited:
                 on_wait()
             waited = True
             time.sleep(_OPENING_SECONDS)
