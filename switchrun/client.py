@@ -360,9 +360,9 @@ class Client:
             try:
                 connection.connect()
             except (OSError, ValueError) as error:
-                raise NetworkError(
-                    f"{self.url} cannot be reached: {_words(error)}", "start one: switchrun serve"
-                ) from error
+                absent = isinstance(error, ConnectionRefusedError | FileNotFoundError)
+                hint = "start one: switchrun serve" if absent else ""
+                raise NetworkError(f"{self.url} cannot be reached: {_words(error)}", hint) from error
             try:
                 _look_after(connection.sock, seconds)
                 # It may have answered before it has read all.
@@ -373,7 +373,8 @@ class Client:
                     pause = _pause(response.headers.get("Retry-After"))
                     text = self._whole(response, end)
             except TimeoutError as error:
-                raise NetworkError(f"{self.url} does not answer within {seconds:g} seconds") from error
+                within = "any more" if seconds is None else f"within {seconds:g} seconds"
+                raise NetworkError(f"{self.url} does not answer {within}") from error
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise NetworkError(f"{self.url} broke off, or does not speak HTTP: {_words(error)}") from error
         if status in range(300, 400):

@@ -218,6 +218,18 @@ def test_a_server_that_does_not_answer(begin: bytes) -> None:
     assert gone.wait(10)
 
 
+def test_a_server_whose_machine_went_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise TimeoutError(110, "Connection timed out")
+
+    monkeypatch.setattr("switchrun.client.Client._whole", fail)
+    with (
+        stub(lambda connection, _head, _body: connection.sendall(response({}))) as url,
+        pytest.raises(NetworkError, match="does not answer any more"),
+    ):
+        Client(url, timeout=None).fill("A <extra_id_0>")
+
+
 def test_a_server_that_trickles() -> None:
     def answer(connection: socket.socket, _head: str, _body: bytes) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
