@@ -6,7 +6,6 @@ python tools/cli_reference.py --check    exits with 1 if one of them is stale
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import typer.main
 from typer import Context
 
+from switchrun.cli import help as command_help
 from switchrun.cli.app import app
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -27,7 +27,8 @@ _CLI_HEAD = """# Command line
 Written by `tools/cli_reference.py` from the program itself; do not edit.
 
 Answers go to stdout, everything else to stderr. Defaults are in brackets. Options that are only named are
-explained [at the end](#options-of-several-commands). See also the [exit codes](exit-codes.md), and the
+explained [at the end](#options-of-several-commands). `switchrun` alone lists the commands, and
+`switchrun COMMAND -h` explains one. See also the [exit codes](exit-codes.md), and the
 [environment variables](environment.md) that stand for options.
 """
 
@@ -58,7 +59,7 @@ _OTHER_VARIABLES = {
     },
     "The terminal": {
         "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables; by default the terminal's, or 80.",
+        "COLUMNS": "the width of tables and of help; by default the terminal's, or 80.",
         "TERM": "`dumb` means no progress line.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
@@ -81,8 +82,9 @@ Unless `SWITCHRUN_DEBUG` is set, the command line sets these where they are unse
 class Option(NamedTuple):
     """An option or argument, as both pages show it."""
 
+    panel: str
     name: str
-    value: str
+    signature: str
     variable: str
     default: str
     help: str
@@ -93,7 +95,14 @@ class Command(NamedTuple):
 
     help: str
     usage: str
-    options: list[Option]
+    examples: list[str]
+    arguments: list[Option]
+    panels: dict[str, list[Option]]
+
+    @property
+    def options(self) -> list[Option]:
+        """All that have a name."""
+        return [option for panel in self.panels.values() for option in panel]
 
 
 def commands() -> dict[str, Command]:
@@ -110,26 +119,36 @@ def _commands(group: Any, context: Any, prefix: str) -> Iterator[tuple[str, Comm
             if hasattr(command, "list_commands"):
                 yield from _commands(command, inner, f"{prefix}{name} ")
             else:
-                usage = " ".join(command.collect_usage_pieces(inner))
-                options = [_option(parameter, inner) for parameter in command.params]
-                yield f"{prefix}{name}", Command(_escape(command.help), usage, options)
+                yield f"{prefix}{name}", _command(command, inner)
+
+
+def _command(command: Any, context: Any) -> Command:
+    text, examples = command_help.split_examples(command.help)
+    options = [each for each in command.params if not command_help.is_argument(each)]
+    return Command(
+        _escape(text),
+        command_help.usage(command, context),
+        examples,
+        [_option(each, context) for each in command.params if each not in options],
+        {
+            title: [_option(each, context) for each in members]
+            for title, members in command_help.panels(options).items()
+        },
+    )
 
 
 def _option(parameter: Any, context: Any) -> Option:
-    variable, text = parameter.envvar or "", _escape(parameter.help)
-    if parameter.param_type_name == "argument":
-        return Option(parameter.metavar, "", variable, "", text)
-    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.display_type(context)}"
-    name = "/".join(filter(None, (", ".join(parameter.opts), *parameter.secondary_opts)))
-    return Option(name, value, variable, _default(parameter), text)
-
-
-def _default(parameter: Any) -> str:
-    if isinstance(parameter.show_default, str):
-        return parameter.show_default
-    if parameter.is_flag or parameter.default is None:
-        return ""
-    return str(getattr(parameter.default, "value", parameter.default))
+    if command_help.is_argument(parameter):
+        return Option("", parameter.metavar, parameter.metavar, "", "", _escape(parameter.help))
+    default = "required" if parameter.required else command_help.default(parameter)
+    return Option(
+        parameter.rich_help_panel or command_help.Panel.OPTIONS,
+        command_help.long_name(parameter),
+        command_help.signature(parameter, context),
+        parameter.envvar or "",
+        default,
+        _escape(parameter.help),
+    )
 
 
 def reference() -> str:
@@ -139,13 +158,20 @@ def reference() -> str:
     parts = [_CLI_HEAD]
     for name, command in found.items():
         parts.append(f"## switchrun {name}\n\n    switchrun {name} {command.usage}\n\n{command.help}\n")
-        own = [option for option in command.options if option not in shared]
-        if own:
-            parts += [*_option_list(own), ""]
-        if len(own) < len(command.options):
-            names = ", ".join(f"`{_long(option)}`" for option in command.options if option in shared)
-            parts.append(f"{'Also' if own else 'Takes'} {names}.\n")
-    return "\n".join([*parts, f"## {_SHARED}\n", *_option_list(shared), ""])
+        parts += [*(f"    {line}" for line in command.examples), ""]
+        parts += [*_option_list(command.arguments), ""] if command.arguments else []
+        for title, options in command.panels.items():
+            own = [option for option in options if option not in shared]
+            names = ", ".join(f"`{option.name}`" for option in options if option in shared)
+            if own:
+                parts += [f"{title}:\n", *_option_list(own), *([f"- also {names}"] if names else []), ""]
+            else:
+                parts.append(f"{title}: {names}\n")
+    parts.append(f"## {_SHARED}\n")
+    for panel in command_help.Panel:
+        members = [option for option in shared if option.panel == panel]
+        parts += [f"{panel}:\n", *_option_list(members), ""] if members else []
+    return "\n".join(parts)
 
 
 def _shared(found: dict[str, Command]) -> list[Option]:
@@ -154,7 +180,7 @@ def _shared(found: dict[str, Command]) -> list[Option]:
     forms: dict[str, Option] = {}
     for option, count in counts.most_common():
         if count > 1:
-            forms.setdefault(_long(option), option)
+            forms.setdefault(option.name, option)
     return list(forms.values())
 
 
@@ -167,7 +193,7 @@ def environment() -> str:
             if option.variable:
                 takers.setdefault(option.variable, {})[name] = option
     for variable, by_command in takers.items():
-        names = dict.fromkeys(f"`{_long(option)}`" for option in by_command.values())
+        names = dict.fromkeys(f"`{option.name}`" for option in by_command.values())
         parts.append(_row(f"`{variable}`", ", ".join(names), ", ".join(by_command), _defaults(by_command)))
     for title, variables in _OTHER_VARIABLES.items():
         parts += [f"\n## {title}\n", *(f"- `{name}`: {text}" for name, text in variables.items())]
@@ -181,10 +207,6 @@ def _defaults(by_command: dict[str, Option]) -> str:
     return "; ".join([usual, *others])
 
 
-def _long(option: Option) -> str:
-    return re.split("[,/]", option.name)[0]
-
-
 def _escape(text: str) -> str:
     return text.replace("<", "&lt;")
 
@@ -192,7 +214,7 @@ def _escape(text: str) -> str:
 def _option_list(options: list[Option]) -> Iterator[str]:
     for option in options:
         default = f" ({option.default})" if option.default else ""
-        yield f"- `{option.name}{option.value}`{default}: {option.help}"
+        yield f"- `{option.signature}`{default}: {option.help}"
 
 
 def _table(*titles: str) -> Iterator[str]:

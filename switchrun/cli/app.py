@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -11,6 +12,7 @@ import typer
 
 from switchrun import __version__
 from switchrun.cli.bench import bench
+from switchrun.cli.commands import Command, Group
 from switchrun.cli.doctor import doctor
 from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
@@ -29,19 +31,22 @@ from switchrun.machine.limits import refused_by_system
 
 EXIT_BROKEN_PIPE = 141
 
-# Without rich the help is plain, and appears in a fifth of the time.
-app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
-app.command()(fill)
-app.command()(generate)
-app.command()(score)
-app.command("map")(map_inputs)
-app.command()(plan)
-app.command()(serve)
-app.command()(bench)
-app.command("eval")(evaluate)
-app.command()(prepare)
-app.add_typer(offload, name="offload")
-app.command()(doctor)
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+app = typer.Typer(cls=Group, context_settings=_CONTEXT, pretty_exceptions_enable=False, rich_markup_mode=None)
+_answer, _prepare, _measure = (
+    partial(app.command, cls=Command, rich_help_panel=panel) for panel in ("Answer", "Prepare", "Measure")
+)
+_answer()(fill)
+_answer()(generate)
+_answer()(score)
+_answer("map")(map_inputs)
+_answer()(serve)
+_prepare()(plan)
+_prepare()(prepare)
+app.add_typer(offload, name="offload", rich_help_panel="Prepare")
+_measure()(bench)
+_measure("eval")(evaluate)
+_measure()(doctor)
 for each in (*app.registered_commands, *offload.registered_commands):
     assert each.callback is not None
     each.callback = without_stdout(each.callback)
@@ -57,16 +62,24 @@ def _show_version(wanted: bool) -> None:
 def switchrun(
     context: typer.Context,
     _version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+        bool, typer.Option("--version", "-v", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Run Switch Transformers that are larger than memory."""
+    """Run Switch Transformers that are larger than memory.
+
+    `switchrun COMMAND -h` explains a command. Without --model, a small demo model answers.
+
+    Examples:
+        switchrun fill "A <extra_id_0> walks into a bar."
+        switchrun plan --model google/switch-c-2048 --cpu-memory 6GiB
+        switchrun doctor
+    """
     try:
         Path.cwd()
     except OSError as error:
         raise UsageError("the current folder was deleted", "go to one that is there") from error
     if context.invoked_subcommand is None:
-        raise UsageError("a command is missing", "see: switchrun --help")
+        write_answer(f"{context.get_help()}\n")
 
 
 def main() -> NoReturn:
@@ -99,10 +112,6 @@ def run(arguments: list[str]) -> int:
             raise
         drop_stdout()
         return EXIT_BROKEN_PIPE
-    except typer.TyperException as error:
-        context: typer.Context | None = getattr(error, "ctx", None)
-        report(f"{error.format_message()} (see: {context.command_path if context else 'switchrun'} --help)")
-        return error.exit_code
     except (Interrupted, KeyboardInterrupt):
         raise
     except BaseException as error:  # a panic in a library written in Rust is no Exception

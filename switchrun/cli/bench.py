@@ -13,6 +13,7 @@ from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
 from switchrun.cli.downloads import open_for_processes
+from switchrun.cli.help import Panel
 from switchrun.cli.streams import report, write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.output.measurement_tables import BenchFormat, format_records
@@ -36,8 +37,10 @@ def bench(
         str | None,
         typer.Option(
             metavar="SIZE",
-            show_default="none: they are holes, and reading them costs nothing; qmoe: 64 experts a layer",
-            help="With --synthetic: so many bytes of experts are real, and only those are routed to.",
+            show_default="none; qmoe: 64 experts a layer",
+            rich_help_panel=Panel.MEASUREMENT,
+            help="With --synthetic: so many bytes of experts are real, and only those are routed to. The others are "
+            "holes, and reading them costs nothing.",
         ),
     ] = None,
     dtype: Annotated[
@@ -57,51 +60,109 @@ def bench(
     offload_folder: options.OffloadFolder = None,
     hub: options.Hub = HubWay.AUTO,
     batch_size: Annotated[
-        str, typer.Option(metavar="LIST", envvar="SWITCHRUN_BATCH_SIZE", help="Inputs filled together, like 1 or 1,8.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            envvar="SWITCHRUN_BATCH_SIZE",
+            rich_help_panel=Panel.MEMORY,
+            help="Inputs filled together, like 1 or 1,8.",
+        ),
     ] = "1",
-    input_tokens: Annotated[int, typer.Option(min=2, help="Tokens of each input.")] = 24,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated for each, no fewer and no more.")] = 12,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured fills of each cell.")] = 3,
-    warmup: Annotated[int, typer.Option(min=0, help="Fills before them that are thrown away.")] = 0,
+    input_tokens: Annotated[
+        int, typer.Option(metavar="N", min=2, rich_help_panel=Panel.MEASUREMENT, help="Tokens of each input.")
+    ] = 24,
+    output_tokens: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=Panel.MEASUREMENT,
+            help="Tokens generated for each, no fewer and no more.",
+        ),
+    ] = 12,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, rich_help_panel=Panel.MEASUREMENT, help="Measured fills of each cell.")
+    ] = 3,
+    warmup: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, rich_help_panel=Panel.MEASUREMENT, help="Fills before them that are thrown away."
+        ),
+    ] = 0,
     cold: Annotated[
         bool,
         typer.Option(
             "--cold/--warm",
+            rich_help_panel=Panel.MEASUREMENT,
             help="cold: each fill in a new process, the checkpoint not in the page cache; warm: all in one process "
             "that keeps its experts.",
         ),
     ] = True,
-    seed: Annotated[int, typer.Option(min=0, help="Decides the input's tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, rich_help_panel=Panel.MEASUREMENT, help="Decides the input's tokens.")
+    ] = 0,
     style: Annotated[
         BenchFormat, typer.Option("--format", help="table, md: to read; json, jsonl, csv: to process.")
     ] = BenchFormat.TABLE,
     export: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default="none", help="Write a file too: .json, .jsonl, .csv or .md."),
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=Panel.OUTPUT,
+            help="Write a file too: .json, .jsonl, .csv or .md.",
+        ),
     ] = None,
     compare: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default="none", help="Show ratios to earlier records, .json or .jsonl."),
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=Panel.OUTPUT,
+            help="Show ratios to earlier records, .json or .jsonl.",
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE.jsonl",
-            show_default="none",
+            show_default=False,
+            rich_help_panel=Panel.OUTPUT,
             help="Skip the cells that have a record there, and add each new one as soon as it is there.",
         ),
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default="none", help="Draw .png or .svg; needs the plot extra."),
+        typer.Option(
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=Panel.OUTPUT,
+            help="Draw .png or .svg; needs the plot extra.",
+        ),
     ] = None,
     page: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE.html", show_default="none", help="Write a page; needs the plot extra."),
+        typer.Option(
+            "--report",
+            metavar="FILE.html",
+            show_default=False,
+            rich_help_panel=Panel.OUTPUT,
+            help="Write a page; needs the plot extra.",
+        ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No notes on stderr.")
+    ] = False,
 ) -> None:
-    """Measure how fast a model runs here: every combination of the lists is a cell, in processes of its own."""
+    """Measure how fast a model runs here.
+
+    Every combination of the lists (--dtype, --cpu-memory, --batch-size) is a cell, measured in processes of its own.
+
+    Examples:
+        switchrun bench --model google/switch-base-8 --cpu-memory 2GiB,4GiB
+        switchrun bench --synthetic base-128:experts=16 --dtype bf16,int8 --warm
+        switchrun bench -m google/switch-base-8 --cold --report bench.html
+    """
     from switchrun.bench.records import compare as compare_records
     from switchrun.bench.records import read_records
     from switchrun.bench.runner import Bench, Cell, product

@@ -21,9 +21,15 @@ def doctor(
     ] = False,
     style: options.Format = options.TableFormat.TABLE,
 ) -> None:
-    """Check that switchrun will work here: packages, torch, kernels, GPUs, memory, disks, the Hub, the model.
+    """Check that switchrun will work here, and say what to do.
 
-    Exit code: 0, or that of the first check that fails.
+    Checks packages, torch, kernels, GPUs, memory, disks, the Hub and the model. Exit code: 0, or that of the first
+    check that fails.
+
+    Examples:
+        switchrun doctor
+        switchrun doctor --model google/switch-base-8 --cpu-memory 4GiB
+        switchrun doctor --online --format json
     """
     from switchrun.doctor import examine
     from switchrun.output.sinks import checks_record, format_record

@@ -13,6 +13,7 @@ from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
 from switchrun.cli.downloads import open_for_processes
+from switchrun.cli.help import Panel
 from switchrun.cli.streams import Entry, LineReader, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.output.measurement_tables import EvalFormat, format_evaluation
@@ -26,19 +27,25 @@ def evaluate(
         typer.Option(
             metavar="LIST",
             envvar="SWITCHRUN_DTYPE",
-            show_default="auto,int8,nf4; auto if experts are stored in few bits",
-            help="What to compare, like fp32,bf16,int8,nf4.",
+            show_default="auto,int8,nf4, or auto alone",
+            help="What to compare, like fp32,bf16,int8,nf4. auto alone, if experts are stored in few bits.",
         ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", show_default="the first", help="Which of them the others are held against."),
+        typer.Option(
+            metavar="DTYPE",
+            show_default="the first",
+            rich_help_panel=Panel.MEASUREMENT,
+            help="Which of them the others are held against.",
+        ),
     ] = None,
     reference_model: Annotated[
         str | None,
         typer.Option(
             metavar="MODEL",
-            show_default="none",
+            show_default=False,
+            rich_help_panel=Panel.MEASUREMENT,
             help="Hold them against another model, such as the original of one that QMoE compressed.",
         ),
     ] = None,
@@ -47,16 +54,28 @@ def evaluate(
     offload_limit: options.OffloadLimit = None,
     hub: options.Hub = HubWay.AUTO,
     tokenizer: options.Tokenizer = None,
-    seed: Annotated[int, typer.Option(min=0, help="Decides which spans are taken out.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, rich_help_panel=Panel.MEASUREMENT, help="Decides which spans are taken out."),
+    ] = 0,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", show_default="all", help="Take only the first N lines.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="all",
+            rich_help_panel=Panel.INPUT,
+            help="Take only the first N lines.",
+        ),
     ] = None,
     batch_size: Annotated[
         int,
         typer.Option(
             "--batch-size",
             envvar="SWITCHRUN_BATCH_SIZE",
+            metavar="N",
             min=1,
+            rich_help_panel=Panel.MEMORY,
             help="Passages that attend, and generate, together. For the loss an expert is read once whatever it is.",
         ),
     ] = 8,
@@ -65,6 +84,7 @@ def evaluate(
         typer.Option(
             "--max-new-tokens",
             envvar="SWITCHRUN_MAX_NEW_TOKENS",
+            metavar="N",
             min=0,
             help="Most tokens to generate for a passage; 0 leaves the generation out.",
         ),
@@ -72,9 +92,17 @@ def evaluate(
     style: Annotated[EvalFormat, typer.Option("--format", help="table, md: to read; json: to process.")] = (
         EvalFormat.TABLE
     ),
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes on stderr.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No notes on stderr.")
+    ] = False,
 ) -> None:
-    """Compare precisions: loss, agreement, bytes read, time and memory of each on the same text."""
+    """Compare precisions on a text: loss, agreement, speed, memory.
+
+    Examples:
+        switchrun eval --text passages.txt --dtype bf16,int8,nf4
+        switchrun eval --text passages.txt -m google/switch-base-8 --limit 50
+        switchrun eval --text passages.txt --max-new-tokens 0 --format md
+    """
     from switchrun.bench.child_process import as_error
     from switchrun.bench.evaluation import DEFAULT_DTYPES, Evaluation
     from switchrun.checkpoint.locate import hub_id

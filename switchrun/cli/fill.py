@@ -9,6 +9,7 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import Work, answer_texts
+from switchrun.cli.help import Panel
 from switchrun.dtypes import DtypeChoice
 from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import check_sentinels
@@ -56,6 +57,7 @@ def fill(
             metavar="N",
             min=1,
             show_default=False,
+            rich_help_panel=Panel.GENERATION,
             help="The N best answers, best first, each with its log-probability: different ones of a beam search, or "
             "with --sample N draws. In text, N lines an input.",
         ),
@@ -75,7 +77,15 @@ def fill(
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fill in the sentinels of each TEXT: <extra_id_0>, <extra_id_1> and so on."""
+    """Fill in the missing words of texts, which are written <extra_id_0>.
+
+    These marks are called sentinels: the next one of a text is <extra_id_1>, and so on.
+
+    Examples:
+        switchrun fill "A <extra_id_0> walks into a bar."
+        switchrun fill --blank ___ -m google/switch-base-8 "The ___ of France is ___."
+        switchrun fill --format jsonl --cpu-memory 4GiB < texts.txt > answers.jsonl
+    """
     from switchrun.planning.options import OpenOptions
 
     drawing = options.drawing(sample, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

@@ -10,6 +10,7 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import Work, answer_texts
+from switchrun.cli.help import Panel
 from switchrun.cli.streams import read_arguments
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError
@@ -20,7 +21,7 @@ from switchrun.output.sinks import FillFormat
 if TYPE_CHECKING:
     from switchrun.model.tokenizer import EncodedText
 
-_OWN = "as the model says"
+_OWN = "the model's"
 
 
 def generate(
@@ -36,7 +37,12 @@ def generate(
     model: options.Model = None,
     prefix: Annotated[
         str,
-        typer.Option(show_default=False, help="Put this before each text, as the model was trained: 'summarize: '."),
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            rich_help_panel=Panel.INPUT,
+            help="Put this before each text, as the model was trained: 'summarize: '.",
+        ),
     ] = "",
     dtype: options.Dtype = DtypeChoice.AUTO,
     cpu_memory: options.CpuMemory = None,
@@ -69,7 +75,15 @@ def generate(
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Answer each TEXT with a fine-tuned model: with a summary, a translation. No sentinels are needed."""
+    """Answer texts with a fine-tuned model: summaries, translations.
+
+    The texts need no sentinels. Lengths, beams and sampling are as the model's own settings say, unless you set them.
+
+    Examples:
+        switchrun generate -m my-summarizer --prefix "summarize: " < dialogues.txt
+        switchrun generate -m my-summarizer --max-new-tokens 20 "A long text."
+        switchrun generate -m my-summarizer --format jsonl < in.txt > out.jsonl
+    """
     from switchrun.planning.options import OpenOptions
 
     opening = options.client(context, server, token_file) or OpenOptions(

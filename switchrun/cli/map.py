@@ -21,6 +21,7 @@ from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED, Work, notes_of, open_with_notes
 from switchrun.cli.fill import fill_work
 from switchrun.cli.generate import generate_work
+from switchrun.cli.help import Panel
 from switchrun.cli.input_files import DEFAULT_FIELD, InputFile, InputFormat, open_inputs
 from switchrun.cli.journal import Journal, Key, open_journal
 from switchrun.cli.signals import SIGNALS, Interrupted
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from switchrun.model.session import Session
 
 _DEFAULTS = GenerationOptions()
-_OWN = "; generate: as the model says"
+_OWN = "; generate: the model's"
 #: So much of the file goes to the session at a time, which divides it into batches.
 _WINDOW_INPUTS = 1024
 _WINDOW_CHARACTERS = MIB
@@ -73,12 +74,16 @@ def map_inputs(
     ],
     input_format: Annotated[
         InputFormat | None,
-        typer.Option("--input-format", show_default="by IN's ending", help="What IN is."),
+        typer.Option("--input-format", show_default="by IN's ending", rich_help_panel=Panel.INPUT, help="What IN is."),
     ] = None,
     text_field: Annotated[
         str | None,
         typer.Option(
-            "--field", metavar="NAME", show_default=DEFAULT_FIELD, help="The key or column of IN that holds the text."
+            "--field",
+            metavar="NAME",
+            show_default=DEFAULT_FIELD,
+            rich_help_panel=Panel.INPUT,
+            help="The key or column of IN that holds the text.",
         ),
     ] = None,
     task: Annotated[MapTask, typer.Option(help="What to do with each input.")] = MapTask.FILL,
@@ -97,6 +102,7 @@ def map_inputs(
         typer.Option(
             envvar="SWITCHRUN_BATCH_SIZE",
             metavar="auto|N",
+            rich_help_panel=Panel.MEMORY,
             help="Inputs answered together; an expert they share is read once. auto: as many as fit.",
         ),
     ] = "auto",
@@ -109,11 +115,21 @@ def map_inputs(
     seed: options.Seed = None,
     blank: options.Blank = None,
     prefix: Annotated[
-        str, typer.Option(help="Put this before each text. Only with --task generate.", show_default=False)
+        str,
+        typer.Option(
+            metavar="TEXT",
+            show_default=False,
+            rich_help_panel=Panel.INPUT,
+            help="Put this before each text. Only with --task generate.",
+        ),
     ] = "",
-    force: Annotated[bool, typer.Option("--force", help="Write OUT even if there is a file of that name.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", rich_help_panel=Panel.OUTPUT, help="Write OUT even if there is a file of that name."),
+    ] = False,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew, whatever an earlier run has answered.")
+        bool,
+        typer.Option("--restart", rich_help_panel=Panel.OUTPUT, help="Begin again, whatever an earlier run answered."),
     ] = False,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
@@ -122,6 +138,11 @@ def map_inputs(
 
     It may be stopped at any time, and killed: the same command goes on from there. Until OUT is complete, what was
     answered is in OUT.journal. Inputs that fail are in OUT.errors.jsonl, with their reasons.
+
+    Examples:
+        switchrun map sentences.txt -o answers.jsonl --cpu-memory 4GiB
+        switchrun map in.csv --field question -o out.csv --blank ___
+        switchrun map dialogues.jsonl -o out.jsonl --task generate -m my-summarizer
     """
     from switchrun.planning.options import OpenOptions
 

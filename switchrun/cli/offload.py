@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from switchrun.cli import options
+from switchrun.cli.commands import Command, Group
 from switchrun.cli.streams import confirmed, report, report_lines, write_answer
 from switchrun.errors import CorruptCheckpointError, StorageError, SwitchrunError, UsageError, command, printable
 from switchrun.machine import folders
@@ -21,7 +22,7 @@ from switchrun.units import format_bytes, format_count
 if TYPE_CHECKING:
     from switchrun.store import StoreInfo, VerifyReport
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(cls=Group, rich_markup_mode=None)
 
 # No environment variables here: one that is meant for `fill` must not decide what is deleted.
 Model = Annotated[
@@ -52,26 +53,37 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         parser=_kind,
-        metavar=f"<{'|'.join(_KINDS)}>",
+        metavar="KIND",
         show_default="all",
-        help="Only experts in this dtype, or the dense weights of models of the Hub.",
+        help=f"Only this: {', '.join(_KINDS[:-1])}, or dense, the dense weights of models of the Hub.",
     ),
 ]
 
 
 @app.callback(invoke_without_command=True)
 def offload(context: typer.Context) -> None:
-    """Show, check and empty the experts kept in the offload folder."""
+    """Show, check and empty the experts kept in the offload folder.
+
+    Examples:
+        switchrun offload ls
+        switchrun offload verify --delete
+        switchrun offload clear --model google/switch-base-8
+    """
     if context.invoked_subcommand is None:
-        raise UsageError("a command is missing: ls, verify or clear", "see: switchrun offload --help")
+        write_answer(f"{context.get_help()}\n")
 
 
-@app.command("ls")
+@app.command("ls", cls=Command)
 def list_them(
     offload_folder: options.OffloadFolder = None,
     style: options.Format = options.TableFormat.TABLE,
 ) -> None:
-    """List the stored experts of every model and dtype."""
+    """List the stored experts of every model and dtype.
+
+    Examples:
+        switchrun offload ls
+        switchrun offload ls --offload-folder /big/disk/offload --format json
+    """
     from switchrun.store import list_stores
 
     place = folders.offload_folder(offload_folder)
@@ -84,7 +96,7 @@ def list_them(
         write_answer(render_stores(place, stores))
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     model: Model = None,
     dtype: Dtype = None,
@@ -93,7 +105,12 @@ def verify(
         bool, typer.Option("--delete", help="Delete what is damaged; it is made again from the checkpoint.")
     ] = False,
 ) -> None:
-    """Read every stored expert and compare it with its checksum."""
+    """Read every stored expert and compare it with its checksum.
+
+    Examples:
+        switchrun offload verify
+        switchrun offload verify --dtype int8 --delete
+    """
     from switchrun.output.tables import render_stores, render_verified
     from switchrun.store import clear_hint, verify_store
 
@@ -132,14 +149,21 @@ def verify(
         )
 
 
-@app.command()
+@app.command(cls=Command)
 def clear(
     model: Model = None,
     dtype: Dtype = None,
     offload_folder: options.OffloadFolder = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete stored experts. Nothing is lost but time: they are made again from the checkpoint."""
+    """Delete stored experts.
+
+    Nothing is lost but time: they are made again from the checkpoint.
+
+    Examples:
+        switchrun offload clear --dtype nf4
+        switchrun offload clear --model google/switch-base-8 --yes
+    """
     from switchrun.store import clear_store
 
     place = folders.offload_folder(offload_folder)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchrun.checkpoint.types import HubWay
+from switchrun.cli.help import Panel
 from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 from switchrun.model.records import GenerationOptions
@@ -53,7 +54,7 @@ Dtype = Annotated[
     DtypeChoice,
     typer.Option(
         envvar="SWITCHRUN_DTYPE",
-        help="What to compute in; auto is as stored. int8 and nf4: experts in 8 or 4 bit, the rest as auto.",
+        help="What to compute in. auto: as stored. int8, nf4: experts in 8 or 4 bit, the rest as stored.",
     ),
 ]
 CpuMemory = Annotated[
@@ -70,8 +71,9 @@ GpuMemory = Annotated[
     typer.Option(
         envvar="SWITCHRUN_GPU_MEMORY",
         metavar="SIZE",
-        show_default="what is free on all GPUs, less a reserve",
-        help="Memory to use on the first GPU, like 6GiB; for several, 0=6GiB,1=20GiB; 0: no GPU.",
+        show_default="what is free, less a reserve",
+        rich_help_panel=Panel.MEMORY,
+        help="Memory to use on the first GPU, like 6GiB; on several, like 0=6GiB,1=20GiB; 0 uses none.",
     ),
 ]
 OffloadFolder = Annotated[
@@ -80,7 +82,8 @@ OffloadFolder = Annotated[
         parser=named("offload-folder"),
         envvar="SWITCHRUN_OFFLOAD_FOLDER",
         metavar="DIR",
-        show_default="./offload if it exists, else in the user's cache",
+        show_default="./offload, or the user's cache",
+        rich_help_panel=Panel.MEMORY,
         help="Where switchrun keeps what it writes itself.",
     ),
 ]
@@ -90,6 +93,7 @@ OffloadLimit = Annotated[
         envvar="SWITCHRUN_OFFLOAD_LIMIT",
         metavar="SIZE",
         show_default="no limit",
+        rich_help_panel=Panel.MEMORY,
         help="What the experts of a dtype that are kept there may take, like 200GB; those used last stay.",
     ),
 ]
@@ -98,6 +102,7 @@ DeviceMap = Annotated[
     typer.Option(
         envvar="SWITCHRUN_DEVICE_MAP",
         metavar="auto|FILE",
+        rich_help_panel=Panel.MEMORY,
         help="Which weights go where: a JSON file from `switchrun plan --format json`, or one in accelerate's format.",
     ),
 ]
@@ -105,7 +110,8 @@ Hub = Annotated[
     HubWay,
     typer.Option(
         envvar="SWITCHRUN_HUB",
-        help="How a model of the Hub is opened. ranges: read what is needed. download: download all of it first. "
+        rich_help_panel=Panel.MODEL,
+        help="How to open a model of the Hub. ranges: read what is needed. download: download all of it first. "
         "auto: download what is under 1 GB, else ranges.",
     ),
 ]
@@ -114,7 +120,8 @@ NetworkBandwidth = Annotated[
     typer.Option(
         envvar="SWITCHRUN_NETWORK_BANDWIDTH",
         metavar="RATE",
-        show_default="as last measured, else 12.5MB/s",
+        show_default="as measured, else 12.5MB/s",
+        rich_help_panel=Panel.MODEL,
         help="How fast the Hub is, for the estimate, like 12MB/s.",
     ),
 ]
@@ -125,6 +132,7 @@ Tokenizer = Annotated[
         envvar="SWITCHRUN_TOKENIZER",
         metavar="PATH|ID",
         show_default="the model's own",
+        rich_help_panel=Panel.MODEL,
         help="Where the tokenizer is, for a checkpoint that carries none.",
     ),
 ]
@@ -133,8 +141,9 @@ BatchSize = Annotated[
     typer.Option(
         envvar="SWITCHRUN_BATCH_SIZE",
         metavar="auto|N",
-        show_default="auto; 1 for one TEXT and at a terminal",
-        help="Inputs filled together; an expert they share is read once. auto: what has come, as many as fit.",
+        show_default="auto; 1 for one TEXT or at a terminal",
+        rich_help_panel=Panel.MEMORY,
+        help="Inputs answered together; an expert they share is read once. auto: what has come, as many as fit.",
     ),
 ]
 Server = Annotated[
@@ -142,8 +151,8 @@ Server = Annotated[
     typer.Option(
         envvar="SWITCHRUN_SERVER",
         metavar="URL|unix:PATH",
-        show_default=False,
-        help="Ask `switchrun serve`, which keeps a model open, like http://HOST:PORT; no model is opened here.",
+        rich_help_panel=Panel.SERVER,
+        help="Ask a server, which keeps its model open, like http://127.0.0.1:8080: see `switchrun serve`.",
     ),
 ]
 TokenFile = Annotated[
@@ -151,8 +160,9 @@ TokenFile = Annotated[
     typer.Option(
         envvar="SWITCHRUN_TOKEN_FILE",
         metavar="FILE",
-        show_default=False,
-        help="A file with the server's token; without it SWITCHRUN_TOKEN is the token.",
+        show_default="SWITCHRUN_TOKEN",
+        rich_help_panel=Panel.SERVER,
+        help="A file with the token that the server asks for.",
     ),
 ]
 _DEFAULTS = GenerationOptions()
@@ -162,64 +172,111 @@ _SAMPLING = "Only with --sample."
 def max_new_tokens(shown: bool | str = True) -> Any:
     """Return `--max-new-tokens`, for which help shows this default."""
     return typer.Option(
-        envvar="SWITCHRUN_MAX_NEW_TOKENS", min=1, show_default=shown, help="Most tokens to generate for an input."
+        envvar="SWITCHRUN_MAX_NEW_TOKENS",
+        metavar="N",
+        min=1,
+        show_default=shown,
+        help="Most tokens to generate for an input.",
     )
 
 
 def num_beams(shown: bool | str = True) -> Any:
     """Return `--num-beams`; see `max_new_tokens`."""
     return typer.Option(
-        envvar="SWITCHRUN_NUM_BEAMS", min=1, show_default=shown, help="Beams of the search; 1 is greedy."
+        envvar="SWITCHRUN_NUM_BEAMS",
+        metavar="N",
+        min=1,
+        show_default=shown,
+        rich_help_panel=Panel.GENERATION,
+        help="Beams of the search; 1 is greedy.",
     )
 
 
 def sample_or_not(shown: str) -> Any:
     """Return `--sample/--no-sample`; see `max_new_tokens`."""
-    return typer.Option("--sample/--no-sample", show_default=shown, help="Draw tokens, or take the likeliest.")
+    return typer.Option(
+        "--sample/--no-sample",
+        show_default=shown,
+        rich_help_panel=Panel.GENERATION,
+        help="Draw tokens, or take the likeliest.",
+    )
 
 
 def temperature(shown: str) -> Any:
     """Return `--temperature`; see `max_new_tokens`."""
-    return typer.Option(show_default=shown, help=f"Divides the logits before drawing. {_SAMPLING}")
+    return typer.Option(
+        metavar="NUMBER",
+        show_default=shown,
+        rich_help_panel=Panel.GENERATION,
+        help=f"Divides the logits before drawing. {_SAMPLING}",
+    )
 
 
 def top_p(shown: str) -> Any:
     """Return `--top-p`; see `max_new_tokens`."""
     return typer.Option(
-        show_default=shown, help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}"
+        metavar="NUMBER",
+        show_default=shown,
+        rich_help_panel=Panel.GENERATION,
+        help=f"Draw from the likeliest tokens that together have this probability. {_SAMPLING}",
     )
 
 
 def top_k(shown: str) -> Any:
     """Return `--top-k`; see `max_new_tokens`."""
-    return typer.Option(min=0, show_default=shown, help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}")
+    return typer.Option(
+        metavar="N",
+        min=0,
+        show_default=shown,
+        rich_help_panel=Panel.GENERATION,
+        help=f"Draw from this many likeliest tokens; 0 is all. {_SAMPLING}",
+    )
 
 
 MaxNewTokens = Annotated[int, max_new_tokens()]
 NumBeams = Annotated[int, num_beams()]
-Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+Sample = Annotated[
+    bool,
+    typer.Option("--sample", rich_help_panel=Panel.GENERATION, help="Draw tokens instead of taking the likeliest."),
+]
 Temperature = Annotated[float | None, temperature(str(_DEFAULTS.temperature))]
 TopP = Annotated[float | None, top_p(str(_DEFAULTS.top_p))]
 TopK = Annotated[int | None, top_k(str(_DEFAULTS.top_k))]
 Seed = Annotated[
     int | None,
     typer.Option(
-        min=0, max=2**63 - 1, show_default=str(_DEFAULTS.seed), help=f"The same seed draws the same. {_SAMPLING}"
+        metavar="N",
+        min=0,
+        max=2**63 - 1,
+        show_default=str(_DEFAULTS.seed),
+        rich_help_panel=Panel.GENERATION,
+        help=f"The same seed draws the same. {_SAMPLING}",
     ),
 ]
 Blank = Annotated[
     str | None,
-    typer.Option(metavar="MARK", show_default=False, help="Take this mark, like ___, for the next sentinel."),
+    typer.Option(
+        metavar="MARK",
+        show_default=False,
+        rich_help_panel=Panel.INPUT,
+        help="Take this mark, like ___, for the next sentinel.",
+    ),
 ]
 Explain = Annotated[
     bool,
     typer.Option(
         "--explain",
+        rich_help_panel=Panel.OUTPUT,
         help="Say which expert each token went to, in each layer: in records, or as a table on stderr.",
     ),
 ]
-Stats = Annotated[bool, typer.Option("--stats", help="Show memory and speed on stderr at the end.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
+Stats = Annotated[
+    bool,
+    typer.Option("--stats", rich_help_panel=Panel.OUTPUT, help="Show memory and speed on stderr at the end."),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel=Panel.OUTPUT, help="No notes and no progress on stderr.")
+]
 
 
 def batch_size(given: str) -> AnyBatchSize:

@@ -8,6 +8,7 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.help import Panel
 from switchrun.cli.streams import warn, write_answer
 from switchrun.dtypes import DtypeChoice
 from switchrun.output.sinks import format_record
@@ -25,17 +26,25 @@ def plan(
         typer.Option(
             envvar="SWITCHRUN_BATCH_SIZE",
             metavar="auto|N",
+            rich_help_panel=Panel.MEMORY,
             help="Inputs to reserve memory for; auto: one, and a share of what is left for more.",
         ),
     ] = "1",
     num_beams: options.NumBeams = 1,
-    input_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an input, for the estimate.")] = 24,
-    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated, for the estimate.")] = 12,
+    input_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, rich_help_panel=Panel.ESTIMATE, help="Tokens of an input."),
+    ] = 24,
+    output_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, rich_help_panel=Panel.ESTIMATE, help="Tokens generated for it."),
+    ] = 12,
     disk_bandwidth: Annotated[
         str | None,
         typer.Option(
             metavar="RATE|measure",
-            show_default="as last measured, else 1GB/s",
+            show_default="as measured, else 1GB/s",
+            rich_help_panel=Panel.ESTIMATE,
             help="Read bandwidth of the disk, like 1.8GB/s; measure: read experts for half a second.",
         ),
     ] = None,
@@ -46,7 +55,15 @@ def plan(
         typer.Option("--format", help="table: to read; json: to process, and a file for --device-map."),
     ] = options.TableFormat.TABLE,
 ) -> None:
-    """Show which weights go to which tier and why, and what a fill will cost. No weights are read or downloaded."""
+    """Show which weights go where and why, and what a fill will cost.
+
+    No weights are read or downloaded.
+
+    Examples:
+        switchrun plan --model google/switch-c-2048 --cpu-memory 6GiB
+        switchrun plan -m google/switch-base-8 --disk-bandwidth measure
+        switchrun plan --format json --gpu-memory 0 > device-map.json
+    """
     from switchrun.planning.opening import plan_model
     from switchrun.planning.options import OpenOptions
 

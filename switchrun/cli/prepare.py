@@ -13,6 +13,7 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.downloads import ask_to_download, download_progress
+from switchrun.cli.help import Panel
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, write_answer
@@ -37,23 +38,40 @@ def prepare(
     hub: options.Hub = HubWay.AUTO,
     layers: Annotated[
         str | None,
-        typer.Option(metavar="LIST", show_default="all", help="Only these layers, like encoder.1,decoder.3-7."),
+        typer.Option(
+            metavar="LIST",
+            show_default="all",
+            rich_help_panel=Panel.MODEL,
+            help="Only these layers, like encoder.1,decoder.3-7.",
+        ),
     ] = None,
     experts: Annotated[
         str | None,
-        typer.Option(metavar="LIST", show_default="all", help="Only these experts of each layer, like 0-15,20."),
+        typer.Option(
+            metavar="LIST",
+            show_default="all",
+            rich_help_panel=Panel.MODEL,
+            help="Only these experts of each layer, like 0-15,20.",
+        ),
     ] = None,
     limit: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            show_default="none",
+            show_default="no limit",
+            rich_help_panel=Panel.MEMORY,
             help="Most that the model's stored experts may take on disk; those beyond it are left out.",
         ),
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, show_default="one a core, as memory allows", help="Experts quantised side by side."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="one a core, as memory allows",
+            rich_help_panel=Panel.MEMORY,
+            help="Experts quantised side by side.",
+        ),
     ] = None,
     cpu_memory: options.CpuMemory = None,
     offload_folder: options.OffloadFolder = None,
@@ -65,6 +83,11 @@ def prepare(
     """Quantise experts into the offload folder ahead of time.
 
     It may be stopped at any time: the same command goes on from there.
+
+    Examples:
+        switchrun prepare --dtype int8 --model google/switch-base-8
+        switchrun prepare --dtype nf4 --layers encoder,decoder.0-3 --dry-run
+        switchrun prepare --dtype int8 -m google/switch-c-2048 --limit 200GB
     """
     from switchrun.planning import preparation as planning
     from switchrun.planning.budgets import parse_size, resolve_budgets

@@ -25,8 +25,8 @@ def score(
         typer.Argument(
             metavar="FILLING",
             show_default=False,
-            help="A text and a span for each of its sentinels, with tabs between: text<TAB>span<TAB>span; or JSON: "
-            '{"text": "A <extra_id_0> walks in", "spans": ["man"]}. No FILLING, or -, reads one a line from stdin.',
+            help="A text and a span for each of its sentinels, with tabs between; or JSON, as in the examples. No "
+            "FILLING, or -, reads one a line from stdin.",
         ),
     ] = None,
     model: options.Model = None,
@@ -54,7 +54,15 @@ def score(
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Say how likely each FILLING is, as log-probabilities in nats."""
+    r"""Say how likely given fillings are, as log-probabilities.
+
+    They are in nats: 0 is certain, and each -0.69 halves the probability.
+
+    Examples:
+        switchrun score '{"text": "A <extra_id_0> walks in.", "spans": ["man"]}'
+        switchrun score --format jsonl -m google/switch-base-8 < fillings.jsonl
+        printf 'A ___ walks in.\tman\n' | switchrun score --blank ___
+    """
     from switchrun.planning.options import OpenOptions
 
     opening = options.client(context, server, token_file) or OpenOptions(

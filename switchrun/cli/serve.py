@@ -14,6 +14,7 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import open_session
+from switchrun.cli.help import Panel
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import report, report_lines
 from switchrun.dtypes import DtypeChoice
@@ -23,26 +24,48 @@ from switchrun.errors import UsageError, printable
 def serve(
     model: options.Model = None,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any that is free.")] = 8080,
+    port: Annotated[
+        int, typer.Option(metavar="N", min=0, max=65535, help="Port to listen on; 0 is any that is free.")
+    ] = 8080,
     socket: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Listen on a Unix socket instead, which only its owner may use."),
+        typer.Option(
+            metavar="PATH",
+            rich_help_panel=Panel.SERVER,
+            help="Listen on a Unix socket instead, which only its owner may use.",
+        ),
     ] = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
             envvar="SWITCHRUN_TOKEN_FILE",
             metavar="FILE",
-            help="A file with a token that requests must send: Authorization: Bearer TOKEN.",
+            rich_help_panel=Panel.SERVER,
+            help="A file with a token that requests must send, as Authorization: Bearer TOKEN.",
         ),
     ] = None,
-    max_queue: Annotated[int, typer.Option(metavar="N", min=1, help="Requests that may wait.")] = 64,
+    max_queue: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, rich_help_panel=Panel.SERVER, help="Requests that may wait."),
+    ] = 64,
     shutdown_grace: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long SIGTERM lets requests be answered.")
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            min=0,
+            rich_help_panel=Panel.SERVER,
+            help="How long requests may still be answered after SIGTERM.",
+        ),
     ] = 30.0,
     threads: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, show_default="one for each core", help="Threads that compute."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            show_default="one for each core",
+            rich_help_panel=Panel.SERVER,
+            help="Threads that compute.",
+        ),
     ] = None,
     dtype: options.Dtype = DtypeChoice.AUTO,
     cpu_memory: options.CpuMemory = None,
@@ -58,12 +81,19 @@ def serve(
         typer.Option(
             envvar="SWITCHRUN_BATCH_SIZE",
             metavar="auto|N",
+            rich_help_panel=Panel.MEMORY,
             help="Inputs answered together; an expert they share is read once. auto: as many as fit.",
         ),
     ] = "auto",
     max_new_tokens: Annotated[
         int,
-        typer.Option(envvar="SWITCHRUN_MAX_NEW_TOKENS", metavar="N", min=1, help="Most tokens a request may ask for."),
+        typer.Option(
+            envvar="SWITCHRUN_MAX_NEW_TOKENS",
+            metavar="N",
+            min=1,
+            rich_help_panel=Panel.MEMORY,
+            help="Most tokens that a request may ask for.",
+        ),
     ] = 128,
     num_beams: Annotated[
         int,
@@ -71,12 +101,21 @@ def serve(
             envvar="SWITCHRUN_NUM_BEAMS",
             metavar="N",
             min=1,
-            help="Most beams a request may ask for, two an alternative.",
+            rich_help_panel=Panel.MEMORY,
+            help="Most beams that a request may ask for: two for each alternative.",
         ),
     ] = 8,
     quiet: options.Quiet = False,
 ) -> None:
-    """Keep a model open, and answer requests over HTTP: see the page at /, and /openapi.json."""
+    """Keep a model open, and answer requests over HTTP.
+
+    A page at / is there to try it; /openapi.json describes the requests.
+
+    Examples:
+      switchrun serve
+      switchrun serve --model google/switch-base-8 --port 9000 --cpu-memory 4GiB
+      switchrun serve --host 0.0.0.0 --token-file token.txt
+    """
     from switchrun.planning.options import OpenOptions
 
     token = None if token_file is None else options.read_token(token_file)
@@ -131,7 +170,8 @@ def serve(
         listener.socket.listen()
         note(f"opening {opening.model or 'the demo model'}; listening on {listener.url}")
         scheduler.start()
-        code = server.run_server(app, scheduler, listener, shutdown_grace, lambda: outcome[0] if outcome else None)
+        made = server.make_server(app, shutdown_grace)
+        code = server.run_server(made, scheduler, listener, lambda: outcome[0] if outcome else None)
     raise typer.Exit(code)
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,33 +58,41 @@ class Listener:
 def _tcp_socket(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        found = socket.socket(family, socket.SOCK_STREAM)
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        with _closed_on_error(socket.socket(family, socket.SOCK_STREAM)) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(address)
     except OSError as error:
-        raise UsageError(
-            f"{host}:{port} cannot be listened on: {error.strerror or error}", "try another --port"
-        ) from error
+        words = error.strerror or error
+        raise UsageError(f"{host}:{port} cannot be listened on: {words}", "try another --port") from error
     return found
 
 
 def _unix_socket(path: Path) -> socket.socket:
     """Make a socket that only its owner may use, in the place of one that nobody listens on any more."""
-    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if path.exists() and stat.S_ISSOCK(path.lstat().st_mode):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-                if other.connect_ex(str(path)) == 0:
-                    raise UsageError(f"--socket: another server listens on {path}", "choose another path")
-            path.unlink()
-        before = os.umask(0o177)
-        try:
-            found.bind(str(path))
-        finally:
-            os.umask(before)
+        with _closed_on_error(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as found:
+            if path.is_socket():
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
+                    if other.connect_ex(str(path)) == 0:
+                        raise UsageError(f"--socket: another server listens on {path}", "choose another path")
+                path.unlink()
+            before = os.umask(0o177)
+            try:
+                found.bind(str(path))
+            finally:
+                os.umask(before)
     except OSError as error:
         raise StorageError(f"--socket {path}: {error.strerror or error}") from error
     return found
+
+
+@contextlib.contextmanager
+def _closed_on_error(found: socket.socket) -> Iterator[socket.socket]:
+    try:
+        yield found
+    except BaseException:
+        found.close()
+        raise
 
 
 class _Protocol(H11Protocol):
@@ -121,18 +128,8 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run_server(
-    app: ASGIApp,
-    scheduler: Scheduler,
-    listener: Listener,
-    shutdown_grace: float,
-    failure: Callable[[], BaseException | None],
-) -> int:
-    """Serve until a signal comes or the model cannot be opened; returns the exit code.
-
-    The first signal lets what was taken be answered, within so many seconds; the second ends the process at once.
-    `failure` returns why the model is not open, once that is known.
-    """
+def make_server(app: ASGIApp, shutdown_grace: float) -> uvicorn.Server:
+    """Return a server for an app; when it is to end, requests have so many seconds to be answered."""
     config = uvicorn.Config(
         app,
         http=_Protocol,
@@ -146,7 +143,20 @@ def run_server(
         timeout_graceful_shutdown=math.ceil(shutdown_grace),
         h11_max_incomplete_event_size=_MOST_HEAD_BYTES,
     )
-    server = _Server(config)
+    return _Server(config)
+
+
+def run_server(
+    server: uvicorn.Server,
+    scheduler: Scheduler,
+    listener: Listener,
+    failure: Callable[[], BaseException | None],
+) -> int:
+    """Serve until a signal comes or the model cannot be opened; returns the exit code.
+
+    The first signal lets what was taken be answered, within the server's grace; the second ends the process at once.
+    `failure` returns why the model is not open, once that is known.
+    """
     received: list[int] = []
 
     def on_signal(signum: int) -> None:

@@ -26,7 +26,7 @@ def _imported(code: str, env: dict[str, str]) -> set[str]:
 @pytest.mark.parametrize(
     "args",
     [
-        "--help",
+        "",
         "--version",
         "fill --help",
         "plan --help",
@@ -62,9 +62,8 @@ def test_importing_the_package_imports_nothing_heavy(hermetic: dict[str, str]) -
 def test_help(run_switchrun: RunSwitchrun) -> None:
     done = run_switchrun(["--help"])
     assert (done.returncode, done.stderr) == (0, "")
+    assert run_switchrun([]).stdout == done.stdout
     assert "fill" in done.stdout
-    assert "plan" in done.stdout
-    assert max(len(line) for line in run_switchrun(["fill", "--help"]).stdout.splitlines()) <= 80
 
 
 def test_version(run_switchrun: RunSwitchrun) -> None:
@@ -83,9 +82,7 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        ([], 2, "a command is missing (see: switchrun --help)"),
-        (["fil"], 2, "No such command 'fil'. Did you mean 'fill'?"),
-        (["fill", "--nonsense"], 2, "--nonsense"),
+        (["fill", "--nonsense"], 2, "there is no option --nonsense"),
         (["fill", "--batch-size", "0", "x"], 2, "--batch-size: '0' is neither auto nor a whole number above 0"),
         (["fill", "--seed", "1", "<extra_id_0>"], 2, "--seed does nothing without --sample"),
         (["fill", "-", "x"], 2, "stdin"),
@@ -114,9 +111,6 @@ def test_the_console_script_is_the_same(run_switchrun: RunSwitchrun, hermetic: d
             2,
             "switchrun plan --format json --model m --dtype int8 --offload-folder 'my tier' > 'a b')",
         ),
-        (["plan", "--input-tokens", "0"], 2, "'--input-tokens'"),
-        (["plan", "--format", "jsonl"], 2, "'--format'"),
-        (["plan", "extra"], 2, "extra"),
     ],
 )
 def test_errors_are_one_line_and_stdout_stays_empty(

@@ -67,7 +67,7 @@ def test_options_reach_the_session(invoke: Invoke, monkeypatch: pytest.MonkeyPat
         (["--seed", "3"], "--seed does nothing without --sample"),
         (["--no-sample", "--top-k", "3"], "--top-k does nothing without --sample"),
         (["--sample", "--temperature", "0"], "--temperature must be above 0"),
-        (["--num-beams", "0"], "'--num-beams'"),
+        (["--num-beams", "0"], "--num-beams: '0' is not a whole number of at least 1"),
         (["--max-new-tokens", "9" * 400], "--max-new-tokens: 9999"),
         (["--blank", "___"], "--blank"),
         (["--prefix", "a \udcff"], "--prefix: not UTF-8: byte 0xff at offset 2"),

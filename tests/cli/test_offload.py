@@ -19,7 +19,7 @@ from switchrun.checkpoint import open_checkpoint
 from switchrun.store import model_name, store_folder
 from tests.checkpoint.test_locate import COMMIT, put_into_cache
 from tests.cli.conftest import Invoke
-from tests.conftest import RunSwitchrun, validate
+from tests.conftest import validate
 from tests.store.conftest import LAYOUT, data_of, flip, key, open_store
 from tests.support.checkpoints import random_model, save_checkpoint, tiny_config
 
@@ -248,12 +248,6 @@ def test_what_cannot_be_deleted_is_said(invoke: Invoke, offload: Path, monkeypat
     done = invoke("offload", "clear", "--yes", "--model", "demo")
     assert done.code == 9
     assert "cannot be emptied: Permission denied" in done.stderr
-
-
-def test_a_command_is_needed(run_switchrun: RunSwitchrun) -> None:
-    done = run_switchrun(["offload"])
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "ls, verify or clear" in done.stderr
 
 
 def test_a_real_terminal_is_asked(offload: Path, hermetic: dict[str, str]) -> None:

@@ -259,7 +259,7 @@ def test_another_state_of_the_model_is_refused(invoke: Invoke, tier: Path) -> No
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        ("", 2, "Missing option '--dtype'"),
+        ("", 2, "--dtype int8|nf4 is missing"),
         ("--dtype bf16", 2, "--dtype"),
         ("--dtype int8 --layers encoder.0", 2, "'encoder.0' has no experts"),
         ("--dtype int8 --layers encoder.1,", 2, "'' names no layers"),
