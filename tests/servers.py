@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -11,12 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from switchrun import Session
 from switchrun.serve.app import Guard, make_app
 from switchrun.serve.scheduler import Scheduler
-from switchrun.serve.server import Listener
+from switchrun.serve.server import Listener, make_server
 
 #: Called with a connection, the request's first line and headers, and its body.
 Answer = Callable[[socket.socket, str, bytes], object]
@@ -27,11 +26,10 @@ def serving(session: Session, token: str | None = None, path: Path | None = None
     """Serve a session, which is closed at the end; yields the URL."""
     scheduler = Scheduler(lambda _progress: session, 64, lambda _error: None, lambda _bug: "0")
     scheduler.start()
-    config = uvicorn.Config(make_app(scheduler, Guard(token, None), lambda _bug: "0"), lifespan="off", log_config=None)
-    server = uvicorn.Server(config)
+    server = make_server(make_app(scheduler, Guard(token, None), lambda _bug: "0"), shutdown_grace=5)
     with Listener("127.0.0.1", 0, path) as listener:
         listener.socket.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.socket]})
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener.socket])))
         thread.start()
         while not (scheduler.ready and server.started):
             time.sleep(0.01)
