@@ -61,9 +61,9 @@ def same(here: Any, there: Any) -> None:
     [
         None,
         GenerationOptions(max_new_tokens=5, explain=True),
-        GenerationOptions(num_beams=2),
-        GenerationOptions(alternatives=2, explain=True, max_new_tokens=8),
-        GenerationOptions(sample=True, seed=7, temperature=2.0, top_k=50, top_p=0.9),
+        GenerationOptions(num_beams=2, max_new_tokens=6),
+        GenerationOptions(alternatives=2, explain=True, max_new_tokens=6),
+        GenerationOptions(sample=True, seed=7, temperature=2.0, top_k=50, top_p=0.9, max_new_tokens=6),
     ],
 )
 def test_a_client_fills_as_a_session_does(session: Session, url: str, options: GenerationOptions | None) -> None:
@@ -76,7 +76,7 @@ def test_a_client_fills_as_a_session_does(session: Session, url: str, options: G
 
 def test_a_client_generates_and_scores_as_a_session_does(session: Session, url: str) -> None:
     client = Client(url)
-    for options in (None, GenerationOptions(max_new_tokens=5), GenerationOptions(sample=True, seed=2)):
+    for options in (None, GenerationOptions(sample=True, seed=2, max_new_tokens=6)):
         same(session.generate("Hello", options, prefix="x: "), client.generate("Hello", options, prefix="x: "))
     for one, other in zip(session.score(FILLINGS), client.score(FILLINGS), strict=True):
         same(one, other)

@@ -23,6 +23,7 @@ from tests.conftest import ROOT, validate
 from tests.servers import refusal, response, serving, stub, without_costs
 
 TEXTS = ["A <extra_id_0> walks into a bar.", "The <extra_id_0> is <extra_id_1>."]
+SHORT = ["--max-new-tokens", "6"]
 NO_SENTINEL = "the text has no sentinel, so there is nothing to fill in"
 
 
@@ -45,9 +46,12 @@ def url(session: Session) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("flags", "options"),
     [
-        (["--max-new-tokens", "5", "--num-beams", "2"], GenerationOptions(max_new_tokens=5, num_beams=2)),
-        (["--sample", "--seed", "3", "--top-k", "9"], GenerationOptions(sample=True, seed=3, top_k=9)),
-        (["--alternatives", "2"], GenerationOptions(alternatives=2)),
+        (["--num-beams", "2", *SHORT], GenerationOptions(max_new_tokens=6, num_beams=2)),
+        (
+            ["--sample", "--seed", "3", "--top-k", "9", *SHORT],
+            GenerationOptions(sample=True, seed=3, top_k=9, max_new_tokens=6),
+        ),
+        (["--alternatives", "2", *SHORT], GenerationOptions(alternatives=2, max_new_tokens=6)),
     ],
 )
 def test_lines_are_those_of_a_session(
@@ -138,27 +142,29 @@ def test_the_server_from_the_environment(invoke: Invoke, url: str, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("command", "flags"),
     [
-        ["--model", "x"],
-        ["-m", "x"],
-        ["--dtype", "auto"],
-        ["--cpu-memory", "6GiB"],
-        ["--gpu-memory", "0"],
-        ["--offload-folder", "x"],
-        ["--offload-limit", "1GB"],
-        ["--device-map", "auto"],
-        ["--tokenizer", "x"],
-        ["--hub", "auto"],
-        ["--network-bandwidth", "1MB/s"],
-        ["--batch-size", "1"],
-        ["--stats"],
+        ("fill", "--model x"),
+        ("fill", "-m x"),
+        ("fill", "--dtype auto"),
+        ("fill", "--cpu-memory 6GiB"),
+        ("fill", "--gpu-memory 0"),
+        ("fill", "--offload-folder x"),
+        ("fill", "--offload-limit 1GB"),
+        ("fill", "--device-map auto"),
+        ("fill", "--tokenizer x"),
+        ("fill", "--hub auto"),
+        ("fill", "--network-bandwidth 1MB/s"),
+        ("fill", "--batch-size 1"),
+        ("fill", "--stats"),
+        ("generate", "--batch-size auto"),
+        ("score", "--stats"),
     ],
 )
-@pytest.mark.parametrize("command", ["fill", "generate", "score"])
-def test_options_of_the_server(invoke: Invoke, command: str, flags: list[str]) -> None:
-    outcome = invoke(command, "A <extra_id_0>\tb", "--server", "http://127.0.0.1:1", *flags)
-    flag = "--model" if flags[0] == "-m" else flags[0]
+def test_options_of_the_server(invoke: Invoke, command: str, flags: str) -> None:
+    flag, *value = flags.split()
+    outcome = invoke(command, "A <extra_id_0>\tb", "--server", "http://127.0.0.1:1", flag, *value)
+    flag = "--model" if flag == "-m" else flag
     assert (outcome.code, outcome.stdout) == (2, "")
     assert outcome.stderr == (
         f"switchrun: {flag} does nothing with a server, which has its own (leave out {flag} or --server)\n"
