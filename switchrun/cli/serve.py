@@ -20,9 +20,6 @@ from switchrun.cli.streams import report, report_lines
 from switchrun.dtypes import DtypeChoice
 from switchrun.errors import UsageError, printable
 
-#: A token is short, and its file holds nothing else.
-_MOST_TOKEN_BYTES = 4096
-
 
 def serve(
     model: options.Model = None,
@@ -121,7 +118,7 @@ def serve(
     """
     from switchrun.planning.options import OpenOptions
 
-    token = None if token_file is None else _token(token_file)
+    token = None if token_file is None else options.read_token(token_file)
     if token is None and socket is None and not _is_loopback(host):
         raise UsageError(f"--host {printable(host, 100)}: others could reach it", "protect it with --token-file FILE")
     opening = OpenOptions(
@@ -176,18 +173,6 @@ def serve(
         made = server.make_server(app, shutdown_grace)
         code = server.run_server(made, scheduler, listener, lambda: outcome[0] if outcome else None)
     raise typer.Exit(code)
-
-
-def _token(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            token = file.read(_MOST_TOKEN_BYTES + 1).decode("ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        words = error.strerror if isinstance(error, OSError) else "it is not ASCII"
-        raise UsageError(f"--token-file {path}: {words}") from error
-    if not token or len(token) > _MOST_TOKEN_BYTES or not token.isprintable() or " " in token:
-        raise UsageError(f"--token-file {path}: it holds no token", "write one with: openssl rand -hex 32 > FILE")
-    return token
 
 
 def _is_loopback(host: str) -> bool:

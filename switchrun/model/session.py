@@ -6,21 +6,19 @@ Nothing of torch is imported before the dense weights are on their way into memo
 from __future__ import annotations
 
 import math
-import reprlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
-from switchrun.model.batching import batches_of
+from switchrun.model.batching import WINDOW, batches_of, one_or_many
 from switchrun.model.control import RowControl
 from switchrun.model.opening import ImportLibraries, fetch_dense_weights, import_model, read_while_importing
 from switchrun.model.preload import DensePreload
@@ -56,9 +54,6 @@ from switchrun.planning.plan import BatchSize
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
     from switchrun.model.scoring import RawScore
-
-#: Of an iterator so many inputs are taken at a time where the batch size is `auto`.
-_WINDOW = 512
 
 _Text = TypeVar("_Text", bound=EncodedText)
 _Result = TypeVar("_Result", bound=GenerateResult)
@@ -203,7 +198,7 @@ class Session:
         """
         options = GenerationOptions() if options is None else options
         answer = partial(self._answer, Encoded, self.encode, options, self._filled, on_results)
-        return self._one_or_many(texts, (str, Encoded), ids, answer)
+        return one_or_many(texts, (str, Encoded), ids, self._window, answer)
 
     def own_options(self, **changes: Any) -> GenerationOptions:
         """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
@@ -273,37 +268,11 @@ class Session:
             raise UsageError("alternatives: only fill has them", option="alternatives")
         encode = partial(self.encode_text, prefix=prefix)
         answer = partial(self._answer, EncodedText, encode, options, self._generated, on_results)
-        return self._one_or_many(texts, (str, EncodedText), ids, answer)
+        return one_or_many(texts, (str, EncodedText), ids, self._window, answer)
 
-    def _one_or_many(
-        self,
-        given: Any,
-        kinds: tuple[type, ...],
-        ids: Iterable[int] | None,
-        answer: Callable[[list[Any], list[int]], list[_Answer]],
-    ) -> _Answer | list[_Answer] | Iterator[_Answer]:
-        """Answer one input, a list of them, or those of an iterator as their answers are asked for."""
-        numbers = count() if ids is None else iter(ids)
-
-        def answer_all(inputs: list[Any]) -> list[_Answer]:
-            for wrong in (each for each in inputs if not isinstance(each, kinds)):
-                name = "texts" if str in kinds else "fillings"
-                raise UsageError(f"{name}: {reprlib.repr(wrong)} is no {kinds[0].__name__}", option=name)
-            numbered = list(islice(numbers, len(inputs)))
-            if len(numbered) < len(inputs):
-                raise UsageError(f"ids: {len(numbered)} for {len(inputs)} inputs", option="ids")
-            return answer(inputs, numbered)
-
-        def answer_windows(rest: Iterator[Any]) -> Iterator[_Answer]:
-            size = _WINDOW if self.plan.batch_size == "auto" else self.plan.batch_size
-            while window := list(islice(rest, size)):
-                yield from answer_all(window)
-
-        if isinstance(given, Iterator):
-            return answer_windows(given)
-        if isinstance(given, Iterable) and not isinstance(given, kinds):
-            return answer_all(list(given))
-        return answer_all([given])[0]
+    @property
+    def _window(self) -> int:
+        return WINDOW if self.plan.batch_size == "auto" else self.plan.batch_size
 
     def _answer(
         self,
@@ -382,7 +351,8 @@ class Session:
             BudgetError: A GPU's memory runs out.
             UsageError: Another thread is using this session, it is closed, or an argument is of another kind.
         """
-        return self._one_or_many(fillings, (Filling, EncodedFilling), ids, partial(self._score, on_results))
+        kinds = (Filling, EncodedFilling)
+        return one_or_many(fillings, kinds, ids, self._window, partial(self._score, on_results))
 
     def _score(
         self,

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from switchrun import __version__
 from switchrun.errors import BudgetError, InputError, SwitchrunError, UsageError
 from switchrun.serve.answers import Answer, RecordAnswer, dumps, error_record
-from switchrun.serve.calls import BodyError, Task, parse
+from switchrun.serve.calls import MOST_BODY_BYTES, BodyError, Task, parse
 from switchrun.serve.completions import CompletionAnswer
 from switchrun.serve.metrics import Requests, exposition
 from switchrun.serve.openapi import document
@@ -40,8 +40,7 @@ from switchrun.serve.scheduler import (
     TokenEvent,
 )
 
-#: A body may take so many bytes, and so many seconds to come.
-MOST_BODY_BYTES = 4 * 1024**2
+#: A body may take so many seconds to come.
 _BODY_SECONDS = 30.0
 _RETRY_SECONDS = 1
 _PAGE_POLICY = (

@@ -14,8 +14,9 @@ from switchrun.model.sentinels import Filling, check_sentinels, replace_blanks
 
 Task = Literal["fill", "generate", "score"]
 
-#: So many inputs a request may have.
+#: So many inputs a request may have, and so many bytes its body.
 MOST_INPUTS = 1024
+MOST_BODY_BYTES = 4 * 1024**2
 #: Fields that decide how text is drawn; without `sample` they would do nothing.
 _DRAWING = ("temperature", "top_p", "top_k", "seed")
 
