@@ -103,4 +103,4 @@ def _write_copies(checkpoint: SwitchCheckpoint, names: list[str], path: Path) ->
 
 
 if __name__ == "__main__":
-    answer_task(measure)
+    answer_task(lambda task, _report: measure(task))

@@ -20,6 +20,9 @@ STORED_ITEMSIZE = {
 #: What a matrix is stored in that QMoE compressed: codes, where each row's begin, and each row's extremes.
 QMOE = "QMOE"
 
+#: What people call what is stored.
+STORED_NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", "I8": "int8", QMOE: "qmoe"}
+
 #: The formats that a weight of a model may be stored in, and torch's names of them.
 WEIGHT_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 

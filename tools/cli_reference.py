@@ -38,12 +38,15 @@ Written by `tools/cli_reference.py` from the program itself; do not edit.
 
 ## Instead of options
 
-An option on the command line wins over its variable. The [Python API](python-api.md) reads none of these.
+An option on the command line wins over its variable, and that over the [config file](configuration.md). The
+[Python API](python-api.md) reads none of these.
 """
 
 # What is read without an option: by switchrun itself, or by a library that it uses.
 _OTHER_VARIABLES = {
     "Without an option": {
+        "SWITCHRUN_CONFIG": "the [config file](configuration.md), instead of `switchrun/config.toml` in "
+        "`$XDG_CONFIG_HOME` or `~/.config`. `/dev/null` does without one.",
         "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache. "
         "Without a home folder nothing is kept.",
         "SWITCHRUN_TOKEN": "the token that `fill`, `generate` and `score` send to a server, without `--token-file`.",
@@ -58,9 +61,10 @@ _OTHER_VARIABLES = {
         "HTTPS_PROXY": "a proxy for the Hub.",
     },
     "The terminal": {
-        "NO_COLOR": "no colours in tables.",
-        "COLUMNS": "the width of tables and of help; by default the terminal's, or 80.",
-        "TERM": "`dumb` means no progress line.",
+        "NO_COLOR": "no colours in tables, nor where a sentinel was filled in.",
+        "COLUMNS": "the width of tables, of help and of the progress line; by default the terminal's. In pipes help is "
+        "80 wide, and a line of a table as long as it must be.",
+        "TERM": "`dumb` means no progress line and no colours.",
         "FORCE_COLOR": "ignored, since it would put cursor codes into files.",
     },
     "Processors": {

@@ -8,18 +8,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from switchrun.bench.child_process import CHILD, Answer, ChildError, Task, as_error, open_engine, run_child
+from switchrun.bench.child_process import CHILD, Answer, ChildError, OnStep, Task, as_error, open_engine, run_child
 from switchrun.bench.spans import LEAST_SENTINELS, LEAST_TOKENS, Passages, make_passages
 from switchrun.checkpoint.generation import end_token
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.dtypes import QMOE
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.machine import processor, ram
 from switchrun.model.opening import ImportLibraries, import_model
+from switchrun.model.reporting import Reporter
 from switchrun.model.sentinels import NUM_SENTINELS
 from switchrun.model.tokenizer import Tokenizer
+from switchrun.model.tokenizer_files import find_tokenizer
 from switchrun.planning import memory
 from switchrun.planning.budgets import resolve_budgets
 from switchrun.planning.opening import PlannedModel, plan_model
@@ -62,9 +66,16 @@ class Evaluation:
     batch_size: int
     max_new_tokens: int
 
-    def run(self, dtypes: Sequence[str] | None, reference: str | None, tell: Callable[[str], None]) -> Answer:
+    def run(
+        self,
+        dtypes: Sequence[str] | None,
+        reference: str | None,
+        tell: Callable[[str], None],
+        watch: Callable[[str], OnStep],
+    ) -> Answer:
         """Evaluate dtypes, or those that make sense for the model, and hold them against one of them.
 
+        `tell` takes a line for a human, and `watch` what is evaluated now; it returns what takes its steps.
         That is `reference`, else the reference model if there is one, else the first. A dtype that fails has its error
         in its row.
 
@@ -75,10 +86,10 @@ class Evaluation:
         failures: dict[str, Answer] = {}
         names = [*([_REFERENCE] if self.reference_model else []), *(dtypes or DEFAULT_DTYPES)]
         for number, name in enumerate(names, 1):
-            tell(f"{name}, {number} of {len(names)}")
+            on_step = watch(f"dtype {number} of {len(names)}: {name}")
             other = {"model": self.reference_model, "dtype": "auto"} if name == _REFERENCE else {"dtype": name}
             try:
-                answers[name] = run_child(CHILD, asdict(self) | {"work": "evaluate"} | other)
+                answers[name] = run_child(CHILD, asdict(self) | {"work": "evaluate"} | other, on_step=on_step)
             except ChildError as error:
                 if error.record["kind"] in _COMMON:
                     raise as_error(error.record) from error
@@ -140,13 +151,18 @@ def _agreement(ours: Sequence[Any], theirs: Sequence[Any]) -> float | None:
     return sum(same) / len(same) if same else None
 
 
-def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model) -> Answer:
+def evaluate_dtype(
+    task: Task, import_libraries: ImportLibraries = import_model, report: Reporter | None = None
+) -> Answer:
     """Score an evaluation's lines in the task's dtype, then generate for each; the work of the process."""
-    from switchrun.bench import loss_pass
-
-    planned = _plan(task, task["cpu_memory"])
+    report = report or Reporter()
+    with report.working():
+        planned = _plan(task, task["cpu_memory"], report)
+        files = find_tokenizer(planned.checkpoint.path, task["tokenizer"])
+        report("import")
+        from switchrun.bench import loss_pass
     checkpoint, use = planned.checkpoint, planned.plan.tier("cpu")
-    text = _passages(task, Tokenizer.load(checkpoint, task["tokenizer"]), checkpoint)
+    text = _passages(task, Tokenizer.load(checkpoint, files), checkpoint)
     batches = loss_pass.make_batches(text.usable, task["batch_size"])
     sizes = (int(checkpoint.config["d_model"]), planned.plan.precision.compute.itemsize)
     fixed = use.total_bytes - use.expert_bytes + min(use.expert_slots, memory.RESERVED_SLOTS) * use.slot_bytes
@@ -156,14 +172,15 @@ def evaluate_dtype(task: Task, import_libraries: ImportLibraries = import_model)
     planned.close()  # only the second plan is opened
     planned = _plan(task, (use.budget_bytes or 0) - reserved)
     warnings: list[str] = []
-    with open_engine(planned, warnings.append, import_libraries) as engine:
+    with open_engine(planned, warnings.append, import_libraries, report) as engine:
         opened = processor.process_age_seconds()
         start = time.perf_counter()
         most_rows = task["batch_size"] * memory.max_input_tokens(checkpoint)
-        result = loss_pass.score_passages(engine.model, groups, most_rows)
-        scored = time.perf_counter()
-        counters = engine.cache.counters()
-        outputs = _generate(engine, batches, task["max_new_tokens"])
+        with report.working():
+            result = loss_pass.score_passages(engine.model, groups, most_rows, partial(report, "score"))
+            scored = time.perf_counter()
+            counters = engine.cache.counters()
+            outputs = _generate(engine, batches, task["max_new_tokens"], report)
         generated = time.perf_counter()
         target_tokens = sum(len(passage.target) for passage in text.usable)
         return {
@@ -200,7 +217,7 @@ def _work(seconds: float, counters: CacheCounters) -> Answer:
     return {"seconds": seconds, "expert_loads": counters.loads, "load_bytes": counters.load_bytes}
 
 
-def _plan(task: Task, cpu_memory: int | None) -> PlannedModel:
+def _plan(task: Task, cpu_memory: int | None, steps: Steps = NO_STEPS) -> PlannedModel:
     """Plan with all dense weights in memory; a `BudgetError` says what they and a slot need."""
     allowed = resolve_budgets(cpu_memory, {}).cpu_bytes
     options = OpenOptions(
@@ -218,7 +235,7 @@ def _plan(task: Task, cpu_memory: int | None) -> PlannedModel:
         max_new_tokens=max(1, task["max_new_tokens"]),
     )
     try:
-        return plan_model(options)
+        return plan_model(options, steps=steps)
     except BudgetError as error:
         use = plan_model(replace(options, cpu_memory=_EVERYTHING)).plan.tier("cpu")
         least = -(-(use.total_bytes - use.expert_bytes + use.slot_bytes) // MIB)
@@ -243,7 +260,7 @@ def _passages(task: Task, tokenizer: Tokenizer, checkpoint: SwitchCheckpoint) ->
     return text
 
 
-def _generate(engine: Engine, batches: Sequence[Batch], max_new_tokens: int) -> list[list[int]]:
+def _generate(engine: Engine, batches: Sequence[Batch], max_new_tokens: int, report: Reporter) -> list[list[int]]:
     """Return the greedily generated ids of each passage, in order; none if no token is wanted."""
     from switchrun.model.generate import generate_batch
     from switchrun.model.records import GenerationOptions
@@ -252,7 +269,9 @@ def _generate(engine: Engine, batches: Sequence[Batch], max_new_tokens: int) -> 
         return []
     options = GenerationOptions(max_new_tokens=max_new_tokens)
     found: dict[int, list[int]] = {}
+    passages = sum(len(batch.rows) for batch in batches)
     for batch in batches:
+        report("generate", len(found), passages)
         outputs = generate_batch(
             engine.model, engine.context, batch.input_ids, batch.attention_mask, options, lambda _: None
         )

@@ -8,8 +8,9 @@ after another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -107,21 +108,33 @@ def split_passes(batches: Sequence[Batch], d_model: int, itemsize: int, allowed_
 
 
 @torch.no_grad()
-def score_passages(model: Any, passes: Sequence[Sequence[Batch]], most_rows: int) -> PassResult:
+def score_passages(
+    model: Any,
+    passes: Sequence[Sequence[Batch]],
+    most_rows: int,
+    on_layer: Callable[[int, int], object] = lambda _done, _total: None,
+) -> PassResult:
     """Score all passages with the decoder given the right tokens so far (teacher forcing).
 
     Args:
         model: The model, with `OffloadedExperts` and all dense weights on one device.
         passes: Batches of each pass.
         most_rows: Tokens that an expert may be run with at a time.
+        on_layer: Called after each layer, with their number so far and in all passes.
     """
+    layers = len(passes) * (len(model.encoder.block) + len(model.decoder.block))
+    numbers = count(1)
+
+    def count_layer() -> None:
+        on_layer(next(numbers), layers)
+
     used: set[ExpertKey] = set()
     scores: dict[int, Score] = {}
     for batches in passes:
         encoded = [model.encoder.embed_tokens(batch.input_ids) for batch in batches]
-        _run_stack(model.encoder, "encoder", batches, encoded, None, most_rows, used)
+        _run_stack(model.encoder, "encoder", batches, encoded, None, most_rows, used, count_layer)
         decoded = [model.decoder.embed_tokens(_shifted(model, batch.labels)) for batch in batches]
-        _run_stack(model.decoder, "decoder", batches, decoded, encoded, most_rows, used)
+        _run_stack(model.decoder, "decoder", batches, decoded, encoded, most_rows, used, count_layer)
         del encoded
         for batch in batches:
             scores |= _score(model, batch, decoded.pop(0))
@@ -147,6 +160,7 @@ def _run_stack(
     encoded: Sequence[torch.Tensor] | None,
     most_rows: int,
     used: set[ExpertKey],
+    count_layer: Callable[[], None],
 ) -> None:
     """Take the embedded tokens of all batches through a stack, in place; `encoded` is None for the encoder."""
     for number, block in enumerate(stack.block):
@@ -164,6 +178,7 @@ def _run_stack(
             states[at] = state
         live = [batch.read if encoded is None else batch.said for batch in batches]
         _feed_forward(block.layer[-1], name, number, states, live, most_rows, used)
+        count_layer()
     for at in range(len(states)):
         states[at] = stack.final_layer_norm(states[at])
 

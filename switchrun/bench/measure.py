@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from switchrun.checkpoint.remote import HubRanges, Traffic
 from switchrun.errors import InputError
 from switchrun.machine import processor, ram
 from switchrun.model.opening import ImportLibraries, import_model
+from switchrun.model.reporting import Reporter
 from switchrun.planning.memory import max_input_tokens
 from switchrun.planning.opening import plan_model
 from switchrun.planning.options import OpenOptions
@@ -29,8 +31,9 @@ _INTERVAL_SECONDS = 0.1
 _LEFT_OUT, _SMALL_VOCABULARY = 128, 1024
 
 
-def measure(task: Task, import_libraries: ImportLibraries = import_model) -> Answer:
+def measure(task: Task, import_libraries: ImportLibraries = import_model, report: Reporter | None = None) -> Answer:
     """Open the model, fill as often as the task says, and replay each fill's reads without a model."""
+    report = report or Reporter()
     with contextlib.closing(MemoryTimeline()) as timeline:
         options = OpenOptions(
             model=task["model"],
@@ -43,12 +46,13 @@ def measure(task: Task, import_libraries: ImportLibraries = import_model) -> Ans
             max_new_tokens=task["output_tokens"],
         )
         warnings: list[str] = []
-        planned = plan_model(options, input_tokens=task["input_tokens"], warn=warnings.append)
+        with report.working():
+            planned = plan_model(options, input_tokens=task["input_tokens"], warn=warnings.append, steps=report)
         hub = planned.hub
         longest = max_input_tokens(planned.checkpoint)
         if task["input_tokens"] > longest:
             raise InputError(f"the model takes {longest} tokens at most", "lower --input-tokens")
-        with open_engine(planned, warnings.append, import_libraries) as engine:
+        with open_engine(planned, warnings.append, import_libraries, report) as engine:
             answer: Answer = {
                 "open_seconds": processor.process_age_seconds(),
                 "open_io_read_bytes": io_read_bytes(),
@@ -64,13 +68,17 @@ def measure(task: Task, import_libraries: ImportLibraries = import_model) -> Ans
                     seed = task["seed"] + number
                     rows = make_inputs(planned.checkpoint.config, task["batch_size"], task["input_tokens"], seed)
                     before = Traffic() if hub is None else hub.traffic
-                    fill = probe.fill(rows, task["output_tokens"])
-                    timeline.close()
-                    beside = {
-                        "hub": _hub_counts(hub, before),
-                        "raw": replay_all(probe.reads),
-                        "expert_use": used_experts(probe.use),
-                    }
+                    with report.working((number,) if task["fills"] > 1 else ()):
+                        report("encode")
+                        most = task["output_tokens"]
+                        fill = probe.fill(rows, most, partial(report, "decode", total=most))
+                        timeline.close()
+                        report("replay")
+                        beside = {
+                            "hub": _hub_counts(hub, before),
+                            "raw": replay_all(probe.reads),
+                            "expert_use": used_experts(probe.use),
+                        }
                     answer["fills"].append(asdict(fill) | beside)
                     with contextlib.suppress(OSError):  # the next fill's peak counts from here
                         Path("/proc/self/clear_refs").write_text("5")

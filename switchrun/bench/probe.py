@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -86,10 +86,23 @@ class Probe:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def fill(self, rows: Sequence[Sequence[int]], output_tokens: int) -> Measured:
-        """Generate exactly so many tokens for each row of ids, all rows of one length; blocks until it is done."""
+    def fill(
+        self,
+        rows: Sequence[Sequence[int]],
+        output_tokens: int,
+        on_token: Callable[[int], object] = lambda _done: None,
+    ) -> Measured:
+        """Generate exactly so many tokens for each row of ids, all rows of one length; blocks until it is done.
+
+        `on_token` is called with their number so far.
+        """
         self._forget()
         times: list[float] = []
+
+        def note_token(done: int) -> None:
+            times.append(time.perf_counter() - start)
+            on_token(done)
+
         io, before = io_read_bytes(), self._engine.tiers.counters()
         start = time.perf_counter()
         with gpu_memory_as_budget(self._engine.plan):
@@ -100,7 +113,7 @@ class Probe:
                 ids,
                 torch.ones_like(ids),
                 GenerationOptions(max_new_tokens=output_tokens),
-                on_token=lambda _: times.append(time.perf_counter() - start),
+                on_token=note_token,
                 min_new_tokens=output_tokens,
             )
         end = time.perf_counter()

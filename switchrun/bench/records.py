@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from switchrun.errors import UsageError
+from switchrun.units import format_bytes
 
 SCHEMA_VERSION = 2
 
 #: Samples whose range is more than this share of their median are called noisy.
 NOISE = 0.2
+
+#: Stands in the note of a record whose reads may have taken no time.
+SPARSE = "sparse files"
 
 Record = dict[str, Any]
 Summary = dict[str, Any]
@@ -24,7 +28,7 @@ _STAGES = ("encoder", "decoder")
 _NOT_COMPARED = ("repeats", "warmup")
 
 
-def cell_record(head: Record, answers: Sequence[Any]) -> Record:
+def cell_record(head: Record, answers: Sequence[Any], notes: Sequence[str] = ()) -> Record:
     """Return the record of a cell from its processes' answers; `head` is what it has in any case."""
     fills = [fill for answer in answers for fill in answer["fills"]]
     plan = answers[0]["plan"]
@@ -45,7 +49,7 @@ def cell_record(head: Record, answers: Sequence[Any]) -> Record:
         "expert_use": fills[0]["expert_use"],
         "memory_timeline": answers[0]["timeline"],
         "comparison": None,
-        "notes": _notes(head["synthetic"], metrics, answers),
+        "notes": [*notes, *_notes(metrics, answers)],
     }
 
 
@@ -100,8 +104,8 @@ def _hub(counts: Record | None) -> dict[str, float | None]:
     return counts or dict.fromkeys(("bytes", "requests", "retries"))
 
 
-def _notes(synthetic: Record | None, metrics: Mapping[str, Summary | None], answers: Sequence[Any]) -> list[str]:
-    notes = [synthetic["note"]] if synthetic else []
+def _notes(metrics: Mapping[str, Summary | None], answers: Sequence[Any]) -> list[str]:
+    notes = []
     if any(answer["page_cache_dropped"] is False for answer in answers):
         notes.append("parts of the checkpoint stayed in the page cache: not all reads were cold")
     notes += dict.fromkeys(warning for answer in answers for warning in answer["warnings"])
@@ -117,6 +121,26 @@ def summarise(samples: Sequence[float | None]) -> Summary | None:
     if not known:
         return None
     return {"median": statistics.median(known), "min": min(known), "max": max(known), "samples": known}
+
+
+def median(record: Record, name: str) -> float:
+    """Return a metric's median, 0 if it was not measured."""
+    summary = record["metrics"].get(name)
+    return float(summary["median"]) if summary else 0.0
+
+
+def label(record: Record) -> str:
+    """Return what tells a cell from the others: `int8, 4 GiB, batch 8`."""
+    knobs = record["knobs"]
+    dtype = record["plan"]["dtype"] if record["status"] == "ok" else knobs["dtype"]
+    memory = [] if knobs["cpu_memory_bytes"] is None else [format_bytes(knobs["cpu_memory_bytes"])]
+    return ", ".join([dtype, *memory, f"batch {knobs['batch_size']}"])
+
+
+def failure(record: Record) -> str:
+    """Return why a cell failed, and what to do."""
+    error = record["error"]
+    return f"{error['message']} ({error['hint']})" if error["hint"] else str(error["message"])
 
 
 def percentile(samples: Sequence[float], share: float) -> float | None:

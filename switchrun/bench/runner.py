@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from switchrun import __version__
-from switchrun.bench.child_process import CHILD, Answer, ChildError, run_child
+from switchrun.bench.child_process import CHILD, Answer, ChildError, OnStep, run_child
 from switchrun.bench.raw_disk import drop_page_cache
-from switchrun.bench.records import SCHEMA_VERSION, Record, cell_record
+from switchrun.bench.records import SCHEMA_VERSION, SPARSE, Record, cell_record
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import SwitchrunError
 from switchrun.machine import disks, ram
@@ -73,18 +73,25 @@ def product(
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What all cells share; `synthetic` describes weights that are made up, `tell` takes a line for a human."""
+    """What all cells share; `synthetic` describes weights that are made up, `tell` takes a line for a human.
+
+    `watch` takes what is measured now, and returns what takes the steps of the process that measures it.
+    """
 
     checkpoint: SwitchCheckpoint
     offload_folder: Path
     synthetic: dict[str, Any] | None
     tell: Callable[[str], None]
+    watch: Callable[[str], OnStep] = lambda _what: lambda _step: None
 
     def run(self, cells: Sequence[Cell], finished: Sequence[Record] = ()) -> Iterator[Record]:
         """Yield the record of each cell as soon as there is one; a cell that fails has its error there.
 
         Cells that have a record in `finished` are not run again.
         """
+        notes = self._notes()
+        for note in notes:
+            self.tell(f"{'warning' if SPARSE in note else 'note'}: {note}")
         for number, cell in enumerate(cells, 1):
             label, knobs = f"cell {number} of {len(cells)}", asdict(cell)
             known = next((each for each in finished if each["status"] == "ok" and each["knobs"] == knobs), None)
@@ -95,19 +102,30 @@ class Bench:
             environment = describe_environment(self.checkpoint.path)
             head = {"knobs": knobs, "environment": environment, "synthetic": self.synthetic}
             try:
-                yield cell_record(head, self._measure(cell, label))
+                yield cell_record(head, self._measure(cell, label), notes)
             except ChildError as error:
                 yield {"schema_version": SCHEMA_VERSION, "status": "failed", **head, "error": error.record}
+
+    def _notes(self) -> list[str]:
+        """Return what to keep in mind of every cell: that weights are made up, or not there."""
+        if self.synthetic:
+            return [self.synthetic["note"]]
+        files = weight_files(self.checkpoint)
+        sparse = sum(map(disks.is_sparse, files))
+        what = (
+            f"{sparse} of {len(files)} files in {self.checkpoint.path} are {SPARSE}, whose holes take no time to read"
+        )
+        return [f"{what}: measure with a complete checkpoint"] if sparse else []
 
     def _measure(self, cell: Cell, label: str) -> list[Answer]:
         """Run a cell's processes, and return the answers without the fills that only warm up."""
         cold, fills = cell.cache == "cold", cell.warmup + cell.repeats
         answers = []
         for turn in range(fills if cold else 1):
-            self.tell(f"{label}: {cell}, {f'process {turn + 1} of {fills}' if cold else f'{fills} fills'}")
+            on_step = self.watch(f"{label}: {cell}, {f'fill {turn + 1} of {fills}' if cold else f'{fills} fills'}")
             dropped = drop_page_cache(model_files(self.checkpoint, self.offload_folder, cell.dtype)) if cold else None
             task = {"work": "measure", "fills": 1 if cold else fills, "offload_folder": str(self.offload_folder)}
-            answer = run_child(CHILD, asdict(cell) | task) | {"page_cache_dropped": dropped}
+            answer = run_child(CHILD, asdict(cell) | task, on_step=on_step) | {"page_cache_dropped": dropped}
             for warning in answer["warnings"]:
                 self.tell(f"warning: {label}: {warning}")
             answers.append(answer)
@@ -116,17 +134,22 @@ class Bench:
         return [answer | {"fills": answer["fills"][cell.warmup :]} for answer in answers]
 
 
-def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) -> set[Path]:
-    """Return the files that a fill may read: the checkpoint's, and what is kept of it for a dtype."""
+def weight_files(checkpoint: SwitchCheckpoint) -> set[Path]:
+    """Return the local files that a checkpoint's weights are in."""
     slices = [tensor for expert in checkpoint.experts.values() for tensor in expert]
     files = {tensor.file for tensor in [*slices, *checkpoint.dense.values()]}
+    return {file for file in files if isinstance(file, Path)}
+
+
+def model_files(checkpoint: SwitchCheckpoint, offload_folder: Path, dtype: str) -> set[Path]:
+    """Return the files that a fill may read: the checkpoint's, and what is kept of it for a dtype."""
     kept: set[Path] = set()
     with contextlib.suppress(SwitchrunError):  # the cell will say it
         options = OpenOptions(offload_folder=offload_folder, dtype=dtype)
         kept = {path for path, _ in find_kept(checkpoint, options).files.values()}
         dense = dense_path(offload_folder, model_name(checkpoint))
         kept |= {dense} if dense.is_file() else set()
-    return kept | {file for file in files if isinstance(file, Path)}
+    return kept | weight_files(checkpoint)
 
 
 def describe_environment(checkpoint: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from switchrun.bench import synthetic_qmoe
 from switchrun.bench.raw_disk import drop_page_cache
+from switchrun.bench.records import SPARSE
 from switchrun.bench.torch_zip import StoredTensor
 from switchrun.checkpoint.names import DECODER_HEAD, HEAD, STACKS, dense_tensors, mlp_prefix
 from switchrun.errors import BudgetError, StorageError, UsageError
@@ -30,6 +31,8 @@ from switchrun.machine.folders import open_below
 from switchrun.units import format_bytes, parse_bytes
 
 Shapes = dict[str, tuple[int, ...]]
+#: Called with the bytes that are written so far, and in all.
+OnBytes = Callable[[int, int], None]
 
 #: As large as the Hub's shards of switch-c-2048.
 SHARD_BYTES = 9_990_000_000
@@ -142,10 +145,17 @@ class Container(NamedTuple):
     write: Callable[[Path, Shapes], dict[str, int]]
 
 
-def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tell: Callable[[str], None]) -> Synthetic:
+def make_synthetic(
+    spec: str,
+    materialize: str | None,
+    offload_folder: Path,
+    tell: Callable[[str], None],
+    on_bytes: OnBytes = lambda _done, _total: None,
+) -> Synthetic:
     """Make what `--synthetic` and `--materialize` ask for in the offload folder, or find what was made before.
 
-    Key names and config.json are transformers' own, so that plain transformers can load it too.
+    Key names and config.json are transformers' own, so that plain transformers can load it too. `on_bytes` is called
+    with the bytes that are written so far, and in all.
 
     Raises:
         UsageError: There is no such geometry, less is to be real than two experts of each layer, or this installation
@@ -191,7 +201,7 @@ def make_synthetic(spec: str, materialize: str | None, offload_folder: Path, tel
         with open_below(offload_folder, _FOLDER, made, make=True) as handle:
             # By this name it is the folder that is open, whatever is put in its place.
             inside = Path(f"/proc/self/fd/{handle}")
-            make_checkpoint(inside, geometry, real_experts=real)
+            make_checkpoint(inside, geometry, real_experts=real, on_bytes=on_bytes)
             drop_page_cache(inside.iterdir())
             (inside / _MARK).write_text(json.dumps(mark), encoding="utf-8")
     except OSError as error:
@@ -242,12 +252,19 @@ def _real_experts(size: str, geometry: Geometry) -> int:
 
 def _note(real: int, count: int) -> str:
     if not real:
-        return "the weights are synthetic, and experts are holes that cost no disk time: reading speeds mean nothing"
+        what = f"the weights are synthetic, and the experts lie in {SPARSE}, whose holes take no time to read"
+        return f"{what}: add --materialize SIZE to measure reading"
     part = "all experts" if real == count else f"{real} of {count} experts"
     return f"the weights are synthetic: random numbers in {part} of each layer, and what comes out means nothing"
 
 
-def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, container: Container | None = None) -> int:
+def make_checkpoint(
+    folder: Path,
+    geometry: Geometry,
+    real_experts: int = 0,
+    container: Container | None = None,
+    on_bytes: OnBytes = lambda _done, _total: None,
+) -> int:
     """Write a synthetic checkpoint, safetensors without a container, and return the number of its tensors.
 
     So many first experts of every layer get real bytes, and routers choose among those alone; with 0, among all. QMoE's
@@ -260,7 +277,10 @@ def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, con
         dense = {name: filler.stored(name, shape) for name, shape in _dense_shapes(geometry).items()}
         g = geometry
         measures = synthetic_qmoe.Measures(g.d_model, g.d_ff, g.sparse_blocks, g.num_experts, real_experts)
-        return synthetic_qmoe.write_qmoe(folder, measures, dense)
+        total = real_bytes(geometry, real_experts)
+        return synthetic_qmoe.write_qmoe(
+            folder, measures, dense, lambda layer, layers: on_bytes(total * layer // layers, total)
+        )
     stem, suffix, write = container or Container("model", ".safetensors", _write_safetensors)
     shards = list(_split(geometry))
     weight_map: dict[str, str] = {}
@@ -268,7 +288,7 @@ def make_checkpoint(folder: Path, geometry: Geometry, real_experts: int = 0, con
         path = folder / f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
         offsets = write(path, shapes)
         weight_map |= dict.fromkeys(shapes, path.name)
-        filler.fill(path, shapes, offsets)
+        filler.fill(path, shapes, offsets, on_bytes)
     (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return len(weight_map)
 
@@ -326,15 +346,18 @@ class _Filler:
         self._pools: dict[float, bytes] = {}
         self._geometry = geometry
         self._real = real_experts
-        self._turn = 0
+        self._turn = self._written = 0
 
-    def fill(self, path: Path, shapes: Shapes, offsets: Mapping[str, int]) -> None:
+    def fill(self, path: Path, shapes: Shapes, offsets: Mapping[str, int], on_bytes: OnBytes) -> None:
+        total = real_bytes(self._geometry, self._real)
         with open(path, "r+b") as file:
             for name, shape in shapes.items():
                 if ".experts." in name and int(name.split(".")[-3].removeprefix("expert_")) >= self._real:
                     continue
                 file.seek(offsets[name])
                 file.writelines(self._pieces(name, shape))
+                self._written += 2 * math.prod(shape)
+                on_bytes(self._written, total)
 
     def stored(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
         return StoredTensor("BF16", shape, lambda: self._pieces(name, shape))

@@ -46,8 +46,16 @@ def check_kernels() -> None:
         )
 
 
-def write_qmoe(folder: Path, measures: Measures, dense: dict[str, StoredTensor]) -> int:
-    """Write the files of weights, and return the number of tensors; `dense` is what is no expert."""
+def write_qmoe(
+    folder: Path,
+    measures: Measures,
+    dense: dict[str, StoredTensor],
+    on_layer: Callable[[int, int], None] = lambda _done, _total: None,
+) -> int:
+    """Write the files of weights, and return the number of tensors; `dense` is what is no expert.
+
+    `on_layer` is called after each layer's experts, with their number so far and in all.
+    """
     import torch
 
     # As in the published files, where the embedding has all its names.
@@ -55,7 +63,7 @@ def write_qmoe(folder: Path, measures: Measures, dense: dict[str, StoredTensor])
     write_torch_zip(folder / DENSE, dense)
     tensors, sizes = len(dense), {}
     wi, wo = _Rows(measures.d_ff, measures.d_model), _Rows(measures.d_model, measures.d_ff)
-    layers = itertools.product(STACKS, measures.sparse_blocks)
+    layers = list(itertools.product(STACKS, measures.sparse_blocks))
     for number, (stack, block) in enumerate(layers):
         experts: dict[str, StoredTensor] = {}
         for expert in range(measures.num_experts):
@@ -66,6 +74,7 @@ def write_qmoe(folder: Path, measures: Measures, dense: dict[str, StoredTensor])
                 sizes[matrix] = parts["w_comp"].count
         write_torch_zip(folder / part_file(number), experts)
         tensors += len(experts)
+        on_layer(number + 1, len(layers))
     torch.save(sizes, folder / SIZES)
     return tensors
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.checkpoint.types import HubWay
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ def open_checkpoint(
     download: bool = True,
     way: HubWay = HubWay.AUTO,
     ranges: HubRanges | None = None,
-    on_bytes: Callable[[int, int], None] | None = None,
+    steps: Steps = NO_STEPS,
 ) -> SwitchCheckpoint:
     """Find a Switch checkpoint and read its headers; no weights are read.
 
@@ -30,7 +30,7 @@ def open_checkpoint(
         download: Whether the Hub may be asked; if not, what is on this machine must do.
         way: Whether a model of the Hub is downloaded. One that is on this machine already is used in each way.
         ranges: What reads from the Hub; it is closed only if this fails. Without it there is one for this call.
-        on_bytes: Called while files are downloaded, from some thread, with the bytes so far and in all.
+        steps: Takes what is being done.
 
     Raises:
         ModelError: Nothing is there, or it is no Switch model, or one of an unsupported kind.
@@ -44,9 +44,9 @@ def open_checkpoint(
     from switchrun.checkpoint.locate import NotDownloadedError, asking, locate
 
     with asking(model if download else None, ranges) as asked:
-        location = locate(model, cache_dir=cache_dir, way=way, ranges=asked, on_bytes=on_bytes)
+        location = locate(model, cache_dir=cache_dir, way=way, ranges=asked, steps=steps)
         try:
-            index = load_index(location.path, cache_dir, location.remote, asked)
+            index = load_index(location.path, cache_dir, location.remote, asked, steps)
         except NotKeptError as error:
             if download:
                 raise

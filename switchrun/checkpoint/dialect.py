@@ -95,6 +95,16 @@ def understand(location: Location, index: Index) -> SwitchCheckpoint:
     )
 
 
+def is_switch_config(path: Path) -> bool:
+    """Whether a `config.json` says that it is a Switch model's; its tensors may say otherwise."""
+    try:
+        config = read_json_object(path, MOST_CONFIG_BYTES)
+    except CorruptCheckpointError:
+        return False
+    model_type = config.get("model_type")
+    return model_type == _MODEL_TYPE or (model_type is None and "num_experts" in config)
+
+
 def _widest(dtypes: Iterable[str]) -> str:
     """Return the dtype that loses no bit of any of them; int8 is no matter of bits, and counts before all others."""
     found = set(dtypes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from switchrun.checkpoint.hub import cache_of, is_cached
 from switchrun.checkpoint.index import CONFIG
 from switchrun.checkpoint.remote import HubRanges
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.checkpoint.types import RemoteFile, RemoteRepo
 from switchrun.errors import ModelError
 from switchrun.machine.disks import free_bytes
@@ -23,11 +24,11 @@ def download(
     revision: str | None,
     files: Iterable[RemoteFile],
     ranges: HubRanges,
-    on_bytes: Callable[[int, int], None] | None = None,
+    steps: Steps = NO_STEPS,
 ) -> Path:
     """Return a commit's folder in the Hub's local cache, with these files in it, of which missing ones are downloaded.
 
-    `on_bytes` is called from some thread, with the bytes so far and in all. Nothing else is said of the progress.
+    `steps` takes the bytes so far and in all, from some thread. Nothing else is said of the progress.
 
     Raises:
         ModelError: The Hub no longer has the model, or the disk is too small for it.
@@ -39,7 +40,7 @@ def download(
     missing = [file for file in files if not (folder / file.name).exists()]
     fetched = [file for file in missing if not is_cached(file)]
     _check_space(repo.id, sum(file.size for file in fetched))
-    progress = _Progress(sum(file.size for file in fetched), on_bytes)
+    progress = _Progress(sum(file.size for file in fetched), steps)
     ranges.ask_all({file: partial(_download, file, progress) for file in missing})
     noted = try_to_load_from_cache(repo.id, CONFIG, revision=revision)
     if not isinstance(noted, str) or Path(noted).parent != folder:
@@ -60,9 +61,9 @@ def _download(file: RemoteFile, progress: _Progress) -> None:
 class _Progress:
     """Sums up what huggingface_hub would show in bars, none of which is shown."""
 
-    def __init__(self, total: int, on_bytes: Callable[[int, int], None] | None) -> None:
+    def __init__(self, total: int, steps: Steps) -> None:
         self._total = total
-        self._on_bytes = on_bytes
+        self._steps = steps
         self._lock = threading.Lock()
         self._done: dict[RemoteFile, int] = {}
 
@@ -91,8 +92,7 @@ class _Progress:
     def _add(self, file: RemoteFile, done: int) -> None:
         with self._lock:
             self._done[file] = min(done, file.size)
-            if self._on_bytes is not None:
-                self._on_bytes(sum(self._done.values()), self._total)
+            self._steps("download", sum(self._done.values()), self._total)
 
 
 def _check_space(repo: str, missing: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from switchrun.checkpoint import hub
@@ -15,6 +14,7 @@ from switchrun.checkpoint.download import download
 from switchrun.checkpoint.files import parse_json, plausible
 from switchrun.checkpoint.index import CONFIG, no_weights
 from switchrun.checkpoint.remote import HubClosedError, HubRanges
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.checkpoint.types import HubWay, RemoteFile, RemoteRepo
 from switchrun.errors import ModelError, NetworkError
 from switchrun.machine.folders import read_cache_file, write_cache_file
@@ -26,11 +26,9 @@ _ATTEMPTS = 3
 _MOST_LISTING_BYTES = 16 << 20
 _LISTING_VERSION = 1
 
-OnBytes = Callable[[int, int], None]
-
 
 def find_model(
-    repo: str, revision: str | None, ranges: HubRanges, way: HubWay, listings: Path, on_bytes: OnBytes | None = None
+    repo: str, revision: str | None, ranges: HubRanges, way: HubWay, listings: Path, steps: Steps = NO_STEPS
 ) -> tuple[Path, RemoteRepo | None]:
     """Return a model's folder in the Hub's local cache, and the repository if its weights are read from there.
 
@@ -42,13 +40,14 @@ def find_model(
         ranges: Asks the Hub.
         way: What to do about weights that are missing.
         listings: The folder for what repositories hold.
-        on_bytes: Called while files are downloaded, from some thread, with bytes so far and in all.
+        steps: Takes what is being done.
 
     Raises:
         ModelError: The Hub has no such model or revision, or refuses it, or the disk is too small for it.
         NetworkError: The Hub could not be reached, and the model is not in the local cache.
     """
     hub.require_cache(repo)
+    steps("ask")
     kept = find_kept(repo, revision, listings)
     listed = _list(repo, revision, ranges, optional=kept is not None)
     if listed is None:
@@ -56,7 +55,7 @@ def find_model(
         return kept
     _note(listings, listed)
     missing, weights = _choose(listed, way)
-    folder = download(listed, revision, missing, ranges, on_bytes)
+    folder = download(listed, revision, missing, ranges, steps)
     return folder, None if weights else listed
 
 

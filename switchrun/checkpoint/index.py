@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from switchrun.checkpoint import qmoe
 from switchrun.checkpoint.files import (
@@ -34,6 +34,7 @@ from switchrun.checkpoint.files import (
 from switchrun.checkpoint.hub import choose_files, is_offline
 from switchrun.checkpoint.names import LINEAR_NAME
 from switchrun.checkpoint.safetensors_file import read_safetensors, tensor_bytes
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.checkpoint.torch_file import ZIP_MAGIC, read_torch
 from switchrun.checkpoint.types import (
     MOST_HEADER_BYTES,
@@ -50,6 +51,8 @@ from switchrun.machine.folders import cache_folder, read_cache_file, write_cache
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.remote import HubRanges
+
+_T = TypeVar("_T")
 
 CONFIG = "config.json"
 #: In order of preference: what transformers itself would load, safetensors first.
@@ -78,12 +81,16 @@ class NotKeptError(NetworkError):
 
 
 def load_index(
-    folder: Path, cache_dir: Path | None = None, remote: RemoteRepo | None = None, ranges: HubRanges | None = None
+    folder: Path,
+    cache_dir: Path | None = None,
+    remote: RemoteRepo | None = None,
+    ranges: HubRanges | None = None,
+    steps: Steps = NO_STEPS,
 ) -> Index:
     """Index a checkpoint's tensors, or take the index from the cache if no file has changed since.
 
     With `remote` its files are the weights, whose headers `ranges` reads; it is closed if that fails. Without `ranges`
-    only the cache is looked into.
+    only the cache is looked into. `steps` takes how many files have been read.
 
     Raises:
         ModelError: There is no configuration, or there are no weights.
@@ -91,12 +98,13 @@ def load_index(
         NetworkError: The Hub could not be reached.
         NotKeptError: There are no `ranges`, and the index is not in the cache.
     """
+    steps("index")
     source = _Source(folder.resolve(), remote, ranges)
     entry = _find_entry(source)
     cache_dir = cache_dir or cache_folder() / "index"
     index = _read_cache(cache_dir, source, entry)
     if index is None:
-        index = _read_index(source, entry)
+        index = _read_index(source, entry, steps)
         _write_cache(cache_dir, source, entry, index)
     return index
 
@@ -190,7 +198,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _read_index(source: _Source, entry: str) -> Index:
+def _read_index(source: _Source, entry: str, steps: Steps) -> Index:
     weight_map = _weight_map(source.folder / entry) if entry.endswith(".json") else {}
     packed = entry == qmoe.DENSE
     names = qmoe.weights_files(source.names()) if packed else sorted(set(weight_map.values())) or [entry]
@@ -206,11 +214,11 @@ def _read_index(source: _Source, entry: str) -> Index:
     # Reading headers is waiting. Parsing does not gain from threads, and may take much memory.
     pool = ThreadPoolExecutor(_READERS if source.remote is None else _REMOTE_READERS)
     try:
-        kinds, rows = _read_rows(source, entry, names[:1] if packed else names, weight_map, pool)
+        kinds, rows = _read_rows(source, entry, names[:1] if packed else names, weight_map, pool, steps)
         lost = {name: file for name, file in weight_map.items() if name not in rows}
         files = tuple(map(source.file, names))
         index = Index(source.file(entry), files, kinds=kinds, rows=rows, stamps=stamps, lost=lost)
-        return replace(index, places=_read_places(source, index, pool)) if packed else index
+        return replace(index, places=_read_places(source, index, pool, steps)) if packed else index
     except BaseException:
         # Nobody waits for what is still under way, be it on a network that stalls.
         if source.ranges is not None:
@@ -221,7 +229,7 @@ def _read_index(source: _Source, entry: str) -> Index:
 
 
 def _read_rows(
-    source: _Source, entry: str, names: Sequence[str], weight_map: Mapping[str, str], pool: Executor
+    source: _Source, entry: str, names: Sequence[str], weight_map: Mapping[str, str], pool: Executor, steps: Steps
 ) -> tuple[tuple[Kind, ...], dict[str, tuple[int, int, int, int, int]]]:
     kinds: dict[Kind, int] = {}
     rows: dict[str, tuple[int, int, int, int, int]] = {}
@@ -231,7 +239,7 @@ def _read_rows(
         with source.open(name) as file:
             return _read_weights(file, name, turn)
 
-    for number, tensors in enumerate(pool.map(read, names)):
+    for number, tensors in enumerate(_counted(pool.map(read, names), len(names), steps)):
         for name, tensor in tensors.items():
             # transformers takes the last of two tensors of one name; the index may say which is meant.
             if name in rows and weight_map.get(name) == names[rows[name][0]]:
@@ -243,7 +251,7 @@ def _read_rows(
     return tuple(kinds), rows
 
 
-def _read_places(source: _Source, dense: Index, pool: Executor) -> ExpertPlaces:
+def _read_places(source: _Source, dense: Index, pool: Executor, steps: Steps) -> ExpertPlaces:
     """Read where a QMoE checkpoint's experts lie."""
     layers, experts = qmoe.sparse_layers(dense)
     wanted = [qmoe.part_file(layer) for layer in range(len(layers))]
@@ -260,7 +268,13 @@ def _read_places(source: _Source, dense: Index, pool: Executor) -> ExpertPlaces:
                 return qmoe.read_part(file, layers[number], sizes[number])
 
     run = map if source.remote is None else pool.map  # Threads have memory of their own, and a disk keeps none waiting.
-    return qmoe.joined(run(read, range(len(layers))))
+    return qmoe.joined(_counted(run(read, range(len(layers))), len(layers), steps))
+
+
+def _counted(read: Iterable[_T], total: int, steps: Steps) -> Iterator[_T]:
+    for done, each in enumerate(read, 1):
+        steps("index", done, total)
+        yield each
 
 
 def _read_weights(file: Weights, name: str, turn: Lock) -> dict[str, TensorSlice]:

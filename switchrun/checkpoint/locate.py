@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from switchrun.checkpoint.files import open_weights
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.checkpoint.types import HubWay, RemoteRepo
 from switchrun.errors import CorruptCheckpointError, ModelError, UsageError
 from switchrun.machine.folders import cache_folder, in_home
@@ -55,7 +55,7 @@ def locate(
     cache_dir: Path | None = None,
     way: HubWay = HubWay.AUTO,
     ranges: HubRanges | None = None,
-    on_bytes: Callable[[int, int], None] | None = None,
+    steps: Steps = NO_STEPS,
 ) -> Location:
     """Find a checkpoint, downloading what is missing of it; arguments and errors are those of `open_checkpoint`.
 
@@ -69,7 +69,7 @@ def locate(
 
     listings = cache_dir or cache_folder() / "index"
     if ranges is not None:
-        path, remote = find_model(repo, revision, ranges, way, listings, on_bytes)
+        path, remote = find_model(repo, revision, ranges, way, listings, steps)
     elif found := find_kept(repo, revision, listings):
         path, remote = found
     else:
@@ -77,7 +77,7 @@ def locate(
     return Location(id=repo, revision=path.name, path=path, content=path.name, remote=remote)
 
 
-def locate_settings(model: str) -> Path:
+def locate_settings(model: str | None) -> Path:
     """Return the folder of a model's configuration and tokenizer, downloading those; errors are those of `locate`."""
     location = _locate_local(model)
     if location is not None:

@@ -15,16 +15,25 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import typer
 
-from switchrun.checkpoint.types import HubWay
-from switchrun.cli.downloads import ask_to_download
+from switchrun.cli.downloads import ask_to_download, notes_of
 from switchrun.cli.signals import SIGNALS
 from switchrun.cli.startup import import_libraries, quieten_libraries
-from switchrun.cli.streams import Entry, read_arguments, report, report_lines, stdin_lines, write_answer
+from switchrun.cli.streams import (
+    Entry,
+    TypedLines,
+    read_arguments,
+    report,
+    report_lines,
+    someone_types,
+    stdin_lines,
+    write_answer,
+)
 from switchrun.errors import InputError, UsageError
 from switchrun.machine import processor
 from switchrun.model.records import GenerateResult
 from switchrun.output.progress import SessionProgress
 from switchrun.output.sinks import FillFormat, format_failure, format_result
+from switchrun.output.terminal import takes_colours
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
@@ -35,6 +44,8 @@ if TYPE_CHECKING:
     from switchrun.planning.plan import HubCost, Plan
 
 EXIT_SOME_FAILED = 3
+
+_PROMPT = "> "
 
 #: If more is expected from the Hub, the user hears of it before it begins.
 _MUCH_BYTES = 1_000_000_000
@@ -89,16 +100,17 @@ def answer_texts(
     arguments = [] if texts == ["-"] else list(texts or ())
     if "-" in arguments:
         raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
-    stdin = None if arguments else stdin_lines()
+    typed = not arguments and someone_types()
+    stdin = None if arguments else TypedLines("" if quiet else _PROMPT) if typed else stdin_lines()
     entries: Iterable[Entry] = _check(work, read_arguments(arguments) if stdin is None else stdin)
     hopeless = False
     if arguments:
         entries = list(entries)
         hopeless = all(entry.error for entry in entries)
-    progress = SessionProgress(sys.stderr, wanted=not quiet)
-
-    note = notes_of(progress, quiet)
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
+    model = opening.model if isinstance(opening, OpenOptions) else opening.url
+    progress = SessionProgress(sys.stderr, None if model is None else str(model), label, wanted=not quiet)
+    note = notes_of(progress, quiet)
     with _Answers(style, label, progress.clear, lines) as answers:
         if hopeless:
             answers.write(entries, ())
@@ -109,7 +121,7 @@ def answer_texts(
         else:
             opened, size, doing = _ready(opening, note), "auto", _asked(work)
         with opened as session:
-            if not arguments and sys.stdin.isatty():
+            if typed:
                 note("type one input a line; Ctrl-D ends")
             most = _WINDOW_TEXTS if size == "auto" else size
             ready = stdin.ready if size == "auto" and stdin is not None else lambda: True
@@ -139,23 +151,12 @@ def _asked(work: Work[Any, Any, Any]) -> Work[Any, Any, Any]:
     )
 
 
-def notes_of(progress: SessionProgress, quiet: bool) -> Callable[[str], None]:
-    """Return what reports a line for a human, where the line of progress is."""
-
-    def note(text: str) -> None:
-        if not quiet:
-            progress.clear()
-            report(text)
-
-    return note
-
-
 @contextmanager
 def open_with_notes(opening: OpenOptions, progress: SessionProgress, note: Callable[[str], None]) -> Iterator[Session]:
     """Open the model, and report what is to know of it; asks before much is downloaded."""
 
     def show(step: Progress) -> None:
-        if threading.current_thread() is threading.main_thread():  # not in a download
+        if threading.current_thread() is threading.main_thread():
             SIGNALS.check()  # at each layer and token, for a signal that some library swallowed
         progress(step)
 
@@ -165,8 +166,9 @@ def open_with_notes(opening: OpenOptions, progress: SessionProgress, note: Calla
             if plan.hub.fetch_bytes > _MUCH_BYTES:
                 note(_hub_costs(plan.model_id, plan.hub))
 
+    progress.opening()
     quieten_libraries()
-    ask_to_download(None if opening.model is None else str(opening.model), HubWay(opening.hub))
+    ask_to_download(opening, progress)
     with open_session(opening, show, lambda warning: note(f"warning: {warning}"), announce) as session:
         progress.clear()
         for sentence in (*session.checkpoint.repairs, *session.plan.notes):
@@ -264,6 +266,7 @@ class _Answers:
         self._lines = lines
         self._label = label
         self._clear_progress = clear_progress
+        self._colours = takes_colours(sys.__stdout__)
         self._answered = 0
         self._failed = 0
         self._written = 0
@@ -284,7 +287,7 @@ class _Answers:
             result = next(of_readable) if entry.error is None else entry.error
             if not isinstance(result, InputError):
                 self._answered += 1
-                self._write(format_result(result, self._style, self._lines))
+                self._write(format_result(result, self._style, self._lines, colours=self._colours))
                 self._explain(result)
                 continue
             self._failed += 1

@@ -13,11 +13,14 @@ import typer
 from switchrun import __version__
 from switchrun.cli.bench import bench
 from switchrun.cli.commands import Command, Group
+from switchrun.cli.config import app as config
+from switchrun.cli.config_file import Defaults
 from switchrun.cli.doctor import doctor
 from switchrun.cli.eval import evaluate
 from switchrun.cli.fill import fill
 from switchrun.cli.generate import generate
 from switchrun.cli.map import map_inputs
+from switchrun.cli.models import models
 from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
@@ -43,11 +46,13 @@ _answer("map")(map_inputs)
 _answer()(serve)
 _prepare()(plan)
 _prepare()(prepare)
+_prepare()(models)
 app.add_typer(offload, name="offload", rich_help_panel="Prepare")
+app.add_typer(config, name="config", rich_help_panel="Prepare")
 _measure()(bench)
 _measure("eval")(evaluate)
 _measure()(doctor)
-for each in (*app.registered_commands, *offload.registered_commands):
+for each in (*app.registered_commands, *offload.registered_commands, *config.registered_commands):
     assert each.callback is not None
     each.callback = without_stdout(each.callback)
 
@@ -80,6 +85,8 @@ def switchrun(
         raise UsageError("the current folder was deleted", "go to one that is there") from error
     if context.invoked_subcommand is None:
         write_answer(f"{context.get_help()}\n")
+    else:
+        context.default_map = context.obj.of(context.command)
 
 
 def main() -> NoReturn:
@@ -102,8 +109,9 @@ def run(arguments: list[str]) -> int:
     Raises:
         Interrupted: A signal came; whatever a library made of it does not count.
     """
+    defaults = Defaults()
     try:
-        code: int | None = app(arguments, prog_name="switchrun", standalone_mode=False)
+        code: int | None = app(arguments, prog_name="switchrun", standalone_mode=False, obj=defaults)
         return code or 0
     except SystemExit as end:
         SIGNALS.check()
@@ -120,7 +128,7 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         error = refused_by_system(error) or error
         if isinstance(error, SwitchrunError):
-            report(error.on_command_line() if isinstance(error, UsageError) else str(error))
+            report(defaults.explain(error.on_command_line() if isinstance(error, UsageError) else str(error)))
             return error.exit_code
         report(f"internal error: {type(error).__name__}: {error} (set SWITCHRUN_DEBUG=1 to see where)")
         return SwitchrunError.exit_code

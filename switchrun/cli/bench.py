@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,17 +13,19 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
-from switchrun.cli.downloads import open_for_processes
+from switchrun.cli.downloads import notes_of, open_for_processes
 from switchrun.cli.help import Panel
-from switchrun.cli.streams import report, write_answer
+from switchrun.cli.streams import write_answer
 from switchrun.errors import SwitchrunError, UsageError
 from switchrun.output.measurement_tables import BenchFormat, format_records
+from switchrun.output.progress import ByteProgress, MeasurementProgress
 from switchrun.output.sinks import format_record
 
 Record = dict[str, Any]
 
 
 def bench(
+    context: typer.Context,
     model: options.Model = None,
     synthetic: Annotated[
         str | None,
@@ -147,7 +150,7 @@ def bench(
             metavar="FILE.html",
             show_default=False,
             rich_help_panel=Panel.OUTPUT,
-            help="Write a page; needs the plot extra.",
+            help="Write a page that says what limits, with pictures.",
         ),
     ] = None,
     quiet: Annotated[
@@ -172,7 +175,9 @@ def bench(
     from switchrun.planning.options import OpenOptions
 
     if model is not None and synthetic is not None:
-        raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
+        if options.is_typed(context, "model"):
+            raise UsageError("--model and --synthetic cannot be used together", "leave one of them out")
+        model = None
     if materialize is not None and synthetic is None:
         raise UsageError("--materialize does nothing without --synthetic", "add --synthetic NAME")
     dtypes = options.dtype_list(dtype)
@@ -198,15 +203,19 @@ def bench(
     old = read_records(compare) if compare else []
     finished = read_records(resume) if resume and resume.exists() else []
     folder = folders.offload_folder(offload_folder)
-    tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    progress = MeasurementProgress(sys.stderr, wanted=not quiet)
+    tell = notes_of(progress, quiet)
     description = None
     if synthetic is not None:
-        made = make_synthetic(synthetic, materialize, folder, tell)
+        making = ByteProgress(sys.stderr, "make", wanted=not quiet)
+        try:
+            made = make_synthetic(synthetic, materialize, folder, notes_of(making, quiet), making)
+        finally:
+            making.clear()
         first, description = replace(first, model=str(made.path)), made.description
-        tell(f"note: {description['note']}")
     opening = OpenOptions(model=first.model, offload_folder=folder, hub=hub.value)
     checkpoint = open_for_processes(opening, quiet=quiet)
-    runner = Bench(checkpoint, folder, description, tell)
+    runner = Bench(checkpoint, folder, description, tell, progress.watch)
     records: list[Record] = []
     try:
         for record in runner.run(product(first, dtypes, memories, batches), finished):
@@ -214,6 +223,7 @@ def bench(
             if resume and record not in finished:
                 _write(resume, format_record(record, indent=False), "a")
     finally:
+        progress.clear()
         # Also after a signal: what was finished is written.
         records = compare_records(records, old, compare.name) if compare else records
         if records:
@@ -246,8 +256,8 @@ class _Files:
                 raise UsageError(f"'{path}' has an ending that is not known", f"use {', '.join(known)}")
             if not path.parent.is_dir():
                 raise UsageError(f"there is no folder '{path.parent}'", "make it first")
-        if self.plot or self.page:
-            from switchrun.output.bench_report import check_matplotlib
+        if self.plot:
+            from switchrun.output.bench_plot import check_matplotlib
 
             check_matplotlib()
 
@@ -255,7 +265,7 @@ class _Files:
         if self.records:
             _write(self.records, format_records(records, BenchFormat(self.records.suffix[1:])))
         if self.plot:
-            from switchrun.output.bench_report import draw
+            from switchrun.output.bench_plot import draw
 
             draw(records, self.plot)
         if self.page:

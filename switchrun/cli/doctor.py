@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from switchrun.cli import options
 from switchrun.cli.startup import quieten_libraries
 from switchrun.cli.streams import write_answer
+from switchrun.output.progress import Line
 
 
 def doctor(
@@ -38,7 +40,12 @@ def doctor(
 
     resolve_budgets(cpu_memory, 0 if gpu_memory is None else gpu_memory)  # refuses what is not a size
     quieten_libraries()
-    checks = examine(offload_folder, model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, online=online)
+    progress = Line(sys.stderr)
+    progress.begin("checking this machine…")
+    try:
+        checks = examine(offload_folder, model, cpu_memory=cpu_memory, gpu_memory=gpu_memory, online=online)
+    finally:
+        progress.clear()
     record = checks_record(checks)
     write_answer(format_record(record, indent=True) if style is options.TableFormat.JSON else render_checks(checks))
     if record["exit_code"]:

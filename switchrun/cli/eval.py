@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
@@ -12,11 +13,12 @@ import typer
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
 from switchrun.cli.answering import EXIT_SOME_FAILED
-from switchrun.cli.downloads import open_for_processes
+from switchrun.cli.downloads import notes_of, open_for_processes
 from switchrun.cli.help import Panel
 from switchrun.cli.streams import Entry, LineReader, report, stdin_lines, write_answer
 from switchrun.errors import InputError, UsageError
 from switchrun.output.measurement_tables import EvalFormat, format_evaluation
+from switchrun.output.progress import MeasurementProgress
 
 
 def evaluate(
@@ -43,6 +45,8 @@ def evaluate(
     reference_model: Annotated[
         str | None,
         typer.Option(
+            parser=options.model_name("reference-model"),
+            autocompletion=options.complete_model,
             metavar="MODEL",
             show_default=False,
             rich_help_panel=Panel.MEASUREMENT,
@@ -107,6 +111,7 @@ def evaluate(
     from switchrun.bench.evaluation import DEFAULT_DTYPES, Evaluation
     from switchrun.checkpoint.locate import hub_id
     from switchrun.machine import folders
+    from switchrun.model.tokenizer_files import locate_tokenizer
     from switchrun.planning.budgets import parse_size
     from switchrun.planning.options import OpenOptions
 
@@ -123,9 +128,11 @@ def evaluate(
         parse_size("offload_limit", offload_limit)
     name = "stdin" if text == "-" else text
     lines = _readable(name, islice(_entries(text), limit))
-    tell: Callable[[str], Any] = (lambda _: None) if quiet else report
+    progress = MeasurementProgress(sys.stderr, wanted=not quiet)
+    tell = notes_of(progress, quiet)
     folder = folders.offload_folder(offload_folder)
-    for each in (model, reference_model):
+    for each in dict.fromkeys((model, reference_model or model)):
+        locate_tokenizer(each, tokenizer)
         if hub_id(each) is not None:
             open_for_processes(OpenOptions(model=each, offload_folder=folder, hub=hub.value), quiet=quiet)
     evaluation = Evaluation(
@@ -142,7 +149,10 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    record = evaluation.run(dtypes, reference, tell)
+    try:
+        record = evaluation.run(dtypes, reference, tell, progress.watch)
+    finally:
+        progress.clear()
     _tell_notes(record, tell)
     failed = [row for row in record["rows"] if row["status"] == "failed"]
     for row in failed:

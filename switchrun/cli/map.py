@@ -18,7 +18,8 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
-from switchrun.cli.answering import EXIT_SOME_FAILED, Work, notes_of, open_with_notes
+from switchrun.cli.answering import EXIT_SOME_FAILED, Work, open_with_notes
+from switchrun.cli.downloads import notes_of
 from switchrun.cli.fill import fill_work
 from switchrun.cli.generate import generate_work
 from switchrun.cli.help import Panel
@@ -37,14 +38,13 @@ from switchrun.units import MIB, format_count, format_seconds
 if TYPE_CHECKING:
     from switchrun.model.records import GenerateResult
     from switchrun.model.session import Session
+    from switchrun.planning.options import OpenOptions
 
 _DEFAULTS = GenerationOptions()
 _OWN = "; generate: the model's"
 #: So much of the file goes to the session at a time, which divides it into batches.
 _WINDOW_INPUTS = 1024
 _WINDOW_CHARACTERS = MIB
-#: Where no terminal shows the progress, a line says how far it is, so often.
-_REPORT_SECONDS = 60.0
 
 
 class MapTask(StrEnum):
@@ -191,7 +191,7 @@ def map_inputs(
         if not (journal.begun or force):
             out.check_new()
         journal.check_key(key)
-        run = _Run(source, journal, work, opening.tokenizer, quiet=quiet)
+        run = _Run(source, journal, work, opening, quiet=quiet)
         try:
             with open_with_notes(opening, run.progress, run.note) as session:
                 run.begin(session, key)
@@ -278,17 +278,16 @@ class _Run:
         source: InputFile,
         journal: Journal,
         work: Work[Any, Any, Any],
-        tokenizer: str | None,
+        opening: OpenOptions,
         *,
         quiet: bool,
     ) -> None:
         self._source = source
         self._journal = journal
         self._work = work
-        self._tokenizer = tokenizer
-        self._quiet = quiet
-        self._reported_at = time.monotonic()
-        self.progress = InputProgress(sys.stderr, source.count, journal.answered, wanted=not quiet)
+        self._tokenizer = opening.tokenizer
+        model = None if opening.model is None else str(opening.model)
+        self.progress = InputProgress(sys.stderr, model, source.count, journal.answered, wanted=not quiet)
         self.note = notes_of(self.progress, quiet)
 
     def begin(self, session: Session, key: Key) -> None:
@@ -336,10 +335,7 @@ class _Run:
         self._source.check_unchanged()
         with SIGNALS.held():
             self._journal.append(records)
-        self.progress.done = self._journal.answered
-        if not self._quiet and not sys.stderr.isatty() and time.monotonic() - self._reported_at >= _REPORT_SECONDS:
-            self._reported_at = time.monotonic()
-            report(self.progress.describe())
+        self.progress.answered(self._journal.answered)
 
 
 def _windows(entries: Iterable[Entry]) -> Iterator[list[Entry]]:

@@ -30,7 +30,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        parser=options.named("model"),
+        parser=options.model_name("model"),
+        autocompletion=options.complete_model,
         metavar="PATH|ID[@REVISION]",
         show_default="every model",
         help="Only this model's experts. demo is the demo model's, a folder of that name ./demo.",

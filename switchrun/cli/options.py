@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from switchrun.checkpoint.types import HubWay
+from switchrun.cli.config_file import DEMO, read_config, resolve_alias
 from switchrun.cli.help import Panel
 from switchrun.dtypes import DtypeChoice, resolve_dtype
 from switchrun.errors import UsageError
 from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import replace_blanks
-from switchrun.planning.plan import BatchSize as AnyBatchSize
+
+if TYPE_CHECKING:
+    from switchrun.planning.plan import BatchSize as AnyBatchSize
 
 if TYPE_CHECKING:
     from switchrun.client import Client
@@ -38,16 +41,47 @@ def named(option: str) -> Callable[[str], str]:
     return parse
 
 
+def model_name(option: str) -> Callable[[str], str]:
+    """Return a parser of a model's name, which puts what it stands for in the place of an alias."""
+    parse = named(option)
+    return lambda name: resolve_alias(parse(name))
+
+
+def _model(name: str) -> str | None:
+    found = model_name("model")(name)
+    return None if found == DEMO else found
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Return names that begin so, for the shell: aliases, and models of the Hub's cache. There is never an error."""
+    from switchrun.checkpoint.hub_cache import cached_models
+
+    names = [DEMO]
+    with suppress(Exception):
+        names += read_config().aliases
+    with suppress(Exception):
+        names += [model.id for model in cached_models()]
+    return [name for name in names if name.startswith(incomplete)]
+
+
+def _tokenizer(name: str) -> str:
+    from switchrun.checkpoint.locate import demo_folder
+
+    found = named("tokenizer")(name)
+    return str(demo_folder()) if found == DEMO else found
+
+
 Model = Annotated[
     str | None,
     typer.Option(
         "--model",
         "-m",
-        parser=named("model"),
+        parser=_model,
+        autocompletion=complete_model,
         envvar="SWITCHRUN_MODEL",
         metavar="PATH|ID[@REVISION]",
         show_default="the demo model",
-        help="A folder with a checkpoint, or an id on the Hugging Face Hub.",
+        help="A folder with a checkpoint, an id on the Hugging Face Hub, or an alias. demo: the demo model.",
     ),
 ]
 Dtype = Annotated[
@@ -128,12 +162,12 @@ NetworkBandwidth = Annotated[
 Tokenizer = Annotated[
     str | None,
     typer.Option(
-        parser=named("tokenizer"),
+        parser=_tokenizer,
         envvar="SWITCHRUN_TOKENIZER",
         metavar="PATH|ID",
         show_default="the model's own",
         rich_help_panel=Panel.MODEL,
-        help="Where the tokenizer is, for a checkpoint that carries none.",
+        help="Where the tokenizer is, for a checkpoint that carries none. demo: the demo model's.",
     ),
 ]
 BatchSize = Annotated[
@@ -352,6 +386,12 @@ def sentinels_for(blank: str | None) -> Callable[[str], str]:
         return lambda text: text
     replace_blanks("", blank)
     return lambda text: replace_blanks(text, blank)
+
+
+def is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line; else its value is a default, a variable's or the config file's."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 class TableFormat(StrEnum):

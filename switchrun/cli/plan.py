@@ -8,8 +8,9 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
+from switchrun.cli.downloads import shown_opening
 from switchrun.cli.help import Panel
-from switchrun.cli.streams import warn, write_answer
+from switchrun.cli.streams import write_answer
 from switchrun.dtypes import DtypeChoice
 from switchrun.output.sinks import format_record
 
@@ -80,7 +81,15 @@ def plan(
         hub=hub.value,
         network_bandwidth=network_bandwidth,
     )
-    planned = plan_model(chosen, input_tokens=input_tokens, disk_bandwidth=disk_bandwidth, headers_only=True, warn=warn)
+    with shown_opening(chosen, quiet=False, asks=False) as (steps, warn):
+        planned = plan_model(
+            chosen,
+            input_tokens=input_tokens,
+            disk_bandwidth=disk_bandwidth,
+            headers_only=True,
+            warn=warn,
+            steps=steps,
+        )
     planned.close()
     made = planned.plan
     if style is options.TableFormat.JSON:

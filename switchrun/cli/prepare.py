@@ -12,7 +12,7 @@ import typer
 
 from switchrun.checkpoint.types import HubWay
 from switchrun.cli import options
-from switchrun.cli.downloads import ask_to_download, download_progress
+from switchrun.cli.downloads import shown_opening
 from switchrun.cli.help import Panel
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import quieten_libraries
@@ -109,9 +109,8 @@ def prepare(
     budgets = resolve_budgets(opening.cpu_bytes, 0)
     # Threads warn, and the main thread reports it: it alone knows of the progress line.
     warnings: deque[str] = deque()
-    ask_to_download(model, hub)
-    with download_progress() as on_download:
-        checkpoint, ranges = open_model(opening, warnings.append, on_download)
+    with shown_opening(opening, quiet=False) as (steps, _):
+        checkpoint, ranges = open_model(opening, warnings.append, steps)
     resolve_dtype(dtype, checkpoint.stored_dtype, checkpoint.plain_dtype)
     if checkpoint.reads_int8_in_place:
         raise UsageError(f"{checkpoint.id} is stored in int8, so there is nothing to prepare", "fill reads it in place")

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import wraps
+from importlib import import_module
 from io import BufferedIOBase
 from select import select
 from typing import Any, NoReturn
@@ -106,11 +107,57 @@ class LineReader:
         self._too_long = False
 
 
+class TypedLines:
+    """What a person types at a prompt as entries, as `LineReader` has them; a blank line is none.
+
+    With line editing, and a history that goes with the process, where Python has `readline`.
+    """
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+        self._typed: deque[str] = deque()
+        self._position = 0
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # type: ignore[union-attr] # a TextIOWrapper
+
+    def __iter__(self) -> TypedLines:
+        return self
+
+    def __next__(self) -> Entry:
+        while not self._typed:
+            # What is pasted may be several lines.
+            self._typed.extend(line for line in self._ask().split("\n") if line.strip())
+        self._position += 1
+        return decode(self._position - 1, self._typed.popleft().encode("utf-8", "surrogateescape"))
+
+    def ready(self) -> bool:
+        """Whether the next line is there: a person waits for the answer to each."""
+        return bool(self._typed)
+
+    def _ask(self) -> str:
+        with contextlib.suppress(ImportError):
+            import_module("readline")  # `input` finds it by itself
+        try:
+            # It edits lines only on descriptors 0 and 1; the latter is stderr's, see `prepare_output`.
+            with open(1, "w", encoding="utf-8", closefd=False) as shown, contextlib.redirect_stdout(shown):
+                return input(self._prompt)
+        except BaseException as end:
+            if self._prompt:
+                report_lines("\n")
+            if isinstance(end, EOFError):
+                raise StopIteration from None
+            raise
+
+
 def stdin_lines() -> LineReader:
     """Return the lines of stdin; a `UsageError` if it is closed."""
     if sys.stdin is None:
         raise UsageError("there is no TEXT, and stdin is closed", "give TEXT, or pipe lines in")
     return LineReader(sys.stdin.buffer)  # type: ignore[arg-type] # a BufferedReader
+
+
+def someone_types() -> bool:
+    """Whether stdin is a terminal that someone sees a prompt on."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()
 
 
 def prepare_output() -> None:
@@ -190,11 +237,6 @@ def drop_stdout() -> None:
 def report(message: str) -> None:
     """Write one line for a human to stderr: `switchrun: message`."""
     report_lines(f"switchrun: {printable(' '.join(message.split()))}\n")
-
-
-def warn(message: str) -> None:
-    """Report a warning; from any thread."""
-    report(f"warning: {message}")
 
 
 def report_lines(lines: str) -> None:

@@ -20,9 +20,10 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.doctor.check import Check, Problem
 from switchrun.errors import BudgetError, StorageError, SwitchrunError
 from switchrun.machine import disks, folders, ram
-from switchrun.planning import Budgets, make_plan
+from switchrun.planning import Budgets
 from switchrun.planning.budgets import DEFAULT_CPU_SHARE
 from switchrun.planning.memory import RUNTIME_BYTES
+from switchrun.planning.planner import make_plan
 from switchrun.units import GIB, MIB, format_bytes, format_rate
 
 #: What is written at most to measure a disk.

@@ -55,6 +55,7 @@ class ExpertCache:
         self._in_flight = 0
         self._busy_lock = threading.Lock()
         self._busy, self._busy_since = 0, 0.0
+        self._read_bytes = 0
 
     @property
     def num_slots(self) -> int:
@@ -65,6 +66,11 @@ class ExpertCache:
     def reads_past_page_cache(self) -> bool:
         """Whether what was read came from the disk itself."""
         return self._reader.reads_past_page_cache
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that have arrived: unlike the counters' `load_bytes`, which count a read when it begins."""
+        return self._read_bytes
 
     def counters(self) -> CacheCounters:
         """Return a snapshot of the counters."""
@@ -160,7 +166,7 @@ class ExpertCache:
                         self._reader.forget(segment.file)
         if staging is not None:
             self._free_staging.append(staging)
-        self._note_busy(-1)
+        self._note_busy(-1, 0 if error else sum(segment.length for segment in load.plan.segments))
         self._arrived.put(_Arrival(load.key, outcome))
 
     def _next_arrival(self) -> _Arrival:
@@ -199,8 +205,9 @@ class ExpertCache:
         self._in_flight = 0
         self._note_busy(-self._busy)
 
-    def _note_busy(self, change: int) -> None:
+    def _note_busy(self, change: int, read_bytes: int = 0) -> None:
         with self._busy_lock:
+            self._read_bytes += read_bytes
             now = time.perf_counter()
             if self._busy:
                 self._table.counters.load_seconds += now - self._busy_since

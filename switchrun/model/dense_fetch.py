@@ -23,7 +23,7 @@ _THREADS, _PIECE_BYTES = 8, 8 * MIB
 #: How often one looks whether another process, which fetches the same weights, is done.
 _LOOK_SECONDS = 0.2
 
-#: Called with the bytes done and the bytes in all.
+#: Called with the bytes done and the bytes in all; both 0 while another process is waited for.
 OnBytes = Callable[[int, int], None]
 
 
@@ -46,6 +46,7 @@ def with_dense_weights(planned: PlannedModel, on_bytes: OnBytes = lambda _done, 
     while dense is None:
         with file.writing() as writer:
             if writer is None:
+                on_bytes(0, 0)
                 time.sleep(_LOOK_SECONDS)
             else:
                 _Fetch(writer, hub).run(on_bytes)

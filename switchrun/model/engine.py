@@ -146,10 +146,10 @@ class Engine:
     ) -> list[RawOutput]:
         """Generate for one batch of token ids.
 
-        `on_layer` is called after each sparse layer of the encoder, with their number so far and in all; `on_token`
-        with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each row's own of
-        the `closings` its alternatives. Each row draws with its own of the `seeds`; by its own of the `controls` others
-        may stop it.
+        `on_layer` is called at first and after each sparse layer of the encoder, with their number so far and in all;
+        `on_token` with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each
+        row's own of the `closings` its alternatives. Each row draws with its own of the `seeds`; by its own of the
+        `controls` others may stop it.
         """
 
         def generate(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawOutput]:
@@ -194,7 +194,7 @@ class Engine:
     ) -> _Result:
         """Work on padded rows and their mask; if the memory of a GPU runs out, once more with half of the GPUs' slots.
 
-        `on_layer` is called after each of the first sparse `layers`.
+        `on_layer` is called before the first of the sparse `layers`, and after each of them.
         """
         width = max(map(len, rows))
         # The padding may be any id: the mask hides it.
@@ -215,6 +215,7 @@ class Engine:
             return work(input_ids.to(self.device), mask.long().to(self.device))
 
         self.context.on_layer = count_layer
+        on_layer(0, layers)
         ram.give_back_freed()  # other batches have left holes that this one may not fit
         try:
             return once()

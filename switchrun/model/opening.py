@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.kernels import libraries
 from switchrun.machine.limits import check_limits
 from switchrun.model.preload import DensePreload
-from switchrun.model.records import Progress, ProgressCallback
 from switchrun.planning import Plan
 from switchrun.planning.opening import PlannedModel
 
@@ -18,11 +18,14 @@ ImportLibraries = Callable[[Plan], None]
 
 
 @contextmanager
-def read_while_importing(planned: PlannedModel, import_libraries: ImportLibraries) -> Iterator[DensePreload]:
+def read_while_importing(
+    planned: PlannedModel, import_libraries: ImportLibraries, steps: Steps = NO_STEPS
+) -> Iterator[DensePreload]:
     """Begin to read dense weights, and import the libraries meanwhile; reads that still wait at the end are dropped."""
     check_limits()
     libraries.path()  # refuses one that this machine does not have
     with DensePreload(planned.checkpoint, planned.plan) as preload:
+        steps("import")
         import_libraries(planned.plan)
         yield preload
 
@@ -36,19 +39,15 @@ def import_model(plan: Plan) -> None:
         bitsandbytes_ops.operations()  # else the first product would wait for it
 
 
-def fetch_dense_weights(planned: PlannedModel, progress: ProgressCallback | None = None) -> PlannedModel:
+def fetch_dense_weights(planned: PlannedModel, steps: Steps = NO_STEPS) -> PlannedModel:
     """Return a planned model with its dense weights on this machine; see `switchrun.model.dense_fetch`."""
     hub = planned.hub
     if hub is None:
         return planned
     from switchrun.model.dense_fetch import with_dense_weights
 
-    def on_bytes(done: int, most: int) -> None:
-        if progress is not None:
-            progress(Progress("fetch", done, most, 0, hub.traffic.bytes))
-
     try:
-        return with_dense_weights(planned, on_bytes)
+        return with_dense_weights(planned, lambda done, total: steps("fetch", done, total))
     except BaseException:
         hub.close()
         raise

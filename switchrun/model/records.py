@@ -13,6 +13,7 @@ from switchrun.checkpoint.types import Stack
 from switchrun.errors import UsageError, check_count, printable
 
 if TYPE_CHECKING:
+    from switchrun.checkpoint.steps import Stage
     from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
@@ -21,7 +22,6 @@ SCHEMA_VERSION = 1
 _LAST_KEYS = ("finish_reason", "tokens", "timing", "experts", "memory", "model", "alternatives", "routing")
 
 FinishReason = Literal["stop", "length"]
-Stage = Literal["fetch", "open", "encode", "decode"]
 
 _Result = TypeVar("_Result", bound="GenerateResult | ScoreResult")
 
@@ -408,9 +408,11 @@ class SessionStats:
 class Progress:
     """How far a session is, handed to its `progress`.
 
-    `done` of `total` counts bytes of dense weights from the Hub (`fetch`) or into memory (`open`), sparse layers
-    (`encode`) or tokens, at most (`decode`); `load_bytes` the expert bytes read since the session was opened,
-    `hub_bytes` all that came from the Hub.
+    `done` of `total` counts bytes of whole files from the Hub (`download`), files whose headers are read (`index`),
+    bytes of dense weights from the Hub (`fetch`) or into memory (`open`), sparse layers (`encode`, `score`) or tokens,
+    at most (`decode`); nothing while the Hub is asked what it has (`ask`), in `plan`, and while libraries are imported
+    (`import`). `load_bytes` are the expert bytes read since the session was opened, `hub_bytes` all that came from the
+    Hub, and `ids` those of the inputs that are answered together.
     """
 
     stage: Stage
@@ -418,6 +420,7 @@ class Progress:
     total: int
     load_bytes: int
     hub_bytes: int = 0
+    ids: tuple[int, ...] = ()
 
 
 ProgressCallback = Callable[[Progress], None]

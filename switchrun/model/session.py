@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from switchrun.checkpoint.generation import generation_file, own_options
+from switchrun.checkpoint.locate import hub_id
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
 from switchrun.model.batching import WINDOW, batches_of, one_or_many
@@ -30,7 +31,6 @@ from switchrun.model.records import (
     GenerationOptions,
     HubCounts,
     ModelInfo,
-    Progress,
     ProgressCallback,
     Routing,
     ScoredSpan,
@@ -38,16 +38,17 @@ from switchrun.model.records import (
     ScoreTiming,
     SessionStats,
     Span,
-    Stage,
     TierCounts,
     Timing,
     TokenCounts,
 )
+from switchrun.model.reporting import Reporter
 from switchrun.model.sentinels import Filling, fill_in, parse_spans, sentinel, span_places
 from switchrun.model.tokenizer import Encoded, EncodedFilling, EncodedText, Tokenizer
+from switchrun.model.tokenizer_files import TokenizerFiles, find_tokenizer, locate_tokenizer
 from switchrun.planning import Plan
 from switchrun.planning.memory import BatchShape, has_room, longest_input, max_output_tokens
-from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, plan_model
+from switchrun.planning.opening import EXPECTED_NEW_TOKENS, PlannedModel, held_bytes, plan_model
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import BatchSize
 
@@ -75,8 +76,9 @@ class Session:
         self,
         planned: PlannedModel,
         *,
+        tokenizer: TokenizerFiles | None = None,
         preload: DensePreload | None = None,
-        progress: ProgressCallback | None = None,
+        report: Reporter | None = None,
         warn: Callable[[str], None] | None = None,
         started: float | None = None,
     ) -> None:
@@ -85,14 +87,16 @@ class Session:
         from switchrun.model.settings import check_settings
 
         started = time.perf_counter() if started is None else started
-        self._progress = progress
+        self._report = report = report or Reporter()
         self._hub = planned.hub
         self._checked = {(planned.plan.num_beams > 1, False)}
         check_settings(planned.checkpoint, beams=planned.plan.num_beams > 1)
-        self._tokenizer = Tokenizer.load(planned.checkpoint, planned.options.tokenizer)
+        files = tokenizer or find_tokenizer(planned.checkpoint.path, planned.options.tokenizer)
+        self._tokenizer = Tokenizer.load(planned.checkpoint, files)
         stop_strings = planned.checkpoint.generation.get("stop_strings")
         self._stop = None if stop_strings is None else self._tokenizer.stop_criteria(stop_strings)
-        self.engine = engine = Engine(planned, partial(self._show, "open", load_bytes=0), warn, preload)
+        self.engine = engine = Engine(planned, partial(report, "open"), warn, preload)
+        report.read_bytes = lambda: engine.cache.read_bytes
         self.checkpoint, self.plan = engine.checkpoint, engine.plan
         self._most_tokens = longest_input(self.checkpoint, self.plan)
         self._totals = _Totals()
@@ -122,8 +126,8 @@ class Session:
     ) -> Session:
         """Open a model: read its headers, plan, place the dense weights. No expert is read.
 
-        The arguments are those of `OpenOptions`; `progress` is called while the session works, and `warn` with
-        warnings, from any thread: without it they are logged.
+        The arguments are those of `OpenOptions`; `progress` is called at each step of the session's work, and twice a
+        second while one takes longer, and `warn` with warnings; both from any thread. Without it warnings are logged.
 
         Raises:
             SwitchrunError: One of its kinds; see `switchrun.errors`.
@@ -522,12 +526,13 @@ class Session:
     ) -> list[ScoreResult]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
-        scores = self.engine.score(
-            [each.text.ids for each in batch],
-            [each.target for each in batch],
-            controls=controls,
-            on_layer=partial(self._show, "encode"),
-        )
+        with self._report.working(tuple(ids)):
+            scores = self.engine.score(
+                [each.text.ids for each in batch],
+                [each.target for each in batch],
+                controls=controls,
+                on_layer=partial(self._report, "score"),
+            )
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
         timing = ScoreTiming(self.open_seconds, time.perf_counter() - start)
         self._totals.fill_seconds += timing.total_seconds
@@ -566,17 +571,18 @@ class Session:
     ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
-        outputs = self.engine.generate(
-            [text.ids for text in batch],
-            options,
-            # Else the same text on two lines would get the same answer twice.
-            seeds=[options.seed + number for number in ids],
-            stop=self._stop,
-            closings=[text.closing if isinstance(text, Encoded) else None for text in batch],
-            controls=controls,
-            on_layer=partial(self._show, "encode"),
-            on_token=lambda step: self._show("decode", step, options.max_new_tokens),
-        )
+        with self._report.working(tuple(ids)):
+            outputs = self.engine.generate(
+                [text.ids for text in batch],
+                options,
+                # Else the same text on two lines would get the same answer twice.
+                seeds=[options.seed + number for number in ids],
+                stop=self._stop,
+                closings=[text.closing if isinstance(text, Encoded) else None for text in batch],
+                controls=controls,
+                on_layer=partial(self._report, "encode"),
+                on_token=lambda step: self._report("decode", step, options.max_new_tokens),
+            )
         end = time.perf_counter()
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
         self._totals.fill_seconds += end - start
@@ -646,11 +652,6 @@ class Session:
     def _model_info(self) -> ModelInfo:
         return ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype)
 
-    def _show(self, stage: Stage, done: int, most: int, load_bytes: int | None = None) -> None:
-        if self._progress is not None:
-            loaded = self.engine.cache.counters().load_bytes if load_bytes is None else load_bytes
-            self._progress(Progress(stage, done, most, loaded, 0 if self._hub is None else self._hub.traffic.bytes))
-
 
 def open_session(
     options: OpenOptions,
@@ -663,25 +664,34 @@ def open_session(
 ) -> Session:
     """Open a model; torch and transformers are imported while its dense weights are being read.
 
-    `progress` is called while the session works, in a download from other threads; `warn` with warnings, from any
-    thread; without it they are logged.
+    `progress` is called at each step, and twice a second while one takes longer; `warn` with warnings; both from any
+    thread. Without it warnings are logged.
     `started` is `time.perf_counter()` when opening began, None now; `import_libraries` imports in the caller's own way;
     `on_plan` is called with the plan before a weight is read.
 
     Raises:
-        SwitchrunError: One of its kinds. A wrong model or budget is noticed before torch is imported.
+        SwitchrunError: One of its kinds. A wrong model, tokenizer or budget is noticed before torch is imported.
     """
     started = time.perf_counter() if started is None else started
-
-    def on_download(done: int, most: int) -> None:
-        if progress is not None:
-            progress(Progress("fetch", done, most, 0, done))
-
-    planned = plan_model(options, hub_output_tokens=EXPECTED_NEW_TOKENS, warn=warn, on_download=on_download)
-    on_plan(planned.plan)
-    planned = fetch_dense_weights(planned, progress)
-    with read_while_importing(planned, import_libraries) as preload:
-        return Session(planned, preload=preload, progress=progress, warn=warn, started=started)
+    report = Reporter(progress)
+    with report.working():
+        own_bytes = held_bytes()
+        model = None if options.model is None else str(options.model)
+        if hub_id(options.tokenizer or model) is not None:
+            report("ask")
+        folder = locate_tokenizer(model, options.tokenizer)
+        planned = plan_model(
+            options, hub_output_tokens=EXPECTED_NEW_TOKENS, own_bytes=own_bytes, warn=warn, steps=report
+        )
+        try:
+            tokenizer = find_tokenizer(planned.checkpoint.path, options.tokenizer, folder)
+            on_plan(planned.plan)
+        except BaseException:
+            planned.close()
+            raise
+        planned = fetch_dense_weights(planned, report)
+        with read_while_importing(planned, import_libraries, report) as preload:
+            return Session(planned, tokenizer=tokenizer, preload=preload, report=report, warn=warn, started=started)
 
 
 def _in_batches(

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from switchrun.checkpoint.locate import locate_settings
 from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import InputError, ModelError, printable
 from switchrun.model.sentinels import NUM_SENTINELS, Filling, check_sentinels, sentinel
-from switchrun.model.tokenizer_files import TokenizerSettings, check_files
+from switchrun.model.tokenizer_files import HINT, TokenizerFiles, TokenizerSettings
 
-_HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
 #: No vocabulary has longer words by far; a text that is longer than this cannot fit.
 _MAX_CHARACTERS_PER_TOKEN = 64
 #: T5's reads a text in 0.001 s, and loads in 1; eight times as large are mT5's.
@@ -70,34 +68,25 @@ class Tokenizer:
         self.eos_id = eos if eos is not None and eos < vocabulary else None
 
     @classmethod
-    def load(cls, checkpoint: SwitchCheckpoint, source: str | None) -> Tokenizer:
-        """Load a tokenizer from a folder or a Hub id; from the checkpoint's folder if no source is given.
+    def load(cls, checkpoint: SwitchCheckpoint, files: TokenizerFiles) -> Tokenizer:
+        """Load a tokenizer for a checkpoint from files that `find_tokenizer` found.
 
         Raises:
-            ModelError: There is no tokenizer, it cannot be loaded, or it does not fit the model.
-            NetworkError: It is on the Hub, which could not be reached.
+            ModelError: It cannot be loaded, or it does not fit the model.
         """
-        place = source or str(checkpoint.path)
-        try:
-            folder = checkpoint.path if source is None else locate_settings(source)
-            settings = check_files(folder)
-        except ModelError as error:
-            raise ModelError(error.message, _HINT) from error
-        except OSError as error:
-            raise ModelError(f"{place} cannot be read: {error.strerror}", _HINT) from error
-        size = checkpoint.config["vocab_size"]
-        load = _loader(folder, settings)
+        place, size = files.place, checkpoint.config["vocab_size"]
+        load = _loader(files.folder, files.settings)
         try:
             loaded = _apart(lambda: cls(load(), size), _MOST_LOADING_SECONDS)
         except _LibraryError as error:
-            raise ModelError(f"cannot load a tokenizer from {place}: {error}", _HINT) from error
+            raise ModelError(f"cannot load a tokenizer from {place}: {error}", HINT) from error
         first = loaded._sentinels[0]
         if first is None:
-            raise ModelError(f"the tokenizer from {place} has no sentinel {sentinel(0)}", _HINT)
+            raise ModelError(f"the tokenizer from {place} has no sentinel {sentinel(0)}", HINT)
         if first >= size:
             raise ModelError(
                 f"the tokenizer from {place} gives id {first} to {sentinel(0)}, the model's vocabulary has {size}",
-                _HINT,
+                HINT,
             )
         return loaded
 
@@ -160,14 +149,14 @@ class Tokenizer:
         try:
             return str(_apart(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=not special)))
         except _LibraryError as error:
-            raise ModelError(f"the tokenizer cannot write the model's answer: {error}", _HINT) from error
+            raise ModelError(f"the tokenizer cannot write the model's answer: {error}", HINT) from error
 
     def pieces(self, ids: Sequence[int]) -> tuple[str, ...]:
         """Return what the tokenizer calls tokens; one that it lacks has no name. Errors are those of `decode`."""
         try:
             found = _apart(lambda: self._tokenizer.convert_ids_to_tokens(list(ids)))
         except _LibraryError as error:
-            raise ModelError(f"the tokenizer cannot name the model's tokens: {error}", _HINT) from error
+            raise ModelError(f"the tokenizer cannot name the model's tokens: {error}", HINT) from error
         return tuple("" if piece is None else str(piece) for piece in found)
 
     def _ids(self, text: str, *, special: bool = True) -> list[int]:
@@ -183,7 +172,7 @@ class Tokenizer:
             ids, wrong, token = _apart(read)
         except _LibraryError as error:
             if error.of_file:
-                raise ModelError(f"the tokenizer cannot read a text: {error}", _HINT) from error
+                raise ModelError(f"the tokenizer cannot read a text: {error}", HINT) from error
             raise InputError(f"the tokenizer does not take the text: {error}", "write it in other words") from error
         if special and not ids:
             raise InputError("the tokenizer makes no token of the text", "write it in other words")
@@ -213,12 +202,12 @@ def _loader(folder: Path, settings: TokenizerSettings) -> Callable[[], Any]:
 
     like_t5 = TOKENIZER_MAPPING_NAMES.get(settings.model_type or "") == _T5
     if settings.has_code and not like_t5:
-        raise ModelError(f"the tokenizer in {folder} is code of its own (auto_map), which switchrun never runs", _HINT)
+        raise ModelError(f"the tokenizer in {folder} is code of its own (auto_map), which switchrun never runs", HINT)
     name = settings.class_name or _T5
     found = tokenizer_class_from_name(name)
     known = found is None or (isinstance(found, type) and issubclass(found, PreTrainedTokenizerFast))
     if not known and name != "PreTrainedTokenizer":  # for which it takes the fast one
-        raise ModelError(f"{folder} asks for the tokenizer class {name}, which is not supported", _HINT)
+        raise ModelError(f"{folder} asks for the tokenizer class {name}, which is not supported", HINT)
     # No other file says what class it is, and none of its values is looked at.
     config: Any = SwitchTransformersConfig() if like_t5 else PreTrainedConfig()
     config.tokenizer_class = settings.class_name

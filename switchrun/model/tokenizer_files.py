@@ -13,16 +13,22 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from switchrun.checkpoint.dialect import is_switch_config
+from switchrun.checkpoint.hub import cached_snapshot
+from switchrun.checkpoint.index import CONFIG
+from switchrun.checkpoint.locate import hub_id, locate_settings
 from switchrun.errors import ModelError, printable
 from switchrun.machine.files import open_regular, read_regular
 from switchrun.units import MIB
 
 VOCABULARIES = ("tokenizer.json", "spiece.model")
+HINT = "use --tokenizer PATH|ID, for example google/switch-base-8"
 
 #: What transformers may read besides, in whatever class of its own.
 _OTHERS = (
@@ -67,15 +73,86 @@ class TokenizerSettings:
     has_code: bool
 
 
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """The files of a tokenizer, which were checked: in which folder, and what they say; `place` is the user's name."""
+
+    place: str
+    folder: Path
+    settings: TokenizerSettings
+
+
+def find_tokenizer(own: Path, source: str | None, folder: Path | None = None) -> TokenizerFiles:
+    """Find a tokenizer's files and check them, without a library.
+
+    Args:
+        own: The checkpoint's folder.
+        source: Where the user says that the tokenizer is, a folder or a Hub id; None is the checkpoint's own.
+        folder: The folder of that, if it was located before.
+
+    Raises:
+        ModelError: There is no tokenizer, or a file of it is not what it may be.
+        NetworkError: It is on the Hub, which could not be reached.
+    """
+    place = source or str(own)
+    with _hint(place):
+        folder = folder or (own if source is None else locate_settings(source))
+        return TokenizerFiles(place, folder, check_files(folder))
+
+
+def locate_tokenizer(model: str | None, source: str | None) -> Path | None:
+    """Return the folder of the tokenizer that the user names, before the model is opened; None is the model's own.
+
+    A model that says that it is a Switch model, and has no tokenizer, is refused here: to open it may take minutes. A
+    few small files are fetched, if they are on the Hub and not on this machine.
+
+    Raises:
+        ModelError: There is no tokenizer, or no such model.
+        NetworkError: The Hub could not be reached.
+    """
+    if source is not None:
+        with _hint(source):
+            folder = locate_settings(source)
+            _vocabularies(folder)
+        return folder
+    found = hub_id(model)
+    kept = None if found is None else cached_snapshot(*found)
+    if kept is None or not _present(kept):
+        own = locate_settings(model)
+        if is_switch_config(own / CONFIG):
+            with _hint(str(own)):
+                _vocabularies(own)
+    return None
+
+
+@contextmanager
+def _hint(place: str) -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(error.message, HINT) from error
+    except OSError as error:
+        raise ModelError(f"{place} cannot be read: {error.strerror}", HINT) from error
+
+
+def _present(folder: Path) -> list[str]:
+    return [name for name in VOCABULARIES if (folder / name).exists()]
+
+
+def _vocabularies(folder: Path) -> list[str]:
+    present = _present(folder)
+    if not present:
+        raise ModelError(f"{folder} has no tokenizer ({' or '.join(VOCABULARIES)})")
+    return present
+
+
 def check_files(folder: Path) -> TokenizerSettings:
     """Check the files that make a tokenizer.
 
     Raises:
         ModelError: There are none, or one is no file, or too large, or asks for what is not done for a file.
     """
-    present = [name for name in VOCABULARIES if (folder / name).exists()]
-    if not present:
-        raise ModelError(f"{folder} has no tokenizer ({' or '.join(VOCABULARIES)})")
+    present = _vocabularies(folder)
     others = [folder / name for name in _OTHERS]
     others += (folder / "additional_chat_templates").glob("*.jinja")
     for path in filter(Path.exists, others):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -46,23 +47,19 @@ def _share(value: float) -> str:
     return f"{value:.1%}"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
 Format = Callable[[float], str]
 
 #: Metric, what it is called, how it is written; in the order of the tables.
 METRICS: tuple[tuple[str, str, Format], ...] = (
-    ("open_seconds", "open", format_seconds),
+    ("open_seconds", "time to open", format_seconds),
     ("open_io_read_bytes", "read while opening", format_bytes),
     ("open_hub_bytes", "from the Hub while opening", format_bytes),
     ("ttft_seconds", "time to first token", format_seconds),
-    ("itl_seconds", "inter-token latency", format_seconds),
-    ("itl_p95_seconds", "inter-token latency, p95", format_seconds),
-    ("fill_seconds", "fill", format_seconds),
-    ("decoder_tokens_per_second", "decoder tokens/s", _number),
-    ("sequences_per_second", "sequences/s", _number),
+    ("itl_seconds", "time per token", format_seconds),
+    ("itl_p95_seconds", "time per token (95th percentile)", format_seconds),
+    ("fill_seconds", "time of a fill", format_seconds),
+    ("decoder_tokens_per_second", "tokens generated", "{:.3g}/s".format),
+    ("sequences_per_second", "inputs filled", "{:.3g}/s".format),
     ("expert_requests", "expert requests", _count),
     ("hit_rate", "hit rate", _share),
     ("gpu_hit_rate", "hit rate on GPUs", _share),
@@ -75,21 +72,27 @@ METRICS: tuple[tuple[str, str, Format], ...] = (
     ("hub_retries", "retries", _count),
     ("distinct_expert_bytes", "experts used, each once", format_bytes),
     ("io_read_bytes", "read, by the system's count", format_bytes),
-    ("wait_seconds", "time: waiting for disk", format_seconds),
-    ("expert_seconds", "time: computing experts", format_seconds),
-    ("dense_seconds", "time: dense and other", format_seconds),
+    ("wait_seconds", "waiting for experts", format_seconds),
+    ("expert_seconds", "computing experts", format_seconds),
+    ("dense_seconds", "all else of a fill", format_seconds),
     ("encoder_seconds", "encoder step", format_seconds),
     ("encoder_bytes_per_second", "encoder step: achieved", format_rate),
     ("encoder_raw_bytes_per_second", "encoder step: raw disk", format_rate),
-    ("encoder_ratio", "encoder step: achieved ÷ raw", _number),
+    ("encoder_ratio", "encoder step: achieved of raw", _share),
     ("decoder_seconds", "decoder steps", format_seconds),
     ("decoder_bytes_per_second", "decoder steps: achieved", format_rate),
     ("decoder_raw_bytes_per_second", "decoder steps: raw disk", format_rate),
-    ("decoder_ratio", "decoder steps: achieved ÷ raw", _number),
-    ("peak_rss_bytes", "peak RSS", format_bytes),
+    ("decoder_ratio", "decoder steps: achieved of raw", _share),
+    ("peak_rss_bytes", "peak memory", format_bytes),
     ("peak_gpu_bytes", "peak GPU memory", format_bytes),
 )
 _LABELS = {key: label for key, label, _ in METRICS}
+#: What the summary has of them.
+_SUMMARY = (
+    "open_seconds", "ttft_seconds", "itl_seconds", "fill_seconds", "sequences_per_second", "hit_rate", "load_bytes",
+    "hub_bytes", "wait_seconds", "peak_rss_bytes", "peak_gpu_bytes",
+)  # fmt: skip
+_NOTHING = "–"
 
 
 def format_records(records: Sequence[Record], style: BenchFormat) -> str:
@@ -103,88 +106,121 @@ def format_records(records: Sequence[Record], style: BenchFormat) -> str:
     if style is BenchFormat.CSV:
         return _csv(records)
     if style is BenchFormat.MD:
-        return "\n".join(_markdown(section) for section in sections(records))
+        words = [printable(line) + "\n" for line in closing(records)]
+        return "\n".join([*map(_markdown, sections(records)), *words])
     return _tables(records)
 
 
 def _tables(records: Sequence[Record]) -> str:
-    from switchrun.output.consoles import make_table, render
+    from switchrun.output.consoles import make_table, render, whole
 
     parts = []
     for section in sections(records):
         table = make_table(section.title, *section.head, text_columns=section.text_columns)
-        table.show_header = any(section.head)
-        for row in section.rows:
-            table.add_row(*row)
+        for name, *values in section.rows:
+            table.add_row(name, *(map(whole, values) if name == "model" else values))
         parts.append(table)
-    return render(sys.__stdout__, parts)
+    return render(sys.__stdout__, [*parts, *closing(records)])
 
 
 def sections(records: Sequence[Record]) -> Iterator[Section]:
-    """Yield the tables of some records: an overview if there are several, then each of them."""
-    if len(records) > 1:
-        yield _overview(records)
+    """Yield the tables of some records: what they share, then each of them, then the summary."""
+    shared = shared_facts(records)
+    yield shared
     for number, record in enumerate(records, 1):
-        yield _about(record, f"Cell {number}" if len(records) > 1 else "Benchmark")
-        if record["status"] == "ok":
-            yield _metrics(record)
-            if record["comparison"]:
-                yield _comparison(record)
+        yield from cell_sections(record, shared, f" in cell {number}" if len(records) > 1 else "")
+    yield summary(records)
 
 
-def _overview(records: Iterable[Record]) -> Section:
-    shown = ("open_seconds", "ttft_seconds", "itl_seconds", "fill_seconds", "load_bytes", "peak_rss_bytes")
-    formats = {key: style for key, _, style in METRICS}
-    rows = []
-    for number, record in enumerate(records, 1):
-        knobs = record["knobs"]
-        memory = "" if knobs["cpu_memory_bytes"] is None else format_bytes(knobs["cpu_memory_bytes"])
-        row = [str(number), knobs["dtype"], memory, str(knobs["batch_size"])]
-        if record["status"] == "ok":
-            row += [_write(formats[key], record["metrics"][key], "median") for key in shown]
-        else:
-            row += [record["error"]["kind"], *[""] * (len(shown) - 1)]
-        rows.append(tuple(row))
-    head = ("cell", "dtype", "memory", "batch", "open", "TTFT", "ITL", "fill", "read", "RSS")
-    return Section("Cells (medians)", head, rows, text_columns=4)
+def shared_facts(records: Sequence[Record]) -> Section:
+    """Return the settings, and what was measured on, that are the same for all records."""
+    first, *others = [list(_facts(record)) for record in records]
+    return Section("Benchmark", ("", ""), [row for row in first if all(row in rows for rows in others)], text_columns=2)
 
 
-def _about(record: Record, title: str) -> Section:
-    knobs, environment = record["knobs"], record["environment"]
-    memory = "auto" if knobs["cpu_memory_bytes"] is None else format_bytes(knobs["cpu_memory_bytes"])
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    disk = ", ".join(str(value) for key, value in environment["disk"].items() if value and key != "number")
-    rows = [
-        ("model", knobs["model"] or "demo"),
-        ("dtype", record["plan"]["dtype"] if record["status"] == "ok" else knobs["dtype"]),
-        ("memory", memory),
-        ("batch", f"{knobs['batch_size']} × {knobs['input_tokens']} tokens in, {knobs['output_tokens']} out"),
-        ("fills", f"{knobs['repeats']} {knobs['cache']}, after {knobs['warmup']} thrown away; seed {knobs['seed']}"),
-        ("machine", f"{environment['cpu']}, {environment['cores']} cores, {format_bytes(environment['memory_bytes'])}"),
-        ("disk", disk),
-        ("versions", versions),
-        ("date", environment["date"]),
-    ]
+def cell_sections(record: Record, shared: Section, which: str = "") -> Iterator[Section]:
+    """Yield the tables of one record, without what it shares with others; `which` stands in their titles."""
+    own = [row for row in _facts(record) if row not in shared.rows]
+    if own:
+        yield Section(f"Settings{which}", ("", ""), own, text_columns=2)
     if record["status"] == "ok":
+        yield _metrics(record, f"Measured{which}")
+        if record["comparison"]:
+            yield _comparison(record)
+
+
+def summary(records: Sequence[Record]) -> Section:
+    """Return the most important figures: one a row, and a column for each record."""
+    columns = [_column(record, len(records) > 1) for record in records]
+    names = dict.fromkeys(name for column in sorted(columns, key=len, reverse=True) for name in column)
+    rows = [(name, *(column.get(name, _NOTHING) for column in columns)) for name in names]
+    numbers = [f"cell {number}" for number in range(1, len(records) + 1)] if len(records) > 1 else ["median"]
+    return Section("Summary (medians)" if len(records) > 1 else "Summary", ("", *numbers), rows)
+
+
+def _column(record: Record, several: bool) -> dict[str, str]:
+    knobs = record["knobs"]
+    column = {"dtype": record["plan"]["dtype"] if record["status"] == "ok" else knobs["dtype"]} if several else {}
+    if several and knobs["cpu_memory_bytes"] is not None:
+        column["memory"] = format_bytes(knobs["cpu_memory_bytes"])
+    if several:
+        column["batch"] = str(knobs["batch_size"])
+    if record["status"] == "failed":
+        return column | {_LABELS[_SUMMARY[0]]: "failed"}
+    formats = {key: style for key, _, style in METRICS}
+    medians = {key: record["metrics"].get(key) for key in _SUMMARY}
+    return column | {_LABELS[key]: formats[key](each["median"]) for key, each in medians.items() if each}
+
+
+def closing(records: Sequence[Record]) -> list[str]:
+    """Return the last lines: which cells failed and why, and what limits the fastest."""
+    from switchrun.bench.records import failure
+    from switchrun.bench.verdict import verdict
+
+    failed = [(number, record) for number, record in enumerate(records, 1) if record["status"] == "failed"]
+    lines = [f"Cell {number} failed: {failure(record)}" for number, record in failed if len(records) > 1]
+    return [*lines, verdict(records)]
+
+
+def _facts(record: Record) -> Iterator[tuple[str, str]]:
+    knobs, environment = record["knobs"], record["environment"]
+    measured = record["status"] == "ok"
+    yield "model", knobs["model"] or "demo"
+    yield "dtype", record["plan"]["dtype"] if measured else knobs["dtype"]
+    yield "memory", "auto" if knobs["cpu_memory_bytes"] is None else format_bytes(knobs["cpu_memory_bytes"])
+    if knobs["gpu_memory"] is not None:
+        yield "GPU memory", knobs["gpu_memory"]
+    if measured:
         plan = record["plan"]
-        slots = f"{plan['expert_slots']} of {format_bytes(plan['slot_bytes'])}, for {plan['num_experts']} experts"
-        rows.insert(3, ("slots", slots))
-        rows += [("note", note) for note in record["notes"]]
-    else:
-        error = record["error"]
-        rows.append(("failed", f"{error['message']} ({error['hint']})" if error["hint"] else error["message"]))
-        if record["synthetic"]:
-            rows.append(("note", record["synthetic"]["note"]))
-    return Section(title, ("", ""), rows, text_columns=2)
+        yield (
+            "slots",
+            f"{plan['expert_slots']} of {format_bytes(plan['slot_bytes'])}, for {plan['num_experts']} experts",
+        )
+    yield "batch", format_count(knobs["batch_size"], "input")
+    yield "tokens", f"{knobs['input_tokens']} in, {knobs['output_tokens']} out"
+    yield "fills", f"{knobs['repeats']} {knobs['cache']}, after {knobs['warmup']} thrown away; seed {knobs['seed']}"
+    memory = format_bytes(environment["memory_bytes"])
+    yield "machine", f"{environment['cpu']}, {format_count(environment['cores'], 'core')}, {memory}"
+    yield "disk", ", ".join(str(value) for key, value in environment["disk"].items() if value and key != "number")
+    yield "versions", ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    yield "date", environment["date"]
+    notes = record["notes"] if measured else [record["synthetic"]["note"]] if record["synthetic"] else []
+    for note in notes:
+        # Those of noise name metrics.
+        yield "note", re.sub(r"\w+", lambda word: _LABELS.get(word[0], word[0]), note)
+    if not measured:
+        from switchrun.bench.records import failure
+
+        yield "failed", failure(record)
 
 
-def _metrics(record: Record) -> Section:
+def _metrics(record: Record, title: str) -> Section:
     rows = []
     for key, label, style in METRICS:
-        summary = record["metrics"].get(key)
-        if summary is not None:
-            rows.append((label, *(_write(style, summary, part) for part in ("median", "min", "max"))))
-    return Section("Measured", ("metric", "median", "min", "max"), rows)
+        samples = record["metrics"].get(key)
+        if samples is not None:
+            rows.append((label, *(style(samples[part]) for part in ("median", "min", "max"))))
+    return Section(title, ("metric", "median", "min", "max"), rows)
 
 
 def _comparison(record: Record) -> Section:
@@ -194,10 +230,6 @@ def _comparison(record: Record) -> Section:
         if ratio is not None and key in _LABELS
     ]
     return Section(f"Now ÷ {record['comparison']['with']}", ("metric", "ratio"), rows)
-
-
-def _write(style: Format, summary: Record | None, part: str) -> str:
-    return "" if summary is None else style(summary[part])
 
 
 def _markdown(section: Section) -> str:
@@ -231,8 +263,7 @@ def _csv(records: Sequence[Record]) -> str:
     return text.getvalue()
 
 
-_HEAD = ("dtype", "loss", "± loss", "same tokens", "same outputs", "experts read", "time", "peak RSS", "slots")
-_NOTHING = "–"
+_HEAD = ("dtype", "loss", "± loss", "same tokens", "same outputs", "experts read", "time", "peak memory", "slots")
 
 
 class EvalFormat(StrEnum):

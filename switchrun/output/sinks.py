@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from switchrun import __version__
 from switchrun.errors import OBEYED, InputError, escape
-from switchrun.model.records import SCHEMA_VERSION, FillResult, GenerateResult, ScoreResult
+from switchrun.model.records import SCHEMA_VERSION, Alternative, FillResult, GenerateResult, ScoreResult, Span
+from switchrun.model.sentinels import fill_in
 
 if TYPE_CHECKING:
     from switchrun.doctor import Check
@@ -21,6 +23,8 @@ STORES_SCHEMA_VERSION = 1
 DOCTOR_SCHEMA_VERSION = 1
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
+#: Around what was filled in: bold and green.
+_BEGIN_SPAN, _END_SPAN = "\x1b[1;32m", "\x1b[0m"
 
 
 class FillFormat(StrEnum):
@@ -40,25 +44,43 @@ class ScoreFormat(StrEnum):
     JSONL = "jsonl"
 
 
-def format_result(result: GenerateResult | ScoreResult, style: FillFormat, lines: int = 1) -> str:
+def format_result(
+    result: GenerateResult | ScoreResult, style: FillFormat, lines: int = 1, *, colours: bool = False
+) -> str:
     """Write an answer as whole lines; so many, except in `json` and `jsonl`.
 
     Alternatives have a line each, with the log-probability before it; where they are fewer, empty lines follow.
     A score's line has the log-probability of all, the text filled in, and each span's log-probability, with tabs
-    between.
+    between. With `colours`, what was filled in is coloured in `text`.
     """
     if style in (FillFormat.JSON, FillFormat.JSONL):
         return format_record(result.as_record(), indent=style is FillFormat.JSON)
+
+    def shown(answer: FillResult | Alternative | ScoreResult) -> str:
+        if style is FillFormat.RAW and not isinstance(answer, ScoreResult):
+            return _flat(answer.raw)
+        return _coloured(result.input, answer.spans) if colours else _flat(answer.text)
+
     if isinstance(result, ScoreResult):
         spans = ("" if span.log_probability is None else f"{span.log_probability:.4f}" for span in result.spans)
-        return _columns(f"{result.log_probability:.4f}", result.text, *spans)
-    if not isinstance(result, FillResult) or result.alternatives is None:
+        return _columns(f"{result.log_probability:.4f}", shown(result), *spans)
+    if not isinstance(result, FillResult):
         return one_line(result.text if style is FillFormat.TEXT else result.raw)
-    answers = (
-        _columns(f"{each.log_probability:.4f}", each.text if style is FillFormat.TEXT else each.raw)
-        for each in result.alternatives
-    )
+    if result.alternatives is None:
+        return shown(result) + "\n"
+    answers = (_columns(f"{each.log_probability:.4f}", shown(each)) for each in result.alternatives)
     return "".join(answers) + "\n" * (lines - len(result.alternatives))
+
+
+def _coloured(text: str, spans: Sequence[Span]) -> str:
+    """Put spans into a text, on one line without codes that a terminal would obey, but for those of the colour."""
+    return fill_in(
+        _flat(text),
+        [
+            replace(span, text=f"{_BEGIN_SPAN}{_flat(span.text)}{_END_SPAN}" if span.text else span.text)
+            for span in spans
+        ],
+    )
 
 
 def format_failure(position: int, text: str, error: InputError, style: FillFormat, lines: int = 1) -> str:
@@ -129,9 +151,14 @@ def checks_record(checks: Sequence[Check]) -> dict[str, Any]:
 
 
 def _columns(*texts: str) -> str:
-    return one_line("\t".join(text.replace("\t", " ") for text in texts))
+    """Return texts that are flat already as one line, with tabs between them and nowhere else."""
+    return "\t".join(text.replace("\t", " ") for text in texts) + "\n"
 
 
 def one_line(text: str) -> str:
     """Write a text as one line, without codes that a terminal would obey."""
-    return escape(_LINE_BREAK.sub(" ", text)) + "\n"
+    return _flat(text) + "\n"
+
+
+def _flat(text: str) -> str:
+    return escape(_LINE_BREAK.sub(" ", text))

@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from switchrun import __version__
 from switchrun.errors import printable
-from switchrun.output.consoles import make_list, make_table, render
+from switchrun.output.consoles import Table, make_list, make_table, render, whole
 from switchrun.units import format_bytes, format_count, format_rate, format_seconds, mib_up
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ _STATUS_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 #: Of a layer, so many experts are named.
 _MOST_EXPERTS = 5
 
-_Rows = Iterator[tuple[str, str]]
+_Rows = Iterator[tuple[str, str | Text]]
 
 
 def render_plan(plan: Plan) -> str:
@@ -42,7 +40,7 @@ def render_plan(plan: Plan) -> str:
         ("least --cpu-memory that works", _at_least(plan.minimum_cpu_bytes)),
         ("--cpu-memory that holds every weight", _at_least(plan.resident_cpu_bytes)),
     )
-    parts: list[RenderableType] = [
+    parts: list[Table | str] = [
         make_list("Model", _model(plan)),
         _tiers(plan.tiers),
         make_list("Memory that this model can use", memory),
@@ -58,11 +56,11 @@ def render_plan(plan: Plan) -> str:
 
 
 def _model(plan: Plan) -> _Rows:
-    yield "model", plan.model_id
+    yield "model", whole(plan.model_id)
     if plan.revision:
         yield "revision", plan.revision
     local = plan.hub is None or plan.hub.downloads
-    yield "folder", plan.path if local else f"{plan.path} (its weights stay on the Hub)"
+    yield "folder", whole(plan.path if local else f"{plan.path} (its weights stay on the Hub)")
     yield "size", format_bytes(plan.total_bytes)
     yield "experts", f"{plan.num_experts} of {format_bytes(plan.expert_bytes)}"
     computed = "" if plan.dtype == plan.precision.compute.value else f"computed in {plan.precision.compute.value}, "
@@ -121,7 +119,7 @@ def _hub(cost: HubCost) -> _Rows:
         yield "dense weights to fetch, once", format_bytes(cost.dense_bytes)
         yield "experts to fetch", f"{format_bytes(cost.expert_bytes)}, {format_count(cost.expert_loads, 'expert')}"
         yield "kept already", share if cost.kept_bytes else "nothing"
-    yield "kept in", cost.folder
+    yield "kept in", whole(cost.folder)
     yield "disk needed there", f"{format_bytes(cost.disk_bytes)} of {format_bytes(cost.free_bytes)} free"
     yield "network", f"{format_rate(cost.bandwidth_bytes_per_second)} ({cost.bandwidth_source})"
     yield "fetching takes", format_seconds(cost.seconds)
@@ -129,7 +127,7 @@ def _hub(cost: HubCost) -> _Rows:
 
 def _tiers(uses: Iterable[TierUse]) -> Table:
     """Return what each tier holds, of a plan or a session; 80 columns hold it."""
-    columns = ("tier", "dense", "experts", "slots", "activ.", "overhead", "total", "budget")
+    columns = ("tier", "dense", "experts", "slots", "activations", "overhead", "total", "budget")
     table = make_table("Memory of each tier", *columns)
     for use in uses:
         table.add_row(
@@ -147,7 +145,7 @@ def _tiers(uses: Iterable[TierUse]) -> Table:
 
 def render_stats(stats: SessionStats) -> str:
     """Return a session's statistics as lines for stderr, with colours if stderr is a terminal."""
-    lists = {"Peaks": _peaks(stats), "Time": _times(stats), "Experts": _experts(stats)}
+    lists = {"Peak memory": _peaks(stats), "Time": _times(stats), "Experts": _experts(stats)}
     if stats.hub is not None:
         lists["From the Hub"] = _hub_counts(stats.hub)
     return render(sys.stderr, [_tiers(stats.tiers), *(make_list(title, rows) for title, rows in lists.items())])
@@ -167,7 +165,7 @@ def render_routing(routing: Routing, name: str) -> str:
 
 
 def _peaks(stats: SessionStats) -> _Rows:
-    yield "process (resident set)", format_bytes(stats.memory.peak_rss_bytes)
+    yield "process", format_bytes(stats.memory.peak_rss_bytes)
     if stats.memory.peak_gpu_bytes is not None:
         yield "GPU", format_bytes(stats.memory.peak_gpu_bytes)
 
@@ -178,7 +176,7 @@ def _times(stats: SessionStats) -> _Rows:
     if stats.ttft_seconds is not None:
         yield "time to first token, mean", format_seconds(stats.ttft_seconds)
     if stats.itl_seconds is not None:
-        yield "inter-token latency, mean", format_seconds(stats.itl_seconds)
+        yield "time per token, mean", format_seconds(stats.itl_seconds)
     if stats.fill_seconds > 0:
         rate = stats.output_tokens / stats.fill_seconds
         yield "output", f"{format_count(stats.output_tokens, 'token')}, {rate:.3g} tokens/s"
@@ -199,7 +197,7 @@ def _experts(stats: SessionStats) -> _Rows:
             rate = "" if tier.hit_rate is None else f", {tier.hit_rate:.1%} there"
             yield f"requests on {tier.tier}", f"{tier.requests}{rate}"
             yield f"copies to {tier.tier}", f"{tier.loads}, {format_bytes(tier.load_bytes)}"
-    yield "waited for them", format_seconds(stats.wait_seconds)
+    yield "waiting for experts", format_seconds(stats.wait_seconds)
 
 
 def _hub_counts(counts: HubCounts) -> _Rows:
@@ -228,10 +226,10 @@ def render_preparation(
         packing_seconds: What quantising takes for one expert, with all jobs at work.
         network: How fast the Hub is, if experts come from there.
     """
-    work = [
-        ("model", store.manifest.model),
+    work: list[tuple[str, str | Text]] = [
+        ("model", whole(store.manifest.model)),
         ("dtype", store.manifest.dtype),
-        ("folder", str(store.folder)),
+        ("folder", whole(str(store.folder))),
         ("experts to write", f"{len(preparation.todo)} of {format_bytes(preparation.file_bytes)}"),
         ("stored already", str(len(preparation.stored))),
         *([("left out by --limit", str(preparation.left_out))] if preparation.left_out else []),
@@ -243,7 +241,7 @@ def render_preparation(
     ]
     estimate = preparation.estimate(disk, packing_seconds, network)
     least, most = format_seconds(estimate.least), format_seconds(estimate.most)
-    times = [
+    times: list[tuple[str, str | Text]] = [
         ("reading from the Hub" if network else "reading", format_seconds(estimate.reading)),
         ("quantising", f"{format_seconds(estimate.packing)} (measured for half a second)"),
         ("writing", f"{format_seconds(estimate.writing)} (if as fast as reading)"),
@@ -257,24 +255,80 @@ def render_stores(offload: Path, stores: Sequence[StoreInfo]) -> str:
     """Return the stores of an offload folder as lines for stdout."""
     if not stores:
         return f"{printable(offload)} holds no stored experts\n"
-    table = make_table(f"Stored experts in {offload}", "model", "dtype", "problem", "experts", "bytes", text_columns=3)
+    table = make_table(whole(f"Stored experts in {offload}"), "model", "dtype", "experts", "bytes", text_columns=2)
     for info in stores:
-        table.add_row(_owner(info), info.folder.name, info.problem, str(info.experts), format_bytes(info.nbytes))
-    return render(sys.__stdout__, [table])
+        table.add_row(whole(_owner(info)), info.folder.name, str(info.experts), format_bytes(info.nbytes))
+    problems = [f"{_owner(info)}, {info.folder.name}: {printable(info.problem)}" for info in stores if info.problem]
+    return render(sys.__stdout__, [table, *problems])
+
+
+def render_models(record: Mapping[str, Any]) -> str:
+    """Return what `switchrun models` found as lines for stdout."""
+    cache, offload = record["hub_cache"], record["offload"]
+    sections = {
+        "With switchrun": _models([record["demo"]]),
+        f"In the Hub's local cache, {cache['folder']}": _models(cache["models"]),
+        f"Kept in the offload folder, {offload['folder']}": _models(offload["models"]),
+    }
+    if record["aliases"]:
+        sections["Aliases"] = _aliases((each["alias"], each["model"]) for each in record["aliases"])
+    for title, table in sections.items():
+        table.title = whole(title)
+    return render(sys.__stdout__, [table for table in sections.values() if table.rows])
+
+
+def _models(models: Sequence[Mapping[str, Any]]) -> Table:
+    problems = any(each["problem"] for each in models)
+    kept = any("num_experts" in each for each in models)
+    columns = ["model", "dtype", *(["problem"] if problems else []), *(["experts"] if kept else []), "size"]
+    table = make_table("", *columns, text_columns=3 if problems else 2)
+    for each in models:
+        dtypes = each["dtypes"] if kept else [each["dtype"] or ""]
+        table.add_row(
+            printable(each["model"], 200),
+            ", ".join(dtypes),
+            *([printable(each["problem"] or "", 200)] if problems else []),
+            *([str(each["num_experts"])] if kept else []),
+            format_bytes(each["total_bytes"]),
+        )
+    return table
+
+
+def _aliases(aliases: Iterable[tuple[str, str]]) -> Table:
+    table = make_table("", "alias", "model", text_columns=2)
+    for name, model in aliases:
+        table.add_row(name, model)
+    return table
+
+
+def render_config(record: Mapping[str, Any]) -> str:
+    """Return what `switchrun config show` found as lines for stdout."""
+    settings = make_table("", "key", "value", "from", text_columns=3)
+    for each in record["settings"]:
+        default = each["source"] == "default"
+        value = f"({each['default']})" if default else printable(each["value"], 200)
+        settings.add_row(each["key"], value, each["variable"] if each["source"] == "environment" else each["source"])
+    parts = [
+        f"{printable(record['path'])}{'' if record['found'] else ' (not there)'}\n",
+        render(sys.__stdout__, [settings]),
+    ]
+    if record["aliases"]:
+        parts.append(render(sys.__stdout__, [_aliases(record["aliases"].items())]))
+    return "\n".join(parts)
 
 
 def render_verified(offload: Path, verified: Iterable[tuple[StoreInfo, VerifyReport]]) -> str:
     """Return what was verified as lines for stdout."""
-    table = make_table(f"Verified in {offload}", "model", "dtype", "experts", "bytes", "damaged", text_columns=2)
+    table = make_table(whole(f"Verified in {offload}"), "model", "dtype", "experts", "bytes", "damaged", text_columns=2)
     for info, found in verified:
         damaged = str(len(found.damaged))
-        table.add_row(_owner(info), info.folder.name, str(found.experts), format_bytes(found.nbytes), damaged)
+        table.add_row(whole(_owner(info)), info.folder.name, str(found.experts), format_bytes(found.nbytes), damaged)
     return render(sys.__stdout__, [table])
 
 
 def _owner(info: StoreInfo) -> str:
     """Return what the user called the model; where that cannot be read, the folder that is named after it."""
-    return printable(info.manifest.model if info.manifest else info.folder.parent.name, 200)
+    return printable(info.manifest.model if info.manifest else info.folder.parent.name, 4096)
 
 
 def render_checks(checks: Sequence[Check]) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from switchrun.checkpoint import open_checkpoint
 from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.checkpoint.locate import hub_id
+from switchrun.checkpoint.steps import NO_STEPS, Steps
 from switchrun.checkpoint.types import ExpertKey, HubWay, SwitchCheckpoint
 from switchrun.dtypes import resolve_dtype
 from switchrun.errors import BudgetError, check_count
@@ -67,30 +68,32 @@ def plan_model(
     disk_bandwidth: str | float | None = None,
     hub_output_tokens: int | None = None,
     headers_only: bool = False,
+    own_bytes: int | None = None,
     warn: Callable[[str], None] | None = None,
-    on_download: Callable[[int, int], None] | None = None,
+    steps: Steps = NO_STEPS,
 ) -> PlannedModel:
     """Open a checkpoint's headers and plan for it.
 
     The disk's bandwidth, for the estimate, is in bytes per second or like `1.8GB/s`, or `measure` to read experts for
     half a second; None is what was last measured on that disk, else an assumption. `hub_output_tokens` is how many
     tokens are expected of a fill that reads from the Hub, if it may generate more. With `headers_only` no weights
-    are downloaded, whatever the options say, but the plan counts them. `warn` gets warnings, from any thread; for the
-    last see `open_model`.
+    are downloaded, whatever the options say, but the plan counts them. `own_bytes` is what `held_bytes` said before
+    anything was done to open the model; None is what it says now. `warn` gets warnings, and `steps` what is being done,
+    from any thread.
 
     Raises:
         SwitchrunError: One of its kinds; see `switchrun.errors`.
     """
     check_count("input_tokens", input_tokens)
     rate = None if disk_bandwidth == "measure" else parse_rate("disk_bandwidth", disk_bandwidth)
-    libraries = RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES
-    own_bytes = max(0, ram.rss_bytes() - libraries)
+    own_bytes = held_bytes() if own_bytes is None else own_bytes
     budgets = resolve_budgets(options.cpu_bytes, options.gpu_bytes)
     way = HubWay.RANGES if headers_only else HubWay(options.hub)
-    checkpoint, hub = open_model(options, warn, on_download, way)
+    checkpoint, hub = open_model(options, warn, steps, way)
     with ExitStack() as stack:
         if hub is not None:
             stack.callback(hub.close)
+        steps("plan")
         kept = find_kept(checkpoint, options)
         if disk_bandwidth == "measure":
             measure_disk(checkpoint, kept)
@@ -129,16 +132,21 @@ def plan_model(
     return PlannedModel(options, checkpoint, plan, own_bytes, hub)
 
 
+def held_bytes() -> int:
+    """Return what this process holds now, besides Python and the libraries: the caller's own data."""
+    return max(0, ram.rss_bytes() - (RUNTIME_BYTES if "torch" in sys.modules else PYTHON_BYTES))
+
+
 def open_model(
     options: OpenOptions,
     warn: Callable[[str], None] | None = None,
-    on_download: Callable[[int, int], None] | None = None,
+    steps: Steps = NO_STEPS,
     way: HubWay | None = None,
 ) -> tuple[SwitchCheckpoint, HubRanges | None]:
     """Open a checkpoint's headers, and what reads its weights from the Hub, which the caller closes; None if local.
 
-    `warn` gets warnings, `on_download` the bytes so far and in all while files are downloaded; both from any thread.
-    `way` takes the place of that of the options.
+    `warn` gets warnings, and `steps` what is being done; both from any thread. `way` takes the place of that of the
+    options.
 
     Raises:
         SwitchrunError: Those of `open_checkpoint`.
@@ -146,7 +154,7 @@ def open_model(
     model = None if options.model is None else str(options.model)
     way, cache_dir = way or HubWay(options.hub), options.folder / "index"
     if hub_id(model) is None:
-        return open_checkpoint(model, cache_dir=cache_dir, way=way), None
+        return open_checkpoint(model, cache_dir=cache_dir, way=way, steps=steps), None
     from switchrun.checkpoint.remote import HubRanges
 
     def on_wait(seconds: float) -> None:
@@ -157,7 +165,8 @@ def open_model(
 
     with ExitStack() as stack:
         ranges = stack.enter_context(HubRanges(on_wait=on_wait, on_silence=on_silence))
-        checkpoint = open_checkpoint(model, cache_dir=cache_dir, way=way, ranges=ranges, on_bytes=on_download)
+        steps.reads(ranges)
+        checkpoint = open_checkpoint(model, cache_dir=cache_dir, way=way, ranges=ranges, steps=steps)
         if checkpoint.hub is None:
             return checkpoint, None
         stack.pop_all()

@@ -12,7 +12,7 @@ from pathlib import Path
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from switchrun.checkpoint.types import ExpertKey, ExpertSlices, SwitchCheckpoint
-from switchrun.dtypes import QMOE
+from switchrun.dtypes import QMOE, STORED_NAMES
 from switchrun.errors import StorageError
 from switchrun.store.files import DamagedFileError, ExpertFormat, StoredExpert, remove_leftovers, write_atomically
 from switchrun.store.layout import ALIGNMENT, Layout, layout_of
@@ -34,8 +34,6 @@ _log = logging.getLogger(__name__)
 
 #: How an expert is stored; see `form_of`.
 ExpertForm = tuple[tuple[str, tuple[int, ...], bool], ...]
-#: What the stores of experts as stored are called, by safetensors' name of the dtype.
-_FOLDERS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16", QMOE: "qmoe"}
 
 #: Called with what the user should know, a sentence each; from any thread.
 Warn = Callable[[str], None]
@@ -315,7 +313,7 @@ def open_kept_stores(
     stores: dict[ExpertForm, ExpertStore] = {}
     names: Counter[str] = Counter()
     for expert, _ in checkpoint.expert_forms:
-        name = _FOLDERS.get(expert.wi.dtype, expert.wi.dtype.lower())
+        name = STORED_NAMES[expert.wi.dtype]
         names[name] += 1
         stores[form_of(expert)] = ExpertStore(
             offload,

@@ -10,9 +10,10 @@ from typing import Any
 
 from switchrun.bench.child_process import answer_task
 from switchrun.errors import BudgetError
+from switchrun.model.reporting import Reporter
 
 
-def work(task: dict[str, Any]) -> dict[str, Any]:
+def work(task: dict[str, Any], report: Reporter) -> dict[str, Any]:
     if "pid_file" in task:
         Path(task["pid_file"]).write_text(str(os.getpid()))
     if task["do"] == "budget":
@@ -21,6 +22,10 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
         raise ZeroDivisionError("a bug")
     if task["do"] == "die":
         os.kill(os.getpid(), 9)
+    if task["do"] == "report":
+        report("decode", 1, 12)
+        report("decode", 2, 12)
+        time.sleep(task["value"])
     if task["do"] == "sleep":
         time.sleep(60)
     print("a library talks")  # noqa: T201

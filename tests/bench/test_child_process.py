@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,7 @@ def test_where_a_child_runs_and_who_is_told_of_it(hermetic: dict[str, str], tmp_
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "nearby.py").write_text(
         "import os\nfrom switchrun.bench.child_process import answer_task\n"
-        "answer_task(lambda task: {'pid': os.getpid(), 'folder': os.getcwd()})\n"
+        "answer_task(lambda task, report: {'pid': os.getpid(), 'folder': os.getcwd()})\n"
     )
     pids: list[int] = []
     answer = run_child("nearby", {}, folder=tmp_path / "elsewhere", on_start=pids.append)
@@ -82,3 +83,9 @@ def test_a_child_whose_start_fails_is_ended(hermetic: dict[str, str]) -> None:
     with pytest.raises(OSError, match="no group"):
         run_child(STUB, {"do": "sleep"}, on_start=refuse)
     assert not Path(f"/proc/{pids[0]}").exists()
+
+
+def test_how_far_a_child_is() -> None:
+    said: list[Any] = []
+    assert run_child(STUB, {"do": "report", "value": 1.2}, on_step=said.append) == {"answer": 1.2}
+    assert said[-1] == {"stage": "decode", "done": 2, "total": 12, "load_bytes": 0, "hub_bytes": 0, "ids": []}

@@ -84,7 +84,7 @@ def test_who_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_a_limited_child_is_in_a_group_that_is_removed(hermetic: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "groups.py").write_text(
         "from pathlib import Path\nfrom switchrun.bench.child_process import answer_task\n"
-        "answer_task(lambda task: {'groups': Path('/proc/self/cgroup').read_text()})\n"
+        "answer_task(lambda task, report: {'groups': Path('/proc/self/cgroup').read_text()})\n"
     )
     try:
         group = MemoryGroup(300 * 1024**2)

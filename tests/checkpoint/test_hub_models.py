@@ -24,6 +24,7 @@ from switchrun.checkpoint.locate import NotDownloadedError
 from switchrun.checkpoint.remote import HubClosedError, HubRanges, Patience
 from switchrun.checkpoint.remote_weights import open_remote
 from switchrun.checkpoint.safetensors_file import read_safetensors
+from switchrun.checkpoint.steps import Stage, Steps
 from switchrun.checkpoint.torch_file import read_torch
 from switchrun.checkpoint.types import HubWay, RemoteFile, RemoteRepo, SwitchCheckpoint
 from switchrun.errors import CorruptCheckpointError, ModelError, NetworkError
@@ -179,8 +180,17 @@ def test_progress_of_a_download(
     small = sum(path.stat().st_size for path in folder.glob("*.json"))
     for way, expected in ((HubWay.DOWNLOAD, total), (HubWay.AUTO, total), (HubWay.RANGES, small)):
         assert missing_bytes(REPO, None, ranges, way) == expected
+    stages: list[str] = []
     said: list[tuple[int, int]] = []
-    by_range(way=HubWay.DOWNLOAD, on_bytes=lambda done, of: said.append((done, of)))
+
+    class Noted(Steps):
+        def __call__(self, stage: Stage, done: int = 0, total: int = 0) -> None:
+            stages.append(stage)
+            if stage == "download":
+                said.append((done, total))
+
+    by_range(way=HubWay.DOWNLOAD, steps=Noted())
+    assert list(dict.fromkeys(stages)) == ["ask", "download", "index"]
     assert said == sorted(said)
     assert said[-1] == (total, total)
     assert {of for _, of in said} == {total}

@@ -26,7 +26,7 @@ from switchrun.checkpoint.types import HubWay, RemoteFile, SwitchCheckpoint, Ten
 from switchrun.errors import CorruptCheckpointError, ModelError, SwitchrunError
 from switchrun.kernels import native
 from switchrun.kernels.qmoe import QmoeMatrix, decode
-from switchrun.model.tokenizer import Tokenizer
+from switchrun.model.tokenizer_files import find_tokenizer
 from tests.conftest import RunSwitchrun
 from tests.support.checkpoints import oracle_state, read_tensor, tiny_config
 from tests.support.edits import edit_config
@@ -269,7 +269,7 @@ def test_without_a_tokenizer_the_line_says_what_to_do(folder: Path, run_switchru
     (folder / "tokenizer.json").unlink()
     opened = open_checkpoint(str(folder))
     with pytest.raises(ModelError, match="has no tokenizer") as caught:
-        Tokenizer.load(opened, None)
+        find_tokenizer(opened.path, None)
     assert "--tokenizer" in caught.value.hint
     result = run_switchrun(["fill", "--model", str(folder), "a <extra_id_0>"])
     assert result.returncode == 5

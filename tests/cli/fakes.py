@@ -128,7 +128,7 @@ class FakeSession:
             self.batches.append(texts)
             self.ids += numbers
             self.options.append(options)
-            self._tell(Progress("decode", 3, 64, 5_000_000))
+            self._tell(Progress("decode", 3, 64, 5_000_000, ids=tuple(numbers)))
             time.sleep(float(os.environ.get("FAKE_DELAY", "0")))
             pairs = zip(texts, numbers, strict=True)
             answered = [self._detailed(self._answer(text, number), options) for text, number in pairs]

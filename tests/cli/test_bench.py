@@ -61,7 +61,7 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, 
     """Answer without a process; gives the tasks. Batch size 6 fails, 7 is Ctrl-C."""
     tasks: list[dict[str, Any]] = []
 
-    def run_child(module: str, task: dict[str, Any]) -> Any:
+    def run_child(module: str, task: dict[str, Any], **_: Any) -> Any:
         tasks.append(task)
         if task["batch_size"] == 6:
             raise ChildError("it needs more", "give more", "budget", 6)
@@ -95,7 +95,7 @@ def test_what_came_from_the_hub(
     hub = {"bytes": 4100, "requests": 9, "retries": 1}
     given["fills"][0] |= {"stages": {"encoder": stage, "decoder": stage}, "hub": hub}
     monkeypatch.setattr(
-        runner, "run_child", lambda *_: given | {"open_hub": {"bytes": 77, "requests": 3, "retries": 0}}
+        runner, "run_child", lambda *_, **__: given | {"open_hub": {"bytes": 77, "requests": 3, "retries": 0}}
     )
     record = json.loads(invoke(*"bench --repeats 1 --hub ranges --format jsonl -q".split()).stdout)
     validate(record, "bench")
@@ -104,7 +104,7 @@ def test_what_came_from_the_hub(
     assert [record["metrics"][name]["median"] for name in names] == [77, 4, 4100, 9, 1, 500]
     table = invoke(*"bench --repeats 1 --format table -q".split()).stdout
     assert "requests to the Hub" in table
-    monkeypatch.setattr(runner, "run_child", lambda *_: answer())
+    monkeypatch.setattr(runner, "run_child", lambda *_, **__: answer())
     assert "Hub" not in invoke(*"bench --repeats 1 --format table -q".split()).stdout
 
 
@@ -125,7 +125,7 @@ def test_the_arithmetic_of_a_record(invoke: Invoke, children: list[dict[str, Any
 def test_warnings_of_the_store_are_told_and_recorded(
     invoke: Invoke, children: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "run_child", lambda *_: answer() | {"warnings": ["tier cannot be written"]})
+    monkeypatch.setattr(runner, "run_child", lambda *_, **__: answer() | {"warnings": ["tier cannot be written"]})
     done = invoke(*"bench --repeats 2 --format jsonl".split())
     assert done.stderr.count("switchrun: warning: cell 1 of 1: tier cannot be written\n") == 2
     assert json.loads(done.stdout)["notes"].count("tier cannot be written") == 1
@@ -139,6 +139,19 @@ def test_a_failed_cell_does_not_end_the_run(invoke: Invoke, children: list[dict[
     validate(document, "bench")
     assert [record["status"] for record in document["cells"]] == ["failed", "ok"]
     assert invoke(*"bench --batch-size 6 --repeats 1".split()).code == 6
+
+
+def test_the_summary_is_printed_last(invoke: Invoke, children: list[dict[str, Any]], tmp_path: Path) -> None:
+    """With what failed below it; the page has both too, and needs no extra."""
+    done = invoke(*"bench --batch-size 1,6 --repeats 1 --report page.html".split())
+    *_, failed, empty, last = done.stdout.splitlines()
+    assert (failed, empty) == ("Cell 2 failed: it needs more (give more)", "")
+    limit = "The disk limits: 50 % of a fill was waiting for it. int8 would read 50 % of the bytes."
+    assert last == f"{limit} 1 cell of 2 failed."
+    assert done.stdout.index("Summary") > done.stdout.index("Measured in cell 1")
+    page = (tmp_path / "page.html").read_text().replace("&nbsp;", " ")
+    assert last in page
+    assert "it needs more (give more)" in page
 
 
 def test_ctrl_c_keeps_finished_cells_and_resume_goes_on(

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from switchrun.cli import downloads
-from switchrun.cli.downloads import download_progress
+from switchrun.cli.downloads import open_for_processes
+from switchrun.errors import SwitchrunError
+from switchrun.planning.options import OpenOptions
 from tests.cli.conftest import Invoke
 from tests.support.fake_hub import FakeHub
 
@@ -72,16 +74,22 @@ def test_the_way_from_the_environment_and_a_wrong_one(invoke: Invoke, monkeypatc
     assert invoke(*COMMAND).sessions[0].opening.hub == "ranges"
 
 
-def test_the_progress_is_erased(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_opens_a_model_for_others_shows_its_steps_and_erases_them(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
     monkeypatch.setenv("TERM", "xterm")
-    shown = Terminal()
-    monkeypatch.setattr("sys.stderr", shown)
-    with download_progress() as on_bytes:
-        on_bytes(2**20, 2**21)
-    with download_progress(wanted=False) as on_bytes:
-        on_bytes(2**20, 2**21)
-    assert shown.getvalue() == "\r\x1b[2Kdownload: 1 MiB of 2 MiB (50 %)\r\x1b[2K"
+    shown, quiet = Terminal(), Terminal()
+    opening = OpenOptions(model="org/tiny", hub="ranges")
+    for stderr, unwanted in ((shown, False), (quiet, True)):
+        monkeypatch.setattr("sys.stderr", stderr)
+        with pytest.raises(SwitchrunError):  # 5,000 zeros are no weights
+            open_for_processes(opening, quiet=unwanted)
+    erase = "\r\x1b[2K"
+    assert shown.getvalue().split(erase)[1:3] == ["opening tiny…", "opening tiny: asking the Hub"]
+    assert "opening tiny: reading headers" in shown.getvalue()
+    assert shown.getvalue().endswith(erase)
+    assert quiet.getvalue() == ""

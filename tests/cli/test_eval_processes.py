@@ -24,7 +24,7 @@ ANSWER = {
 SCRIPT = """
 import sys, time
 from switchrun.bench import evaluation
-def run_child(module, task):
+def run_child(module, task, **_):
     time.sleep({seconds})
     return {answer!r}
 evaluation.run_child = run_child
@@ -72,7 +72,7 @@ def test_a_signal(hermetic: dict[str, str], tmp_path: Path, number: signal.Signa
     process.stdin.write(b"one line\n")
     process.stdin.close()
     process.stdin = None
-    assert process.stderr.readline() == b"switchrun: auto, 1 of 3\n"
+    assert process.stderr.readline() == b"switchrun: dtype 1 of 3: auto\n"
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert (process.returncode, output) == (code, b"")

@@ -275,8 +275,9 @@ def test_much_from_the_hub_is_announced(invoke: Invoke, monkeypatch: pytest.Monk
 
 def test_a_terminal_sees_progress_and_it_is_erased(invoke: Invoke) -> None:
     outcome = invoke("fill", GOOD, terminal=True)
-    assert "open: 1000 B of 1.95 KiB" in outcome.stderr
-    assert "decode: 3 of 64 tokens, 4.77 MiB read" in outcome.stderr
+    assert outcome.stderr.startswith("\r\x1b[2Kopening the demo model…")
+    assert "opening the demo model: reading dense weights, 1000 B of 1.95 KiB" in outcome.stderr
+    assert "token 3 of at most 64, 4.77 MiB read" in outcome.stderr
     assert outcome.stderr.endswith("\r\x1b[2K")
     assert outcome.stdout == ANSWER
     assert "\x1b" not in invoke("fill", GOOD, "-q", terminal=True).stderr

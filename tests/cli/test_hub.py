@@ -75,6 +75,21 @@ def test_a_tokenizer_that_is_not_there(source: str, code: int, message: str, run
     assert message in done.stderr
 
 
+@pytest.mark.parametrize("way", ["ranges", "download"])
+def test_a_missing_tokenizer_is_reported_before_weights_are_fetched(
+    way: str, tmp_path: Path, run_switchrun: RunSwitchrun
+) -> None:
+    folder = save_checkpoint(random_model(tiny_config()), tmp_path / "m")
+    with FakeHub() as hub:
+        hub.add("org/tiny", folder)
+        done = run_switchrun(
+            ["fill", "the <extra_id_0> sat", "--model", "org/tiny", "--hub", way], env=hub.environment()
+        )
+        assert hub.sent("cdn") == 0
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (5, "", 1)
+    assert "has no tokenizer (tokenizer.json or spiece.model) (use --tokenizer PATH|ID" in done.stderr
+
+
 def test_plan_and_fill_by_range(tmp_path: Path, run_switchrun: RunSwitchrun) -> None:
     folder = save_checkpoint(random_model(tiny_config(d_model=64, d_ff=128, num_experts=6)), tmp_path / "m")
     save_tiny_tokenizer(folder)

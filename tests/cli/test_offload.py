@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pty
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -65,7 +69,7 @@ def test_ls(invoke: Invoke, offload: Path) -> None:
     done = invoke("offload", "ls")
     assert done.code == 0
     assert all(word in done.stdout for word in ("demo", "int8", "nf4", "KiB", "manifest.json"))
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert len(re.findall(r"^google/switch-base-8@0123abc +int8 +2 ", done.stdout, flags=re.MULTILINE)) == 1
     record = json.loads(invoke("offload", "ls", "--format", "json").stdout)
     validate(record, "offload")
     assert record["offload_folder"] == str(offload)
@@ -75,6 +79,29 @@ def test_ls(invoke: Invoke, offload: Path) -> None:
     assert found["demo", "int8"]["total_bytes"] == 3 * (4096 + LAYOUT.nbytes)
     assert found["demo", "int8"]["problem"] is None
     assert "cannot be used" in found[None, "nf4"]["problem"]
+
+
+@pytest.mark.parametrize("command", ["ls", "verify"])
+def test_a_terminal_of_80_columns_shows_paths_whole(
+    offload: Path, hermetic: dict[str, str], tmp_path: Path, command: str
+) -> None:
+    model = str(tmp_path / "my models" / ("a-long-name-" * 8))
+    assert open_store(offload, model=model, dtype="int8").write(key(0), data_of(0))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    shown = [sys.executable, "-m", "switchrun", "offload", command, "--offload-folder", str(offload)]
+    process = subprocess.Popen(shown, env=hermetic | {"TERM": "dumb"}, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux says EIO when the other end is closed
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    os.close(ours)
+    assert process.wait(30) == 0
+    lines = seen.decode().replace("\r\n", "\n").splitlines()
+    assert f"  {model}" in lines
+    assert all(model in line or str(offload) in line for line in lines if len(line) > 80)
+    assert any(re.fullmatch(r"demo +int8 +3 +.*", line) for line in lines)
 
 
 def test_names_in_a_manifest_reach_the_terminal_without_escapes(invoke: Invoke, offload: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from tests.cli.fakes import REPAIR, UNUSED
 from tests.conftest import ROOT
+from tests.support.terminals import left_on_screen
 
 LINE = b"A <extra_id_0> b\n"
 ANSWER = "A wörd [x] b\n".encode()
@@ -221,9 +222,8 @@ def test_progress_on_a_terminal_never_mixes_with_the_answer(start: Start) -> Non
         pass
     os.close(ours)
     assert process.wait(60) == 0
-    assert b"decode: 3 of 64 tokens" in seen
-    # What is left on the screen once the erased parts are gone.
-    shown = re.sub(rb"[^\n]*\r\x1b\[2K", b"", seen).replace(b"\r\n", b"\n")
+    assert "lines 1–2: token 3 of at most 64".encode() in seen
+    shown = re.sub(rb"\x1b\[[\d;]*m", b"", left_on_screen(seen))
     assert shown == f"switchrun: note: {REPAIR}\nswitchrun: note: {UNUSED}\n".encode() + ANSWER * 2
 
 

@@ -57,7 +57,7 @@ def test_each_variable_has_the_commands_that_take_it() -> None:
     assert shown == set(taken(typer.main.get_command(app)))
 
 
-@pytest.mark.parametrize("name", ["doctor", "eval", "fill", "generate", "offload", "plan", "score"])
+@pytest.mark.parametrize("name", ["config", "doctor", "eval", "fill", "generate", "models", "offload", "plan", "score"])
 def test_schemas_describe_every_key(name: str) -> None:
     schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.schema.json").read_text(encoding="utf-8"))
     Draft202012Validator.check_schema(schema)

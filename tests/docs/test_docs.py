@@ -141,7 +141,7 @@ def test_options_that_the_documents_use_exist():
         lexer = shlex.shlex(line.rstrip("\\"), posix=True, punctuation_chars="|<>")
         lexer.whitespace_split = True
         words = list(itertools.takewhile(lambda word: word[0] not in "|<>", lexer))
-        name = " ".join(words[: 2 if words[0] == "offload" else 1])
+        name = " ".join(words[: 2 if words[0] in ("config", "offload") else 1])
         used = {word.partition("=")[0] for word in words if word.startswith("-") and word != "-"}
         assert used <= known[name], f"{page.name}: {line}"
 

@@ -26,6 +26,16 @@ def test_transcript_is_what_the_command_prints(command):
     assert readme_transcript.run(command, {}) == TRANSCRIPT[command]
 
 
+@pytest.mark.slow
+def test_bench_md_shows_what_bench_prints():
+    """But for its figures."""
+    page = readme_transcript.BENCH.read_text(encoding="utf-8")
+    ((command, shown),) = readme_transcript.shown(page).items()
+    words = readme_transcript.words(shown)
+    assert "time per token" in words
+    assert readme_transcript.words(readme_transcript.run(command, {})) == words
+
+
 def set_up_commands(text):
     """The lines that make an environment, install into it and run something."""
     python = '"${PYTHON:-python3}"'

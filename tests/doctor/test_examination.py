@@ -132,9 +132,12 @@ def test_status_and_exit_code() -> None:
     assert summary(ok, Check("c", "x", "y", BudgetError), warn, Check("d", "x", "y", ModelError)) == ("fail", 6)
 
 
-def test_the_table() -> None:
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     long = "a finding that needs more than one line, since it has so much to say about [what] was found here" * 2
-    text = render_checks([Check("gpu", long), Check("hub", "b", "fix it"), Check("model", "c", "other", ModelError)])
+    checks = [Check("gpu", long), Check("hub", "b", "fix it"), Check("model", "c", "other", ModelError)]
+    assert f"ok      gpu    {long}\n" in render_checks(checks), "in a pipe nothing is folded"
+    monkeypatch.setenv("COLUMNS", "80")
+    text = render_checks(checks)
     assert max(map(len, text.splitlines())) <= 80
     assert "[what]" in text
     assert text.index("→ fix it") > text.index("hub")

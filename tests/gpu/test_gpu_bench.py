@@ -55,7 +55,7 @@ def test_memory_that_runs_out_in_a_measured_fill(cell: Cell, gpu: Device) -> Non
 def test_a_cell_without_memory_has_its_error_and_the_next_goes_on(
     cell: Cell, gpu: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_child(module: str, task: dict[str, Any]) -> Any:
+    def run_child(module: str, task: dict[str, Any], **_: Any) -> Any:
         gpu.capacity = 4096 if task["batch_size"] == 2 else 1 << 40
         try:
             return measure(task)

@@ -11,6 +11,7 @@ import pytest
 
 from switchrun import GenerationOptions, Session
 from switchrun.model.control import RowControl
+from switchrun.model.reporting import Reporter
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import open_with_slots, small_process
 from tests.support.strategies import CheckpointSpec
@@ -102,9 +103,9 @@ def test_rows_that_are_stopped_load_nothing_more(session: Session) -> None:
             control.stop()
 
     before = session.engine.tiers.counters()["cpu"].requests
-    session._progress = stop_at_the_first_layer
+    session._report = Reporter(stop_at_the_first_layer)
     results = run(session, options, controls)
-    session._progress = None
+    session._report = Reporter()
     asked = session.engine.tiers.counters()["cpu"].requests - before
     layers = len(session.checkpoint.sparse_blocks["encoder"])
     assert layers > 1

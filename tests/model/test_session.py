@@ -151,16 +151,17 @@ def test_progress_tells_each_stage_to_its_end(folder: Path) -> None:
         session.fill(TEXTS[:1], SHORT)
         dense = session.plan.tier("cpu").dense_bytes
     stages = list(dict.fromkeys(progress.stage for progress in told))
-    assert stages == ["open", "encode", "decode"]
+    assert stages == ["index", "plan", "import", "open", "encode", "decode"]
     for stage, total in (("open", dense), ("encode", 2), ("decode", 6)):
         of_stage = [progress for progress in told if progress.stage == stage]
         assert {progress.total for progress in of_stage} == {total}
         done = [progress.done for progress in of_stage]
-        assert done == sorted(set(done))
+        assert done == sorted(done)
         assert done[-1] <= total
     assert max(p.done for p in told if p.stage == "open") == dense
     assert max(p.done for p in told if p.stage == "encode") == 2
     assert told[0].load_bytes == 0
+    assert {p.ids for p in told} == {(), (0,)}
     assert [p.load_bytes for p in told] == sorted(p.load_bytes for p in told)
 
 
@@ -240,12 +241,12 @@ def test_a_second_thread_is_refused_at_once(folder: Path) -> None:
     """Two at a time used to hang, or to fail somewhere inside of the cache."""
     begun, proceed = threading.Event(), threading.Event()
 
-    def hold(_progress: object) -> None:
-        begun.set()
-        assert proceed.wait(30)
+    def hold(progress: Progress) -> None:
+        if progress.stage == "encode":
+            begun.set()
+            assert proceed.wait(30)
 
-    with open_with_slots(folder, 2) as session:
-        session._progress = hold
+    with open_with_slots(folder, 2, progress=hold) as session:
         results: list[Any] = []
         first = threading.Thread(target=lambda: results.extend(session.fill(TEXTS, SHORT)))
         first.start()
@@ -255,7 +256,6 @@ def test_a_second_thread_is_refused_at_once(folder: Path) -> None:
                 call()
         proceed.set()
         first.join(60)
-        session._progress = None
         assert [result.text for result in results] == [result.text for result in session.fill(TEXTS, SHORT)]
 
 

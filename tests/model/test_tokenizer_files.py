@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 
 import pytest
 
-from switchrun.errors import ModelError
+from switchrun import Session
+from switchrun.errors import ModelError, SwitchrunError
 from switchrun.model import tokenizer_files
+from switchrun.model.session import open_session
+from switchrun.planning.options import OpenOptions
 from tests.support.checkpoints import save_tiny_tokenizer
 from tests.support.sessions import open_with_slots, small_process
 from tests.support.tokenizers import (
@@ -42,6 +46,41 @@ FILES = (
     "spiece.model",
     "additional_chat_templates/x.jinja",
 )
+
+
+# --- Before a model is opened
+
+
+def missing(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def damaged(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{")
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["its own", "named"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(missing, "has no tokenizer (tokenizer.json or spiece.model)"), (damaged, "tokenizer.json is not valid JSON: ")],
+)
+def test_what_is_no_tokenizer_is_reported_before_torch_is_imported(
+    damage: Callable[[Path], None], message: str, named: bool, folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    damage(other if named else folder)
+    options = OpenOptions(model=folder, tokenizer=str(other) if named else None)
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        open_session(options, import_libraries=lambda _plan: pytest.fail("the libraries were imported"))
+    assert caught.value.hint == "use --tokenizer PATH|ID, for example google/switch-base-8"
+
+
+def test_a_folder_that_is_no_model_is_not_asked_for_a_tokenizer(folder: Path) -> None:
+    missing(folder)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SwitchrunError, match="there are no weights"):
+        Session.open(folder)
 
 
 # --- Code, classes and other files

@@ -15,9 +15,10 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.dtypes import Dtype, Precision
 from switchrun.experts.module import RoutingContext
 from switchrun.model.build import build_model
-from switchrun.planning import Budgets, make_plan
+from switchrun.planning import Budgets
 from switchrun.planning.device_map import read_device_map
 from switchrun.planning.plan import Tier
+from switchrun.planning.planner import make_plan
 from switchrun.units import MIB
 from tests.planning.made_up import made_up_checkpoint
 

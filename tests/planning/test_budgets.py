@@ -11,11 +11,11 @@ from switchrun.checkpoint.types import SwitchCheckpoint
 from switchrun.errors import BudgetError, UsageError
 from switchrun.machine import gpus, ram
 from switchrun.machine.gpus import Gpu
-from switchrun.planning import Budgets, Plan, make_plan, memory, resolve_budgets
+from switchrun.planning import Budgets, Plan, memory, resolve_budgets
 from switchrun.planning.device_map import read_device_map, tier_of
 from switchrun.planning.memory import module_of
 from switchrun.planning.options import OpenOptions
-from switchrun.planning.planner import fit_to_runtime
+from switchrun.planning.planner import fit_to_runtime, make_plan
 from switchrun.units import GIB, MIB
 from tests.planning.made_up import checkpoints, made_up_checkpoint
 

@@ -10,9 +10,10 @@ import pytest
 
 import switchrun
 from switchrun.errors import BudgetError, UsageError
-from switchrun.planning import Budgets, make_plan
+from switchrun.planning import Budgets
 from switchrun.planning.device_map import check_device_map, check_layers, read_device_map, tier_of
 from switchrun.planning.plan import Tier
+from switchrun.planning.planner import make_plan
 from switchrun.units import MIB
 from tests.planning.made_up import made_up_checkpoint
 

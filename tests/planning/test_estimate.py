@@ -9,10 +9,10 @@ import pytest
 
 import switchrun
 from switchrun.machine import disks
-from switchrun.planning import Budgets, make_plan
+from switchrun.planning import Budgets
 from switchrun.planning.device_map import read_device_map
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, Bandwidth
-from switchrun.planning.planner import GpuLevel, estimate_fill, expected_distinct
+from switchrun.planning.planner import GpuLevel, estimate_fill, expected_distinct, make_plan
 from tests.planning.made_up import made_up_checkpoint
 
 PLENTY = 1 << 50

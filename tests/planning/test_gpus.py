@@ -11,9 +11,9 @@ from switchrun.dtypes import resolve_dtype
 from switchrun.errors import BudgetError
 from switchrun.machine import gpus
 from switchrun.machine.gpus import Gpu
-from switchrun.planning import Budgets, Plan, make_plan, memory
+from switchrun.planning import Budgets, Plan, memory
 from switchrun.planning.device_map import read_device_map
-from switchrun.planning.planner import fit_to_runtime
+from switchrun.planning.planner import fit_to_runtime, make_plan
 from switchrun.units import GIB, MIB
 from tests.planning.made_up import made_up_checkpoint
 

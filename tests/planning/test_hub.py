@@ -17,10 +17,11 @@ from switchrun.checkpoint.remote import HubClosedError, HubRanges
 from switchrun.checkpoint.types import ExpertKey, HubWay, RemoteFile, RemoteRepo, SwitchCheckpoint
 from switchrun.errors import BudgetError
 from switchrun.machine import disks, network
-from switchrun.planning import Budgets, make_plan, opening
+from switchrun.planning import Budgets, opening
 from switchrun.planning.opening import PlannedModel, plan_model
 from switchrun.planning.options import OpenOptions
 from switchrun.planning.plan import ASSUMED_BANDWIDTH, ASSUMED_NETWORK, Bandwidth, HubState, Plan
+from switchrun.planning.planner import make_plan
 from switchrun.store import expert_path, model_name, open_checkpoint_store, store_folder
 from switchrun.store.dense_file import DenseFile
 from tests.conftest import validate

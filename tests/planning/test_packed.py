@@ -6,7 +6,8 @@ import pytest
 
 from switchrun.dtypes import Dtype, PackedDtype, Precision, resolve_dtype
 from switchrun.errors import UsageError
-from switchrun.planning import Budgets, make_plan, memory
+from switchrun.planning import Budgets, memory
+from switchrun.planning.planner import make_plan
 from switchrun.units import GIB
 from tests.planning.made_up import made_up_checkpoint
 

@@ -18,6 +18,7 @@ import pytest
 import uvicorn
 
 from switchrun import Session
+from switchrun.model.reporting import Reporter
 from switchrun.serve.app import Guard, make_app
 from switchrun.serve.scheduler import Scheduler
 from switchrun.serve.server import Listener, make_server
@@ -91,7 +92,7 @@ def serving(session: Session, *, max_queue: int = 64, token: str | None = None) 
         return f"bug{len(bugs)}"
 
     def open_session(progress: Any) -> Session:
-        session._progress = progress
+        session._report = Reporter(progress)
         return session
 
     opened = threading.Event()

@@ -17,8 +17,9 @@ from switchrun.experts import reader
 from switchrun.experts.reader import Way
 from switchrun.machine import ram
 from switchrun.model.live_rows import CACHE_ARGUMENT
-from switchrun.planning import Budgets, make_plan
+from switchrun.planning import Budgets
 from switchrun.planning.device_map import read_device_map
+from switchrun.planning.planner import make_plan
 
 _TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _EVERYTHING = 1 << 40

@@ -13,6 +13,7 @@ import pytest
 from switchrun.checkpoint import open_checkpoint
 from switchrun.model.records import GenerationOptions
 from switchrun.model.tokenizer import Tokenizer
+from switchrun.model.tokenizer_files import find_tokenizer
 from tests.support.checkpoints import random_model, save_checkpoint, save_tiny_tokenizer, tiny_config
 
 TEXT = "the man <extra_id_0> walks into a bar with <extra_id_1>."
@@ -33,7 +34,8 @@ def folder(original: Path, tmp_path: Path) -> Path:
 
 
 def load(folder: Path, source: str | None = None) -> Tokenizer:
-    return Tokenizer.load(open_checkpoint(str(folder)), source)
+    checkpoint = open_checkpoint(str(folder))
+    return Tokenizer.load(checkpoint, find_tokenizer(checkpoint.path, source))
 
 
 def edit(path: Path, change: Change | None = None, **values: Any) -> None:
