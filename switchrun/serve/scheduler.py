@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from switchrun.errors import InputError, SwitchrunError
+from switchrun.errors import BudgetError, InputError, SwitchrunError
 from switchrun.model.control import RowControl
 from switchrun.model.records import GenerationOptions, Progress, SessionStats
 from switchrun.model.sentinels import Filling
@@ -174,7 +174,11 @@ class Scheduler:
         if session is None or self._closing:
             raise ClosingError("the server is closing" if self._closing else "the model is still being opened")
         options = session.own_options(**call.options) if call.task == "generate" else GenerationOptions(**call.options)
-        session.check_options(options)
+        try:
+            session.check_options(options)
+        except BudgetError as error:
+            hint = "ask for less, or start the server with more: --num-beams, --max-new-tokens"
+            raise BudgetError(error.message, hint) from error
         ticket = Ticket(self, call, options, on_event)
         failures = []
         for number, given in enumerate(call.inputs):
