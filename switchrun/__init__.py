@@ -5,7 +5,8 @@
     with Session.open("google/switch-base-8", cpu_memory="6GiB") as session:
         print(session.fill("A <extra_id_0> walks into a bar.").text)
 
-Importing this package, and `Session` from it, imports neither torch nor transformers; opening a session does.
+A `Client` asks a session that `switchrun serve` keeps open. Importing this package imports neither torch nor
+transformers; opening a session does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from switchrun.client import Client
     from switchrun.model.records import FillResult, GenerateResult, GenerationOptions, Progress, ScoreResult
     from switchrun.model.sentinels import Filling
     from switchrun.model.session import Session
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Client",
     "FillResult",
     "Filling",
     "GenerateResult",
@@ -34,6 +37,7 @@ __all__ = [
 
 #: Where each name is imported from when it is first asked for (PEP 562).
 _HOMES = {
+    "Client": "switchrun.client",
     "FillResult": "switchrun.model.records",
     "Filling": "switchrun.model.sentinels",
     "GenerateResult": "switchrun.model.records",

@@ -6,7 +6,7 @@
     ├── ModelError              5  no such model, not a Switch model, or a kind that is not supported
     ├── BudgetError             6  it does not fit into the memory that was allowed
     ├── CorruptCheckpointError  7  a checkpoint or offload file that is damaged or incomplete
-    ├── NetworkError            8  the Hub could not be reached
+    ├── NetworkError            8  the Hub or a server could not be reached
     └── StorageError            9  the offload folder or an output cannot be written: no space, or no right to
 
 Exit code 3 (some inputs failed, others were answered) and those of signals (129, 130, 141, 143) belong to
@@ -120,7 +120,7 @@ class CorruptCheckpointError(SwitchrunError):
 
 
 class NetworkError(SwitchrunError):
-    """The Hub could not be reached, or it refused."""
+    """The Hub or a server could not be reached, or it refused, or answered what it should not."""
 
     exit_code = 8
     kind = "network"

@@ -23,6 +23,7 @@ def run_python(code: str) -> object:
 
 def test_exactly_these_names_are_public() -> None:
     assert switchrun.__all__ == [
+        "Client",
         "FillResult",
         "Filling",
         "GenerateResult",

@@ -49,6 +49,7 @@ _OTHER_VARIABLES = {
         "`$XDG_CONFIG_HOME` or `~/.config`. `/dev/null` does without one.",
         "SWITCHRUN_CACHE": "the folder for what switchrun remembers, instead of `switchrun` in the user's cache. "
         "Without a home folder nothing is kept.",
+        "SWITCHRUN_TOKEN": "the token that `fill`, `generate` and `score` send to a server, without `--token-file`.",
         "SWITCHRUN_DEBUG": "`1` shows the traceback of an error, and the messages of the libraries.",
     },
     "The Hub": {

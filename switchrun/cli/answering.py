@@ -9,9 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 import typer
 
@@ -37,6 +37,7 @@ from switchrun.output.terminal import takes_colours
 from switchrun.units import format_bytes, format_rate, format_seconds
 
 if TYPE_CHECKING:
+    from switchrun.client import Client
     from switchrun.model.records import Progress, ProgressCallback, ScoreResult
     from switchrun.model.session import Session
     from switchrun.planning.options import OpenOptions
@@ -66,22 +67,24 @@ class Work(Generic[_Checked, _Encoded, _Result]):
 
     Attributes:
         check: Returns what to go on with, whose `str` is the text that records show; needs no model.
-        encode: Makes it ready for the model.
+        encode: Makes it ready for the session, which comes first.
         answer: Answers texts that were made ready, in their order; their ids are given, and what to call with the
             results of each batch.
+        ask: Has a server answer what `check` returned; an InputError stands in the place of a result.
         remark: Returns what a person should know of some answers, if anything; it is noted once.
     """
 
     check: Callable[[str], _Checked]
-    encode: Callable[[Session, _Checked], _Encoded]
-    answer: Callable[[Session, Sequence[_Encoded], Sequence[int], OnResults[_Result]], Sequence[_Result]]
+    encode: Callable[[Any, _Checked], _Encoded]
+    answer: Callable[[Any, Sequence[_Encoded], Sequence[int], OnResults[_Result]], Sequence[_Result]]
+    ask: Callable[[Client, Sequence[_Checked], Sequence[int]], Sequence[_Result | InputError]]
     remark: Callable[[Sequence[_Result]], str | None] = lambda _results: None
 
 
 def answer_texts(
     work: Work[_Checked, _Encoded, _Result],
     texts: Sequence[str] | None,
-    opening: OpenOptions,
+    opening: OpenOptions | Client,
     *,
     style: FillFormat,
     stats: bool,
@@ -92,6 +95,8 @@ def answer_texts(
 
     In `text` and `raw` every input has so many lines.
     """
+    from switchrun.planning.options import OpenOptions
+
     arguments = [] if texts == ["-"] else list(texts or ())
     if "-" in arguments:
         raise UsageError("- reads the inputs from stdin, so there can be no TEXT beside it")
@@ -103,26 +108,47 @@ def answer_texts(
         entries = list(entries)
         hopeless = all(entry.error for entry in entries)
     label = "line" if not arguments else "text" if len(arguments) > 1 else None
-    model = None if opening.model is None else str(opening.model)
-    progress = SessionProgress(sys.stderr, model, label, wanted=not quiet)
+    model = opening.model if isinstance(opening, OpenOptions) else opening.url
+    progress = SessionProgress(sys.stderr, None if model is None else str(model), label, wanted=not quiet)
     note = notes_of(progress, quiet)
     with _Answers(style, label, progress.clear, lines) as answers:
         if hopeless:
             answers.write(entries, ())
             raise typer.Exit(answers.exit_code)
-        with open_with_notes(opening, progress, note) as session:
+        if isinstance(opening, OpenOptions):
+            opened: AbstractContextManager[Any] = open_with_notes(opening, progress, note)
+            size, doing = opening.batch_size, work
+        else:
+            opened, size, doing = _ready(opening, note), "auto", _asked(work)
+        with opened as session:
             if typed:
                 note("type one input a line; Ctrl-D ends")
-            size = opening.batch_size
             most = _WINDOW_TEXTS if size == "auto" else size
             ready = stdin.ready if size == "auto" and stdin is not None else lambda: True
-            _answer(work, session, entries, most, ready, answers, note)
+            _answer(doing, session, entries, most, ready, answers, note)
             if stats:
                 from switchrun.output.tables import render_stats
 
                 progress.clear()
                 report_lines(render_stats(session.stats()))
     raise typer.Exit(answers.exit_code)
+
+
+@contextmanager
+def _ready(client: Client, note: Callable[[str], None]) -> Iterator[Client]:
+    """Wait until the server has opened its model."""
+    with client:
+        client.wait_until_ready(lambda: note(f"{client.url} is still opening its model"))
+        yield client
+
+
+def _asked(work: Work[Any, Any, Any]) -> Work[Any, Any, Any]:
+    """Return the work with a `Client` in the place of the session."""
+    return replace(
+        work,
+        encode=lambda _client, checked: checked,
+        answer=lambda client, checked, ids, _on_results: work.ask(client, checked, ids),
+    )
 
 
 @contextmanager
@@ -187,7 +213,7 @@ def _check(work: Work[_Checked, _Encoded, _Result], entries: Iterable[Entry]) ->
 
 def _answer(
     work: Work[_Checked, _Encoded, _Result],
-    session: Session,
+    session: Session | Client,
     entries: Iterable[Entry],
     most: int,
     ready: Callable[[], bool],
@@ -205,7 +231,8 @@ def _answer(
         ids = [entry.id for entry in waiting if entry.error is None]
         results = work.answer(session, texts, ids, lambda _results: None) if texts else ()
         answers.write(waiting, results)
-        if results and remark is None and (remark := work.remark(results)):
+        answered = [result for result in results if not isinstance(result, InputError)]
+        if answered and remark is None and (remark := work.remark(answered)):
             note(f"note: {remark}")
         waiting.clear()
         texts.clear()
@@ -253,21 +280,21 @@ class _Answers:
             return 0
         return EXIT_SOME_FAILED if self._answered else InputError.exit_code
 
-    def write(self, entries: Iterable[Entry], results: Iterable[GenerateResult | ScoreResult]) -> None:
+    def write(self, entries: Iterable[Entry], results: Iterable[GenerateResult | ScoreResult | InputError]) -> None:
         """Write entries in their order, with the results of those that have no error."""
         of_readable = iter(results)
         for entry in entries:
-            if entry.error is None:
+            result = next(of_readable) if entry.error is None else entry.error
+            if not isinstance(result, InputError):
                 self._answered += 1
-                result = next(of_readable)
                 self._write(format_result(result, self._style, self._lines, colours=self._colours))
                 self._explain(result)
                 continue
             self._failed += 1
             self._clear_progress()
-            report(f"{self._label} {entry.id + 1}: {entry.error}" if self._label else str(entry.error))
+            report(f"{self._label} {entry.id + 1}: {result}" if self._label else str(result))
             if self._label:
-                self._write(format_failure(entry.id, entry.text, entry.error, self._style, self._lines))
+                self._write(format_failure(entry.id, entry.text, result, self._style, self._lines))
 
     def _explain(self, result: GenerateResult | ScoreResult) -> None:
         """Show a person where the tokens of an answer went; records have it themselves."""

@@ -25,6 +25,7 @@ from switchrun.cli.offload import app as offload
 from switchrun.cli.plan import plan
 from switchrun.cli.prepare import prepare
 from switchrun.cli.score import score
+from switchrun.cli.serve import serve
 from switchrun.cli.signals import SIGNALS, Interrupted
 from switchrun.cli.startup import debugging, let_threads_sleep, share_one_heap
 from switchrun.cli.streams import drop_stdout, prepare_output, report, without_stdout, write_answer
@@ -42,6 +43,7 @@ _answer()(fill)
 _answer()(generate)
 _answer()(score)
 _answer("map")(map_inputs)
+_answer()(serve)
 _prepare()(plan)
 _prepare()(prepare)
 _prepare()(models)

@@ -32,6 +32,8 @@ KEYS: Mapping[str, bool] = {
     "max-new-tokens": True,
     "num-beams": True,
     "format": False,
+    "server": False,
+    "token-file": False,
 }
 _ALIASES = "aliases"
 _VARIABLE = "SWITCHRUN_CONFIG"

@@ -23,6 +23,7 @@ _DEFAULTS = GenerationOptions()
 
 
 def fill(
+    context: typer.Context,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -71,6 +72,8 @@ def fill(
         ),
     ] = FillFormat.TEXT,
     blank: options.Blank = None,
+    server: options.Server = None,
+    token_file: options.TokenFile = None,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -93,7 +96,7 @@ def fill(
         explain=explain,
         **drawing,
     )
-    opening = OpenOptions(
+    opening = options.client(context, server, token_file) or OpenOptions(
         model=model,
         dtype=dtype.value,
         cpu_memory=cpu_memory,
@@ -128,4 +131,5 @@ def fill_work(generation: GenerationOptions, blank: str | None) -> Work[str, Enc
         answer=lambda session, encoded, ids, on_results: session.fill(
             encoded, generation, ids=ids, on_results=on_results
         ),
+        ask=lambda client, texts, ids: client.answer_each("fill", texts, ids, generation),
     )

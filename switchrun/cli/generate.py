@@ -25,6 +25,7 @@ _OWN = "the model's"
 
 
 def generate(
+    context: typer.Context,
     texts: Annotated[
         list[str] | None,
         typer.Argument(
@@ -69,6 +70,8 @@ def generate(
             help="text: the answer; raw: the same with special tokens; json, jsonl: a record of each input.",
         ),
     ] = FillFormat.TEXT,
+    server: options.Server = None,
+    token_file: options.TokenFile = None,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -83,7 +86,7 @@ def generate(
     """
     from switchrun.planning.options import OpenOptions
 
-    opening = OpenOptions(
+    opening = options.client(context, server, token_file) or OpenOptions(
         model=model,
         dtype=dtype.value,
         cpu_memory=cpu_memory,
@@ -120,6 +123,7 @@ def generate_work(given: Mapping[str, Any], prefix: str) -> Work[str, EncodedTex
         answer=lambda session, encoded, ids, on_results: session.generate(
             encoded, session.own_options(**given), ids=ids, on_results=on_results
         ),
+        ask=lambda client, texts, ids: client.answer_each("generate", texts, ids, {**given, "prefix": prefix}),
         remark=_remark,
     )
 

@@ -24,6 +24,7 @@ class Panel(StrEnum):
     GENERATION = "Generation options"
     ESTIMATE = "Estimate options"
     MEASUREMENT = "Measurement options"
+    SERVER = "Server options"
     OUTPUT = "Output options"
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,6 +22,12 @@ from switchrun.model.sentinels import replace_blanks
 
 if TYPE_CHECKING:
     from switchrun.planning.plan import BatchSize as AnyBatchSize
+
+if TYPE_CHECKING:
+    from switchrun.client import Client
+
+#: A token is short, and its file holds nothing else.
+_MOST_TOKEN_BYTES = 4096
 
 
 def named(option: str) -> Callable[[str], str]:
@@ -172,6 +180,25 @@ BatchSize = Annotated[
         help="Inputs answered together; an expert they share is read once. auto: what has come, as many as fit.",
     ),
 ]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SWITCHRUN_SERVER",
+        metavar="URL|unix:PATH",
+        rich_help_panel=Panel.SERVER,
+        help="Ask a server, which keeps its model open, like http://127.0.0.1:8080: see `switchrun serve`.",
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SWITCHRUN_TOKEN_FILE",
+        metavar="FILE",
+        show_default="SWITCHRUN_TOKEN",
+        rich_help_panel=Panel.SERVER,
+        help="A file with the token that the server asks for.",
+    ),
+]
 _DEFAULTS = GenerationOptions()
 _SAMPLING = "Only with --sample."
 
@@ -309,6 +336,38 @@ def batch_size_for(given: str | None, texts: Sequence[str] | None) -> AnyBatchSi
     return batch_size(str(given))
 
 
+#: What is decided where the model is open.
+_OF_THE_SERVER = frozenset({
+    "model", "dtype", "cpu_memory", "gpu_memory", "offload_folder", "offload_limit", "device_map", "tokenizer", "hub",
+    "network_bandwidth", "batch_size", "stats",
+})  # fmt: skip
+
+
+def client(context: typer.Context, server: str | None, token_file: Path | None) -> Client | None:
+    """Return who asks the server, if there is to be one.
+
+    Raises:
+        UsageError: Its URL or the token is none, or there are options beside it that are the server's own.
+    """
+    typed = [
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if server is None:
+        if "token_file" in typed:
+            raise UsageError("--token-file does nothing without --server", "add --server")
+        return None
+    for name in typed:
+        if name in _OF_THE_SERVER:
+            flag = name.replace("_", "-")
+            raise UsageError(
+                f"--{flag} does nothing with a server, which has its own", f"leave out --{flag} or --server"
+            )
+    from switchrun.client import Client
+
+    token = os.environ.get("SWITCHRUN_TOKEN") if token_file is None else read_token(token_file)
+    return Client(server, token or None, timeout=None)
+
+
 def drawing(sample: bool | None, **values: float | None) -> dict[str, Any]:
     """Return the options of drawing that are given; without `--sample` there may be none."""
     given = {name: value for name, value in values.items() if value is not None}
@@ -359,3 +418,20 @@ def dtype_list(text: str, option: str = "--dtype") -> list[str]:
     for word in found:
         resolve_dtype(word, "BF16")
     return found
+
+
+def read_token(path: Path) -> str:
+    """Return the token in a file.
+
+    Raises:
+        UsageError: There is none.
+    """
+    try:
+        with path.open("rb") as file:
+            token = file.read(_MOST_TOKEN_BYTES + 1).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        words = error.strerror if isinstance(error, OSError) else "it is not ASCII"
+        raise UsageError(f"--token-file {path}: {words}") from error
+    if not token or len(token) > _MOST_TOKEN_BYTES or not token.isprintable() or " " in token:
+        raise UsageError(f"--token-file {path}: it holds no token", "write one with: openssl rand -hex 32 > FILE")
+    return token

@@ -19,6 +19,7 @@ _EXAMPLE = 'for example {"text": "A <extra_id_0> walks in", "spans": ["man"]}'
 
 
 def score(
+    context: typer.Context,
     fillings: Annotated[
         list[str] | None,
         typer.Argument(
@@ -48,6 +49,8 @@ def score(
         ),
     ] = ScoreFormat.TEXT,
     blank: options.Blank = None,
+    server: options.Server = None,
+    token_file: options.TokenFile = None,
     stats: options.Stats = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -62,7 +65,7 @@ def score(
     """
     from switchrun.planning.options import OpenOptions
 
-    opening = OpenOptions(
+    opening = options.client(context, server, token_file) or OpenOptions(
         model=model,
         dtype=dtype.value,
         cpu_memory=cpu_memory,
@@ -85,6 +88,7 @@ def score(
         check=check,
         encode=lambda session, filling: session.encode_filling(filling),
         answer=lambda session, encoded, ids, on_results: session.score(encoded, ids=ids, on_results=on_results),
+        ask=lambda client, fillings, ids: client.answer_each("score", fillings, ids, {}),
     )
     answer_texts(work, fillings, opening, style=FillFormat(style), stats=stats, quiet=quiet)
 

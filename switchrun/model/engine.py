@@ -20,6 +20,7 @@ from switchrun.experts.ways import reading_way
 from switchrun.kernels import libraries
 from switchrun.machine import disks, network, ram
 from switchrun.model.build import build_model, open_cache
+from switchrun.model.control import RowControl
 from switchrun.model.dense import DenseWeights, drop_weights, input_device, place_dense_weights
 from switchrun.model.generate import RawOutput, generate_batch
 from switchrun.model.preload import DensePreload
@@ -139,6 +140,7 @@ class Engine:
         seeds: Sequence[int],
         stop: StoppingCriteria | None = None,
         closings: Sequence[int | None] = (),
+        controls: Sequence[RowControl | None] = (),
         on_layer: Callable[[int, int], None],
         on_token: Callable[[int], None],
     ) -> list[RawOutput]:
@@ -146,7 +148,8 @@ class Engine:
 
         `on_layer` is called at first and after each sparse layer of the encoder, with their number so far and in all;
         `on_token` with the number of tokens generated so far; `stop` ends sequences, beside the end tokens, and each
-        row's own of the `closings` its alternatives. Each row draws with its own of the `seeds`.
+        row's own of the `closings` its alternatives. Each row draws with its own of the `seeds`; by its own of the
+        `controls` others may stop it.
         """
 
         def generate(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawOutput]:
@@ -160,18 +163,26 @@ class Engine:
                 seeds=seeds,
                 stop=stop,
                 closings=closings,
+                controls=controls,
             )
 
-        return self._run(rows, generate, len(self.checkpoint.sparse_blocks["encoder"]), on_layer)
+        return self._run(rows, generate, len(self.checkpoint.sparse_blocks["encoder"]), on_layer, controls)
 
     def score(
-        self, rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *, on_layer: Callable[[int, int], None]
+        self,
+        rows: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        *,
+        controls: Sequence[RowControl | None] = (),
+        on_layer: Callable[[int, int], None],
     ) -> list[RawScore]:
         """Score a target for each row of token ids; `on_layer` is called after each sparse layer of both stacks."""
         layers = sum(map(len, self.checkpoint.sparse_blocks.values()))
-        return self._run(
-            rows, lambda ids, mask: score_batch(self.model, self.context, ids, mask, targets), layers, on_layer
-        )
+
+        def score(input_ids: torch.Tensor, mask: torch.Tensor) -> list[RawScore]:
+            return score_batch(self.model, self.context, input_ids, mask, targets)
+
+        return self._run(rows, score, layers, on_layer, controls)
 
     def _run(
         self,
@@ -179,6 +190,7 @@ class Engine:
         work: Callable[[torch.Tensor, torch.Tensor], _Result],
         layers: int,
         on_layer: Callable[[int, int], None],
+        controls: Sequence[RowControl | None] = (),
     ) -> _Result:
         """Work on padded rows and their mask; if the memory of a GPU runs out, once more with half of the GPUs' slots.
 
@@ -195,6 +207,9 @@ class Engine:
             passed += 1
             if passed <= layers:
                 on_layer(passed, layers)
+                for row, control in enumerate(controls):
+                    if control is not None and control.stopped and self.context.live is not None:
+                        self.context.live[row] = [False] * len(self.context.live[row])
 
         def once() -> _Result:
             return work(input_ids.to(self.device), mask.long().to(self.device))

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.modeling_outputs import MoEModelOutputWithPastAndCrossAttentions as EncoderOutput
 
 from switchrun.experts.module import RoutingContext
+from switchrun.model.control import RowControl
 from switchrun.model.live_rows import CACHE_ARGUMENT, LiveRows
 from switchrun.model.records import GenerationOptions, LayerRouting
 from switchrun.model.routing import RouterRecorder
@@ -49,7 +50,7 @@ class RawOutput:
 class _Watch(StoppingCriteria):
     """Sees every step: notes its time, where rows end, and which go on, in `rows`; beams have none.
 
-    Stops where `stop` does, if that is given; transformers itself sees to `eos`.
+    Stops where `stop` does, if that is given, and as the `controls` of the rows say; transformers itself sees to `eos`.
     """
 
     def __init__(
@@ -58,10 +59,13 @@ class _Watch(StoppingCriteria):
         eos: torch.Tensor,
         on_token: Callable[[int], None],
         stop: StoppingCriteria | None,
+        controls: Sequence[RowControl | None],
     ) -> None:
         self.times: list[float] = []
-        #: The length with which a row was stopped.
+        #: The length with which a row was stopped, or cut short.
         self.ends: dict[int, int] = {}
+        self.cuts: dict[int, int] = {}
+        self._controls = controls
         self._rows = rows
         self._eos = eos
         self._on_token = on_token
@@ -75,10 +79,26 @@ class _Watch(StoppingCriteria):
         if self._rows is not None:
             for row in stopped.nonzero().flatten().tolist():
                 self.ends.setdefault(row, input_ids.shape[1])
+            stopped = self._controlled(input_ids, stopped)
             # The start token is left out: it may be the padding or even the end token.
             ended = torch.isin(input_ids[:, 1:], self._eos.to(input_ids.device)).any(dim=1).tolist()
-            self._rows.live = [not end and row not in self.ends for row, end in enumerate(ended)]
+            self._rows.live = [
+                not end and row not in self.ends and row not in self.cuts for row, end in enumerate(ended)
+            ]
+        elif any(control is not None and control.stopped for control in self._controls):
+            stopped = torch.ones_like(stopped)
         self._on_token(len(self.times))
+        return stopped
+
+    def _controlled(self, input_ids: torch.Tensor, stopped: torch.Tensor) -> torch.Tensor:
+        for row, control in enumerate(self._controls):
+            if control is None or row in self.ends or row in self.cuts:
+                continue
+            if control.on_tokens is not None:
+                control.on_tokens(input_ids[row].tolist())
+            if control.stopped or len(self.times) == control.max_new_tokens:
+                self.cuts[row] = input_ids.shape[1]
+                stopped[row] = True
         return stopped
 
 
@@ -95,6 +115,7 @@ def generate_batch(
     seeds: Sequence[int] = (),
     stop: StoppingCriteria | None = None,
     closings: Sequence[int | None] = (),
+    controls: Sequence[RowControl | None] = (),
 ) -> list[RawOutput]:
     """Generate for one batch.
 
@@ -106,11 +127,13 @@ def generate_batch(
     `context` is shared by the model's sparse layers. `input_ids` is `[rows, tokens]`, padded on the right, and
     `attention_mask` the same, 0 for padding. `on_token` is called with the number of tokens generated so far. With
     `min_new_tokens` the end of sequence cannot come before as many; for measurements of equal length. `stop` ends
-    sequences too.
+    sequences too, and each row's own of the `controls` may.
     """
     rows, width = input_ids.shape
     groups, widths = [slice(0, rows)], [width]
-    if options.one_by_one or _looks_at_input(model.generation_config):
+    limits = [None if each is None else each.max_new_tokens for each in controls] or [None] * rows
+    one_by_one = options.one_by_one or _looks_at_input(model.generation_config)
+    if one_by_one or (any(limits) and _looks_at_limit(model.generation_config)):
         groups, widths = [slice(row, row + 1) for row in range(rows)], attention_mask.sum(dim=1).tolist()
     settings = _settings(options) | ({"min_new_tokens": min_new_tokens} if min_new_tokens else {})
     eos = _eos_ids(model.generation_config)
@@ -127,6 +150,12 @@ def generate_batch(
             context.dropped = None
             routing = recorder.take(attention_mask.sum(dim=1).tolist()) if recorder else [()] * rows
             for group, width in zip(groups, widths, strict=True):
+                if any(control is not None and control.stopped for control in controls[group]) and len(groups) > 1:
+                    now = time.perf_counter()
+                    outputs.append(RawOutput((model.config.decoder_start_token_id,), False, now, now))
+                    continue
+                if len(groups) > 1 or rows == 1:
+                    settings["max_new_tokens"] = limits[group.start] or options.max_new_tokens
                 if options.sample:
                     torch.manual_seed(seeds[group.start])
                 context.live = None
@@ -135,7 +164,7 @@ def generate_batch(
                 place = group, slice(0, width)
                 draws = len(input_ids[group]) * max(1, options.alternatives)
                 live = LiveRows(draws, context, leave=recorder is None) if options.beams == 1 else None
-                watch = _Watch(live, eos, on_token=on_token, stop=ending)
+                watch = _Watch(live, eos, on_token=on_token, stop=ending, controls=controls[group])
                 with live.attached(model) if live is not None else nullcontext():
                     sequences = model.generate(
                         input_ids[place],
@@ -149,7 +178,7 @@ def generate_batch(
                 if options.beams > 1 and ending is not None:
                     watch.ends = {row: end for row, ids in enumerate(sequences) if (end := _stopped_at(ids, ending))}
                 found = [
-                    _row(ids, eos.tolist(), watch.times, watch.ends.get(row))
+                    _row(ids, eos.tolist(), watch.times, watch.ends.get(row), watch.cuts.get(row))
                     for row, ids in enumerate(sequences.tolist())
                 ]
                 found = [_ended(output, closing, eos) for output in found]
@@ -217,11 +246,12 @@ def _settings(options: GenerationOptions) -> dict[str, Any]:
     }
 
 
-def _row(ids: list[int], eos: list[int], times: list[float], stopped: int | None) -> RawOutput:
+def _row(ids: list[int], eos: list[int], times: list[float], stopped: int | None, cut: int | None) -> RawOutput:
     ends = [at + 1 for at in range(1, len(ids)) if ids[at] in eos][:1] + ([] if stopped is None else [stopped])
-    kept = ids[: min(ends, default=len(ids))]
+    end, cut = min(ends, default=len(ids)), len(ids) if cut is None else cut
+    kept = ids[: min(end, cut)]
     last = max(0, min(len(kept) - 1, len(times)) - 1)
-    return RawOutput(tuple(kept), bool(ends), times[0], times[last])
+    return RawOutput(tuple(kept), bool(ends) and end <= cut, times[0], times[last])
 
 
 def _ended(output: RawOutput, closing: int | None, eos: torch.Tensor) -> RawOutput:
@@ -234,6 +264,11 @@ def _looks_at_input(generation_config: Any) -> bool:
     """Whether the logits depend on which tokens are in the input: they must not see padding there."""
     penalty = generation_config.encoder_repetition_penalty
     return bool(generation_config.encoder_no_repeat_ngram_size) or penalty not in (None, 1.0)
+
+
+def _looks_at_limit(generation_config: Any) -> bool:
+    """Whether the logits depend on how long the answer may become: rows of several limits cannot share a batch."""
+    return generation_config.forced_eos_token_id is not None
 
 
 def _eos_ids(generation_config: Any) -> torch.Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from switchrun.errors import UsageError, check_count
+from switchrun.checkpoint.types import Stack
+from switchrun.errors import UsageError, check_count, printable
 
 if TYPE_CHECKING:
     from switchrun.checkpoint.steps import Stage
-    from switchrun.checkpoint.types import Stack
     from switchrun.planning.plan import TierUse
 
 SCHEMA_VERSION = 1
@@ -20,6 +22,8 @@ SCHEMA_VERSION = 1
 _LAST_KEYS = ("finish_reason", "tokens", "timing", "experts", "memory", "model", "alternatives", "routing")
 
 FinishReason = Literal["stop", "length"]
+
+_Result = TypeVar("_Result", bound="GenerateResult | ScoreResult")
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +323,50 @@ def _record(result: GenerateResult | ScoreResult) -> dict[str, Any]:
     record["experts"]["hit_rate"] = result.experts.hit_rate
     record["experts"]["tiers"] = [asdict(tier) | {"hit_rate": tier.hit_rate} for tier in result.experts.tiers]
     return record
+
+
+def read_record(kind: type[_Result], record: object) -> _Result:
+    """Return the result that `as_record` made a record of, or somebody else, who may have added keys.
+
+    Raises:
+        ValueError: It is no such record.
+    """
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"it is no record of version {SCHEMA_VERSION}")
+    result: _Result = _read(kind, record, "")
+    return result
+
+
+def _read(kind: Any, value: Any, name: str) -> Any:
+    """Return a value of JSON as what a field's type says."""
+    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
+        given = {}
+        for each in fields(kind):
+            path = f"{name}.{each.name}".removeprefix(".")
+            if each.name in value:
+                given[each.name] = _read(_types(kind)[each.name], value[each.name], path)
+            elif each.default is MISSING:
+                raise ValueError(f"{path} is missing")
+        return kind(**given)
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(parts[0], each, name) for each in value)
+    if origin is Literal and value in parts:
+        return value
+    if type(None) in parts:
+        return None if value is None else _read(parts[0], value, name)
+    # Larger numbers cannot be reckoned with.
+    if kind is float and type(value) in (int, float) and abs(value) < 2**63 and not math.isnan(value):
+        return float(value)
+    if (kind is int and type(value) is int and abs(value) < 2**63) or (kind is str and type(value) is str):
+        return value
+    raise ValueError(f"{name} is {printable(repr(value), 100)}")
+
+
+@cache
+def _types(kind: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields, which are written as text."""
+    return get_type_hints(kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,14 +6,12 @@ Nothing of torch is imported before the dense weights are on their way into memo
 from __future__ import annotations
 
 import math
-import reprlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -21,7 +19,8 @@ from switchrun.checkpoint.generation import generation_file, own_options
 from switchrun.checkpoint.locate import hub_id
 from switchrun.errors import BudgetError, InputError, ModelError, UsageError
 from switchrun.experts.bookkeeping import CacheCounters, since, total
-from switchrun.model.batching import batches_of
+from switchrun.model.batching import WINDOW, batches_of, one_or_many
+from switchrun.model.control import RowControl
 from switchrun.model.opening import ImportLibraries, fetch_dense_weights, import_model, read_while_importing
 from switchrun.model.preload import DensePreload
 from switchrun.model.records import (
@@ -56,9 +55,6 @@ from switchrun.planning.plan import BatchSize
 if TYPE_CHECKING:
     from switchrun.model.generate import RawOutput
     from switchrun.model.scoring import RawScore
-
-#: Of an iterator so many inputs are taken at a time where the batch size is `auto`.
-_WINDOW = 512
 
 _Text = TypeVar("_Text", bound=EncodedText)
 _Result = TypeVar("_Result", bound=GenerateResult)
@@ -206,7 +202,7 @@ class Session:
         """
         options = GenerationOptions() if options is None else options
         answer = partial(self._answer, Encoded, self.encode, options, self._filled, on_results)
-        return self._one_or_many(texts, (str, Encoded), ids, answer)
+        return one_or_many(texts, (str, Encoded), ids, self._window, answer)
 
     def own_options(self, **changes: Any) -> GenerationOptions:
         """Return how the model's own settings have it generate, changed; the changes are fields of `GenerationOptions`.
@@ -276,37 +272,11 @@ class Session:
             raise UsageError("alternatives: only fill has them", option="alternatives")
         encode = partial(self.encode_text, prefix=prefix)
         answer = partial(self._answer, EncodedText, encode, options, self._generated, on_results)
-        return self._one_or_many(texts, (str, EncodedText), ids, answer)
+        return one_or_many(texts, (str, EncodedText), ids, self._window, answer)
 
-    def _one_or_many(
-        self,
-        given: Any,
-        kinds: tuple[type, ...],
-        ids: Iterable[int] | None,
-        answer: Callable[[list[Any], list[int]], list[_Answer]],
-    ) -> _Answer | list[_Answer] | Iterator[_Answer]:
-        """Answer one input, a list of them, or those of an iterator as their answers are asked for."""
-        numbers = count() if ids is None else iter(ids)
-
-        def answer_all(inputs: list[Any]) -> list[_Answer]:
-            for wrong in (each for each in inputs if not isinstance(each, kinds)):
-                name = "texts" if str in kinds else "fillings"
-                raise UsageError(f"{name}: {reprlib.repr(wrong)} is no {kinds[0].__name__}", option=name)
-            numbered = list(islice(numbers, len(inputs)))
-            if len(numbered) < len(inputs):
-                raise UsageError(f"ids: {len(numbered)} for {len(inputs)} inputs", option="ids")
-            return answer(inputs, numbered)
-
-        def answer_windows(rest: Iterator[Any]) -> Iterator[_Answer]:
-            size = _WINDOW if self.plan.batch_size == "auto" else self.plan.batch_size
-            while window := list(islice(rest, size)):
-                yield from answer_all(window)
-
-        if isinstance(given, Iterator):
-            return answer_windows(given)
-        if isinstance(given, Iterable) and not isinstance(given, kinds):
-            return answer_all(list(given))
-        return answer_all([given])[0]
+    @property
+    def _window(self) -> int:
+        return WINDOW if self.plan.batch_size == "auto" else self.plan.batch_size
 
     def _answer(
         self,
@@ -385,7 +355,8 @@ class Session:
             BudgetError: A GPU's memory runs out.
             UsageError: Another thread is using this session, it is closed, or an argument is of another kind.
         """
-        return self._one_or_many(fillings, (Filling, EncodedFilling), ids, partial(self._score, on_results))
+        kinds = (Filling, EncodedFilling)
+        return one_or_many(fillings, kinds, ids, self._window, partial(self._score, on_results))
 
     def _score(
         self,
@@ -397,6 +368,56 @@ class Session:
             self._check_open()
             encoded = [each if isinstance(each, EncodedFilling) else self.encode_filling(each) for each in fillings]
             return _in_batches(encoded, self._score_batches(encoded), self._score_batch, ids, on_results)
+
+    def check_options(self, options: GenerationOptions) -> None:
+        """Raise what answering with these options would raise, whatever the text.
+
+        Raises:
+            BudgetError: More beams or tokens are asked for than memory was reserved for.
+        """
+        self._check_reserved(options)
+
+    def spans_of(self, text: Encoded, ids: Sequence[int]) -> tuple[Span, ...]:
+        """Return the spans of a text's answer, or of what there is of it so far."""
+        return parse_spans(ids, text.sentinels, self._tokenizer.decode, text.closing)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of generated ids, without special tokens."""
+        return self._tokenizer.decode(ids).strip()
+
+    def together(self, inputs: Sequence[EncodedText | EncodedFilling], options: GenerationOptions) -> list[int]:
+        """Return which of some inputs, all to be answered in the same way, make a batch with the first one."""
+        fillings = [each for each in inputs if isinstance(each, EncodedFilling)]
+        texts = [each for each in inputs if isinstance(each, EncodedText)]
+        batches = self._score_batches(fillings) if fillings else self._batches(texts, options)
+        return sorted(next(batch for batch in batches if 0 in batch))
+
+    def answer_batch(
+        self,
+        inputs: Sequence[EncodedText | EncodedFilling],
+        options: GenerationOptions,
+        ids: Sequence[int],
+        controls: Sequence[RowControl],
+    ) -> Sequence[GenerateResult | ScoreResult]:
+        """Answer one batch of what `encode`, `encode_text` or `encode_filling` returned: for who makes batches himself.
+
+        Others may limit and stop each row by its own of the `controls`.
+
+        Raises:
+            SwitchrunError: As `fill` and `score`.
+        """
+        with self._one_thread():
+            self._check_open()
+            fillings = [each for each in inputs if isinstance(each, EncodedFilling)]
+            if fillings:
+                return self._score_batch(fillings, ids, controls)
+            self._check_reserved(options)
+            self._check_way(options)
+            to_fill = [each for each in inputs if isinstance(each, Encoded)]
+            if to_fill:
+                return self._answer_batch(to_fill, options, self._filled, ids, controls)
+            texts = [each for each in inputs if isinstance(each, EncodedText)]
+            return self._answer_batch(texts, options, self._generated, ids, controls)
 
     def stats(self) -> SessionStats:
         """Return what the session took so far."""
@@ -500,13 +521,16 @@ class Session:
 
         return batches_of([max(len(each.text.ids), len(each.target)) for each in fillings], fits)
 
-    def _score_batch(self, batch: Sequence[EncodedFilling], ids: Sequence[int]) -> list[ScoreResult]:
+    def _score_batch(
+        self, batch: Sequence[EncodedFilling], ids: Sequence[int], controls: Sequence[RowControl] = ()
+    ) -> list[ScoreResult]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
         with self._report.working(tuple(ids)):
             scores = self.engine.score(
                 [each.text.ids for each in batch],
                 [each.target for each in batch],
+                controls=controls,
                 on_layer=partial(self._report, "score"),
             )
         experts = _expert_counts(since(self.engine.tiers.counters(), before))
@@ -538,7 +562,12 @@ class Session:
         )
 
     def _answer_batch(
-        self, batch: Sequence[_Text], options: GenerationOptions, make: Callable[..., _Result], ids: Sequence[int]
+        self,
+        batch: Sequence[_Text],
+        options: GenerationOptions,
+        make: Callable[..., _Result],
+        ids: Sequence[int],
+        controls: Sequence[RowControl] = (),
     ) -> list[_Result]:
         start = time.perf_counter()
         before = self.engine.tiers.counters()
@@ -550,6 +579,7 @@ class Session:
                 seeds=[options.seed + number for number in ids],
                 stop=self._stop,
                 closings=[text.closing if isinstance(text, Encoded) else None for text in batch],
+                controls=controls,
                 on_layer=partial(self._report, "encode"),
                 on_token=lambda step: self._report("decode", step, options.max_new_tokens),
             )
@@ -613,11 +643,11 @@ class Session:
         return tuple(alternative for alternative, _ in best), output
 
     def _filled(self, text: Encoded, ids: Sequence[int], **rest: Any) -> FillResult:
-        spans = parse_spans(ids, text.sentinels, self._tokenizer.decode, text.closing)
+        spans = self.spans_of(text, ids)
         return FillResult(text=fill_in(text.text, spans), spans=spans, **rest)
 
     def _generated(self, _text: EncodedText, ids: Sequence[int], **rest: Any) -> GenerateResult:
-        return GenerateResult(text=self._tokenizer.decode(ids).strip(), **rest)
+        return GenerateResult(text=self.text_of(ids), **rest)
 
     def _model_info(self) -> ModelInfo:
         return ModelInfo(self.checkpoint.id, self.checkpoint.revision, self.plan.dtype)

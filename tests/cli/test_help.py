@@ -77,7 +77,7 @@ def test_short_names(invoke: Invoke) -> None:
 def test_panels_are_the_same_everywhere(invoke: Invoke) -> None:
     shown = re.findall(r"^(\w.*ptions):$", invoke("fill", "--help").stdout, flags=re.MULTILINE)
     assert shown == [panel for panel in Panel if panel in shown]
-    assert len(shown) == 6
+    assert len(shown) == 7
     places: dict[tuple[str, str], set[str | None]] = {}
     for command in COMMANDS.values():
         for parameter in command.params:

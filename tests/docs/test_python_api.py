@@ -78,12 +78,19 @@ def test_every_field(kind):
     assert not [field.name for field in dataclasses.fields(kind) if f"`{field.name}`" not in page]
 
 
-def test_every_member_of_a_session():
-    session = switchrun.Session
-    members = {name: value for name, value in vars(session).items() if inspect.isfunction(value) and name[0] != "_"}
-    page = section("Session.open(")
-    written = {name: re.search(rf"^- `session\.{name}\((.*?)\)`: ", page, re.MULTILINE) for name in members}
+@pytest.mark.parametrize(("kind", "heading"), [(switchrun.Session, "Session.open("), (switchrun.Client, "Client(")])
+def test_every_member(kind, heading):
+    members = {name: value for name, value in vars(kind).items() if inspect.isfunction(value) and name[0] != "_"}
+    page, variable = section(heading), kind.__name__.lower()
+    written = {name: re.search(rf"`{variable}\.{name}\((.*?)\)`[:,]", page) for name in members}
     assert not [name for name, found in written.items() if found is None]
     assert {name: found[1] for name, found in written.items() if found} == {
         name: signature(member) for name, member in members.items()
     }
+
+
+def test_every_argument_of_a_client():
+    page = section("Client(")
+    assert f"## `Client({signature(switchrun.Client.__init__)})`" in PAGE
+    assert defaults(switchrun.Client, page) == []
+    assert not [name for name in arguments(switchrun.Client) if f"- `{name}`" not in page]

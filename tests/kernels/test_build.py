@@ -132,7 +132,7 @@ def test_a_wheel_is_for_this_platform_and_leaves_the_sources_alone(tmp_path: Pat
     for name in [line for line in done.stderr.splitlines() if line.endswith(".whl")]:
         with zipfile.ZipFile(tmp_path / "wheels" / name) as wheel:
             files = {Path(each).name for each in wheel.namelist()}
-        assert {"native.py", "native.h", "bf16.c"} <= files
+        assert {"native.py", "native.h", "bf16.c", "page.html"} <= files
         assert name in {f"switchrun-0.1.0-{tag}.whl" for tag in map(str, sys_tags())}, "pip would not install it here"
         found[name.removesuffix(".whl").rpartition("-")[2]] = {each for each in files if each.endswith(".so")}
     here = sysconfig.get_platform().replace("-", "_").replace(".", "_")
