@@ -27,17 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in "tutorial eval doctor map scores fine-tuned configuration json".split()),
-    *(ROOT / "docs" / f"{name}.md" for name in "performance hub qmoe".split()),
+    *(ROOT / "docs" / f"{name}.md" for name in "performance hub qmoe bench".split()),
 ]
 
 _BLOCK = re.compile(r"(?<=^```)(sh|console)\n(.*?)(?=^```$)", re.MULTILINE | re.DOTALL)
 _STAND_INS = {
-    r"google/[\w-]+|ISTA-DASLab/[\w-]+|\bQMOE_DIR\b|\bDIR\b|/tmp/switch-c\b|(?<=--model )(mine|c2048)\b": "demo",
-    r"(?<=-model )c2048\b": "demo",
+    r"google/[\w-]+|ISTA-DASLab/[\w-]+|\bQMOE_DIR\b|\bDIR\b|/tmp/switch-c\b|(?<=-model )(mine|c2048)\b": "demo",
     r"decoder\.0-15": "decoder.0-3",
 }
-#: What would install something, make terabytes or random gigabytes, or belongs to the folder that was made.
-_NOT_RUN = re.compile(r"^(git clone|python3 -m venv|source|python benchmarks/|switchrun bench --synthetic)")
+#: What would install something, needs a QMoE model, makes many gigabytes, or measures for minutes.
+_NOT_RUN = re.compile(r"git clone|python3 -m venv|source |python benchmarks/|switchrun eval .*QMOE_DIR|switchrun bench")
 _FILES = {
     "inputs.txt": "A <extra_id_0> walks into a bar.\nShe opened the <extra_id_0> and looked out of the window.\n",
     "inputs.jsonl": '{"text": "A <extra_id_0> walks into a bar."}\n',
@@ -52,17 +51,15 @@ _VARYING = re.compile(
 )
 
 _PRELOADED = ROOT / "tools" / "preloaded.py"
-_FUNCTION = 'switchrun() { $PRELOADED "$@"; }'
-
-#: What a page shows of a command's output; None for a command of an `sh` block.
-Shown = str | None
+#: What makes `switchrun` in a line of `sh` this checkout's.
+FUNCTION = 'switchrun() { $PRELOADED "$@"; }'
 
 
 class Example(NamedTuple):
     """A command of a page."""
 
     command: str
-    shown: Shown
+    shown: str | None  # None in a block of `sh`
 
 
 def examples(page: str) -> list[Example]:
@@ -78,17 +75,22 @@ def examples(page: str) -> list[Example]:
 
 
 def runs(example: Example) -> bool:
-    """Whether the example can be run here."""
-    return not _NOT_RUN.match(example.command)
+    """Whether the example can be run here; one with an output always is."""
+    return example.shown is not None or not _NOT_RUN.match(example.command)
 
 
 def same(shown: str, printed: str) -> bool:
     """Whether a page shows what a command printed, but for what differs from run to run."""
-    parts = (re.escape(_plain(part)) for part in re.split(r"^…$", shown, flags=re.MULTILINE))
-    return re.fullmatch(r" ?.*? ?".join(parts), _plain(printed)) is not None
+    parts = (re.escape(plain(part)) for part in re.split(r"^…$", shown, flags=re.MULTILINE))
+    return re.fullmatch(r" ?.*? ?".join(parts), plain(printed)) is not None
 
 
-def _plain(text: str) -> str:
+def holds(example: Example, code: int, printed: str) -> bool:
+    """Whether a command did what its page says: it printed that, or if nothing is shown it succeeded."""
+    return code == 0 if example.shown is None else same(example.shown, printed)
+
+
+def plain(text: str) -> str:
     return " ".join(_VARYING.sub("#", re.sub("─+", "─", text)).split())
 
 
@@ -100,7 +102,7 @@ class Runner:
         self._folder = tempfile.TemporaryDirectory()
         self._socket = f"{self._folder.name}/socket"
         command = [sys.executable, "-P", str(_PRELOADED), "serve", self._socket]
-        environment = self._environment(Path(self._folder.name))
+        environment = self.environment(Path(self._folder.name))
         self._server = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
         assert self._server.stdout is not None
         self._server.stdout.readline()
@@ -129,20 +131,21 @@ class Runner:
             for name, text in _FILES.items():
                 (folder / name).write_text(text, encoding="utf-8")
             self._parquet(folder)
-            script = [_FUNCTION]
+            script = [FUNCTION]
             for number, command in enumerate(commands):
                 for pattern, stand_in in _STAND_INS.items():
                     command = re.sub(pattern, stand_in, command)
                 script.append(f"{{ {command}\n}} > ../{number}.out 2>&1 < /dev/null; echo $? > ../{number}.code")
             subprocess.run(
-                ["sh"], input="\n".join(script), text=True, cwd=folder, env=self._environment(Path(home)), check=True
+                ["sh"], input="\n".join(script), text=True, cwd=folder, env=self.environment(Path(home)), check=True
             )
             return [
                 (int(Path(home, f"{number}.code").read_text()), self._printed(Path(home, f"{number}.out"), home))
                 for number in range(len(commands))
             ]
 
-    def _environment(self, home: Path) -> dict[str, str]:
+    def environment(self, home: Path) -> dict[str, str]:
+        """Give what a line of `sh` needs, with a home of its own."""
         own = ("SWITCHRUN_", "HF_", "XDG_", "TRANSFORMERS_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         for name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):
@@ -180,7 +183,7 @@ def main() -> int:
             text = page.read_text(encoding="utf-8")
             todo = [example for example in examples(text) if runs(example)]
             for example, (code, printed) in zip(todo, runner.page([each.command for each in todo]), strict=True):
-                if (example.shown is None and code == 0) or (example.shown is not None and same(example.shown, printed)):
+                if holds(example, code, printed):
                     continue
                 stale += 1
                 print(f"{page.name}: $ {example.command}\n{printed}\n(exit code {code})\n", file=sys.stderr)

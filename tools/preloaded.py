@@ -1,7 +1,7 @@
 """`switchrun` without the seconds of its imports: one process imports everything, and each command is a fork of it.
 
 python tools/preloaded.py serve SOCKET          serves commands until it is ended; an empty line says that it can
-python tools/preloaded.py ask SOCKET WORD...    is `switchrun WORD...`, with this process's streams, folder and variables
+python tools/preloaded.py ask SOCKET WORD...    is `switchrun WORD...`, with the asker's streams, folder and variables
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import os
 import socket
 import sys
 from pathlib import Path
-
-# A command's import of torch is what this saves: so, nothing but small modules here.
 
 
 def ask(path: str, words: list[str]) -> int:
@@ -32,7 +30,7 @@ def serve(path: str) -> None:
     startup.quieten_libraries()
     startup.let_threads_sleep()
     import switchrun.cli.app
-    import switchrun.model.session  # noqa: F401 - with all that it needs
+    import switchrun.model.engine  # noqa: F401 - and so torch and transformers
 
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
