@@ -35,8 +35,10 @@ _STAND_INS = {
     r"google/[\w-]+|ISTA-DASLab/[\w-]+|\bQMOE_DIR\b|\bDIR\b|/tmp/switch-c\b|(?<=-model )(mine|c2048)\b": "demo",
     r"decoder\.0-15": "decoder.0-3",
 }
-#: What would install something, needs a QMoE model, makes many gigabytes, or measures for minutes.
-_NOT_RUN = re.compile(r"git clone|python3 -m venv|source |python benchmarks/|switchrun eval .*QMOE_DIR|switchrun bench")
+#: What would install something, makes many gigabytes, or takes long; of those of `eval` two are enough.
+_NOT_RUN = re.compile(
+    r"git clone|python3 -m venv|source |python benchmarks/|switchrun eval (?!--text passages.txt --dtype|--model mine)|switchrun bench"
+)
 _FILES = {
     "inputs.txt": "A <extra_id_0> walks into a bar.\nShe opened the <extra_id_0> and looked out of the window.\n",
     "inputs.jsonl": '{"text": "A <extra_id_0> walks into a bar."}\n',
@@ -51,8 +53,6 @@ _VARYING = re.compile(
 )
 
 _PRELOADED = ROOT / "tools" / "preloaded.py"
-#: What makes `switchrun` in a line of `sh` this checkout's.
-FUNCTION = 'switchrun() { $PRELOADED "$@"; }'
 
 
 class Example(NamedTuple):
@@ -91,6 +91,7 @@ def holds(example: Example, code: int, printed: str) -> bool:
 
 
 def plain(text: str) -> str:
+    """Give a text on one line, without what differs from run to run."""
     return " ".join(_VARYING.sub("#", re.sub("─+", "─", text)).split())
 
 
@@ -101,6 +102,10 @@ class Runner:
         self._settings = settings or {}
         self._folder = tempfile.TemporaryDirectory()
         self._socket = f"{self._folder.name}/socket"
+        switchrun = Path(self._folder.name, "bin", "switchrun")
+        switchrun.parent.mkdir()
+        switchrun.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {_PRELOADED} ask {self._socket} "$@"\n')
+        switchrun.chmod(0o755)
         command = [sys.executable, "-P", str(_PRELOADED), "serve", self._socket]
         environment = self.environment(Path(self._folder.name))
         self._server = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
@@ -131,7 +136,7 @@ class Runner:
             for name, text in _FILES.items():
                 (folder / name).write_text(text, encoding="utf-8")
             self._parquet(folder)
-            script = [FUNCTION]
+            script = []
             for number, command in enumerate(commands):
                 for pattern, stand_in in _STAND_INS.items():
                     command = re.sub(pattern, stand_in, command)
@@ -155,7 +160,7 @@ class Runner:
             "HF_HUB_OFFLINE": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": str(ROOT),
-            "PRELOADED": f"{sys.executable} -I -S {_PRELOADED} ask {self._socket}",
+            "PATH": f"{self._folder.name}/bin:{os.environ['PATH']}",
             **self._settings,
         }
 

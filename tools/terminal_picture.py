@@ -20,7 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from doc_examples import FUNCTION, ROOT, Runner, plain
+from doc_examples import ROOT, Runner, plain
 from rich.console import Console
 from rich.text import Text
 
@@ -52,7 +52,7 @@ def _run(command: str, environment: dict[str, str]) -> str:
     """Give what a command prints on a terminal; progress and notes are left out."""
     ours, terminal = pty.openpty()
     done = subprocess.Popen(
-        ["sh", "-c", f"{FUNCTION}; {command}"],
+        ["sh", "-c", command],
         env=environment,
         cwd=environment["HOME"],
         stdin=subprocess.DEVNULL,
