@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,9 +36,10 @@ _STAND_INS = {
     r"google/[\w-]+|ISTA-DASLab/[\w-]+|\bQMOE_DIR\b|\bDIR\b|/tmp/switch-c\b|(?<=-model )(mine|c2048)\b": "demo",
     r"decoder\.0-15": "decoder.0-3",
 }
-#: What would install something, makes many gigabytes, or takes long; of those of `eval` two are enough.
+#: What would install something, makes many gigabytes, or takes long; of `eval` and `doctor` some are enough.
 _NOT_RUN = re.compile(
-    r"git clone|python3 -m venv|source |python benchmarks/|switchrun eval (?!--text passages.txt --dtype|--model mine)|switchrun bench"
+    r"git clone|python3 -m venv|source |python benchmarks/|switchrun bench|switchrun eval (?!--text passages.txt --dtype)"
+    r"|switchrun doctor .*checkpoint"
 )
 _FILES = {
     "inputs.txt": "A <extra_id_0> walks into a bar.\nShe opened the <extra_id_0> and looked out of the window.\n",
@@ -76,6 +78,8 @@ def examples(page: str) -> list[Example]:
 
 def runs(example: Example) -> bool:
     """Whether the example can be run here; one with an output always is."""
+    if "jq " in example.command and shutil.which("jq") is None:
+        return False
     return example.shown is not None or not _NOT_RUN.match(example.command)
 
 

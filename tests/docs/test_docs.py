@@ -78,7 +78,7 @@ def test_every_page_begins_with_what_it_is_for():
     for page in DOCS.glob("*.md"):
         heading, first = read(page).split("\n\n")[:2]
         assert re.fullmatch(r"# .+", heading), page.name
-        assert first[0] not in "#|!-" and not first.startswith("```") or page.name == "README.md", (
+        assert (first[0] not in "#|!-" and not first.startswith("```")) or page.name == "README.md", (
             f"{page.name} begins with no sentence"
         )
 

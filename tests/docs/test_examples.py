@@ -66,6 +66,8 @@ def comparable(value: Any, name: str = "") -> Any:
     """A record without its times and peaks; its keys in their order."""
     if isinstance(value, dict):
         return [(key, comparable(each, key)) for key, each in value.items()]
+    if isinstance(value, list):
+        return [comparable(each) for each in value]
     return "…" if isinstance(value, float) or name == "peak_rss_bytes" else value
 
 
