@@ -38,7 +38,7 @@ _STAND_INS = {
 }
 #: What would install something, makes many gigabytes, or takes long; of `eval` and `doctor` some are enough.
 _NOT_RUN = re.compile(
-    r"git clone|python3 -m venv|source |python benchmarks/|switchrun bench|switchrun eval (?!--text passages.txt --dtype)"
+    r"python3 -m venv|source |python benchmarks/|switchrun bench|switchrun eval (?!--text passages.txt --dtype)"
     r"|switchrun doctor .*checkpoint"
 )
 _FILES = {
@@ -103,6 +103,7 @@ class Runner:
     """Runs lines of `sh` in a folder; close it, or use it in a `with`."""
 
     def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        """Start the server, with more environment variables if you like."""
         self._settings = settings or {}
         self._folder = tempfile.TemporaryDirectory()
         self._socket = f"{self._folder.name}/socket"
@@ -200,7 +201,21 @@ def main() -> int:
                     text = text.replace(f"$ {example.command}\n{example.shown}", f"$ {example.command}\n{printed}")
             if not check:
                 page.write_text(text, encoding="utf-8")
+    if not check:
+        _warn_of_fragile_examples()
     return 1 if stale and check else 0
+
+
+def _warn_of_fragile_examples() -> None:
+    """Say which outputs another CPU may not give: it may round bf16 products otherwise."""
+    for settings in ({"SWITCHRUN_DTYPE": "fp32"}, {"OMP_NUM_THREADS": "1"}):
+        with Runner(settings) as runner:
+            for page in PAGES:
+                shown = [each for each in examples(page.read_text(encoding="utf-8")) if each.shown is not None]
+                outcomes = runner.page([example.command for example in shown])
+                for example, (code, printed) in zip(shown, outcomes, strict=True):
+                    if not holds(example, code, printed):
+                        print(f"note: with {settings} it answers otherwise: $ {example.command}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.text import Text
 PICTURE = ROOT / "docs" / "img" / "terminal.svg"
 COMMANDS = [
     'switchrun fill "They went to the <extra_id_0> and came back in the evening."',
-    'switchrun fill --alternatives 3 "She opened the <extra_id_0> and looked out of the window."',
+    'switchrun fill --alternatives 2 "She opened the <extra_id_0> and looked out of the window."',
     "switchrun plan --cpu-memory 570MiB | head -12",
 ]
 _COLUMNS = 96
