@@ -45,7 +45,7 @@ def evaluate(
     reference_model: Annotated[
         str | None,
         typer.Option(
-            parser=options.model_name("reference-model"),
+            parser=options.or_demo_folder(options.model_name("reference-model")),
             autocompletion=options.complete_model,
             metavar="MODEL",
             show_default=False,

@@ -64,11 +64,16 @@ def complete_model(incomplete: str) -> list[str]:
     return [name for name in names if name.startswith(incomplete)]
 
 
-def _tokenizer(name: str) -> str:
-    from switchrun.checkpoint.locate import demo_folder
+def or_demo_folder(parse: Callable[[str], str]) -> Callable[[str], str]:
+    """Return a parser that takes `demo` for the demo model's folder."""
 
-    found = named("tokenizer")(name)
-    return str(demo_folder()) if found == DEMO else found
+    def parsed(name: str) -> str:
+        from switchrun.checkpoint.locate import demo_folder
+
+        found = parse(name)
+        return str(demo_folder()) if found == DEMO else found
+
+    return parsed
 
 
 Model = Annotated[
@@ -162,7 +167,7 @@ NetworkBandwidth = Annotated[
 Tokenizer = Annotated[
     str | None,
     typer.Option(
-        parser=_tokenizer,
+        parser=or_demo_folder(named("tokenizer")),
         envvar="SWITCHRUN_TOKENIZER",
         metavar="PATH|ID",
         show_default="the model's own",

@@ -10,7 +10,6 @@ import pytest
 
 from switchrun.bench import evaluation
 from switchrun.bench.child_process import ChildError
-from switchrun.checkpoint.locate import demo_folder
 from switchrun.errors import SwitchrunError
 from switchrun.kernels import native
 from tests.cli.conftest import Invoke
@@ -137,7 +136,7 @@ def test_qmoe_beside_its_original(invoke: Invoke, tasks: Tasks, tmp_path: Path) 
 
 
 def test_a_reference_model_that_cuts_the_text_in_another_way(invoke: Invoke, tasks: Tasks, tiny: str) -> None:
-    done = run(invoke, tiny, "--dtype", "fp32", "--reference-model", str(demo_folder()))
+    done = run(invoke, tiny, "--dtype", "fp32", "--reference-model", "demo")
     assert (done.code, done.stdout) == (2, "")
     assert "--reference-model: it cuts the text into other tokens than the model" in done.stderr
     done = run(invoke, tiny, "--reference", "fp32", "--dtype", "fp32", "--reference-model", tiny)

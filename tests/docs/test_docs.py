@@ -74,6 +74,19 @@ def test_every_page_is_in_the_index():
     assert not [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"]({page.name})" not in index]
 
 
+def test_every_page_begins_with_what_it_is_for():
+    for page in DOCS.glob("*.md"):
+        heading, first = read(page).split("\n\n")[:2]
+        assert re.fullmatch(r"# .+", heading), page.name
+        assert (first[0] not in "#|!-" and not first.startswith("```")) or page.name == "README.md", (
+            f"{page.name} begins with no sentence"
+        )
+
+
+def test_every_schema_is_explained():
+    assert not [path.name for path in DOCS.glob("schemas/*") if f"(schemas/{path.name})" not in read(DOCS / "json.md")]
+
+
 def test_environment_variables():
     in_code = {name for path in sources() for name in re.findall(r"SWITCHRUN_[A-Z_]*[A-Z]", read(path))}
     assert {name for name in in_code if name != "SWITCHRUN_"} == set(
