@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def hermetic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
         variables["CUDA_VISIBLE_DEVICES"] = ""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # a command that ran in this process has silenced libraries
     if "huggingface_hub" in sys.modules:  # which has read another environment
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return dict(os.environ)

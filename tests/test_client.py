@@ -121,8 +121,11 @@ def test_both_fail_in_the_same_way(session: Session, url: str, ask: Callable[[An
         ask(session)
     with pytest.raises(type(here.value)) as there:
         ask(Client(url))
-    if "half of a character" not in there.value.message:
-        assert (there.value.message, there.value.hint) == (here.value.message, here.value.hint)
+    if "half of a character" in there.value.message:
+        return
+    assert there.value.message == here.value.message
+    if "memory is reserved" not in there.value.message:  # what helps is said to whoever started the server
+        assert there.value.hint == here.value.hint
 
 
 def test_each_answer_or_what_is_wrong_with_its_input(url: str) -> None:

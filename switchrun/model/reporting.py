@@ -70,9 +70,11 @@ class Reporter(Steps):
                         self._tell()
 
         thread = threading.Thread(target=beat, name="switchrun-progress", daemon=True)
-        thread.start()
+        with suppress(RuntimeError):  # the system allows no more threads: then each step has to do
+            thread.start()
         try:
             yield
         finally:
             ended.set()
-            thread.join(BEAT_SECONDS)
+            if thread.ident is not None:
+                thread.join(BEAT_SECONDS)

@@ -38,7 +38,7 @@ def test_a_limit_below_what_the_libraries_take(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize("args", [["fill", "A <extra_id_0> b"], ["prepare", "--dtype", "int8"]])
-@pytest.mark.parametrize("mebibytes", [60, 400, 700, 950])
+@pytest.mark.parametrize("mebibytes", [100, 400, 700, 950])
 def test_commands_under_a_limit(hermetic: dict[str, str], args: list[str], mebibytes: int) -> None:
     size = mebibytes * MIB
     done = subprocess.run(
