@@ -36,9 +36,9 @@ _STAND_INS = {
     r"google/[\w-]+|ISTA-DASLab/[\w-]+|\bQMOE_DIR\b|\bDIR\b|/tmp/switch-c\b|(?<=-model )(mine|c2048)\b": "demo",
     r"decoder\.0-15": "decoder.0-3",
 }
-#: What would install something, makes many gigabytes, or takes long; of `eval` and `doctor` some are enough.
+#: What would install something, makes many gigabytes, or takes long; of `doctor` some are enough.
 _NOT_RUN = re.compile(
-    r"python3 -m venv|source |python benchmarks/|switchrun bench|switchrun eval (?!--text passages.txt --dtype)"
+    r"python3 -m venv|source |python benchmarks/|switchrun bench|switchrun eval"
     r"|switchrun doctor .*checkpoint"
 )
 _FILES = {

@@ -596,8 +596,11 @@ def test_fifty_kills(hermetic: dict[str, str], many: Path, tmp_path: Path, invok
     assert {path.name for path in tmp_path.glob("*out*")} == {"out.jsonl", "out.jsonl.errors.jsonl"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--sample", "--seed", "3"]], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], marks=pytest.mark.campaign), pytest.param(["--sample", "--seed", "3"], marks=pytest.mark.slow)],
+    ids=["greedy", "sampled"],
+)
 def test_kills_of_a_real_model(hermetic: dict[str, str], tmp_path: Path, options: list[str]) -> None:
     (tmp_path / "in.txt").write_text(
         "".join("bad\n" if n % 9 == 4 else f"The {n} <extra_id_0> {'sat on ' * (n % 5)}it.\n" for n in range(60))

@@ -146,7 +146,11 @@ def examples(draw: st.DrawFn) -> tuple[str, Named, int]:
     return kind, draw(edits(TARGETS[kind][2])), draw(st.integers(0, 100))
 
 
-@settings(deadline=None, suppress_health_check=list(HealthCheck))
+#: Each takes a third of a second; a campaign has more.
+_EXAMPLES = max(40, settings().max_examples - 100)
+
+
+@settings(deadline=None, max_examples=_EXAMPLES, suppress_health_check=list(HealthCheck))
 @given(example=examples())
 def test_no_file_does_harm(house: House, example: tuple[str, Named, int]) -> None:
     kind, change, which = example

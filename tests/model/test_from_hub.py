@@ -80,7 +80,7 @@ QUICK = {("safetensors", "bf16"), ("torch", "int8"), ("transposed", "fp32"), ("t
 @pytest.mark.parametrize(
     ("stored", "dtype"),
     [
-        pytest.param(stored, dtype, marks=() if (stored, dtype) in QUICK else pytest.mark.slow)
+        pytest.param(stored, dtype, marks=() if (stored, dtype) in QUICK else pytest.mark.campaign)
         for stored in STORED
         for dtype in ("fp32", "bf16", "int8", "nf4")
     ],

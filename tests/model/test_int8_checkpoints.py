@@ -76,7 +76,7 @@ def test_the_same_as_when_we_quantise(tmp_path: Path, container: str, stored: st
 
 @pytest.mark.parametrize(
     "kept",
-    [pytest.param(kept, marks=() if kept in ("wo", "all experts") else pytest.mark.slow) for kept in MIXTURES],
+    [pytest.param(kept, marks=() if kept in ("wo", "all experts") else pytest.mark.campaign) for kept in MIXTURES],
 )
 def test_any_mixture_of_plain_and_int8(tmp_path: Path, kept: str) -> None:
     saved(CheckpointSpec(tied=False), tmp_path / "model")
