@@ -72,6 +72,7 @@ class Work(Generic[_Checked, _Encoded, _Result]):
             results of each batch.
         ask: Has a server answer what `check` returned; an InputError stands in the place of a result.
         remark: Returns what a person should know of some answers, if anything; it is noted once.
+        typed: What a person who is asked for a line should type.
     """
 
     check: Callable[[str], _Checked]
@@ -79,6 +80,7 @@ class Work(Generic[_Checked, _Encoded, _Result]):
     answer: Callable[[Any, Sequence[_Encoded], Sequence[int], OnResults[_Result]], Sequence[_Result]]
     ask: Callable[[Client, Sequence[_Checked], Sequence[int]], Sequence[_Result | InputError]]
     remark: Callable[[Sequence[_Result]], str | None] = lambda _results: None
+    typed: str = "one input a line"
 
 
 def answer_texts(
@@ -122,7 +124,7 @@ def answer_texts(
             opened, size, doing = _ready(opening, note), "auto", _asked(work)
         with opened as session:
             if typed:
-                note("type one input a line; Ctrl-D ends")
+                note(f"type {work.typed}; Ctrl-D ends")
             most = _WINDOW_TEXTS if size == "auto" else size
             ready = stdin.ready if size == "auto" and stdin is not None else lambda: True
             _answer(doing, session, entries, most, ready, answers, note)

@@ -132,4 +132,5 @@ def fill_work(generation: GenerationOptions, blank: str | None) -> Work[str, Enc
             encoded, generation, ids=ids, on_results=on_results
         ),
         ask=lambda client, texts, ids: client.answer_each("fill", texts, ids, generation),
+        typed=f"a text with {blank or '<extra_id_0>'} where words are missing",
     )

@@ -57,7 +57,8 @@ def check_sentinels(text: str) -> int:
     if not numbers:
         raise InputError(
             "the text has no sentinel, so there is nothing to fill in",
-            'quote it for the shell: "A <extra_id_0> walks in"; or use --blank ___, or switchrun generate',
+            "write <extra_id_0> where words are missing, in the shell within quotes; or use --blank ___, or "
+            "switchrun generate",
         )
     if len(numbers) > NUM_SENTINELS:
         raise InputError(f"the text has {len(numbers)} sentinels, the vocabulary has {NUM_SENTINELS}", "split the text")

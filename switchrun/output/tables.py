@@ -306,7 +306,7 @@ def render_config(record: Mapping[str, Any]) -> str:
     settings = make_table("", "key", "value", "from", text_columns=3)
     for each in record["settings"]:
         default = each["source"] == "default"
-        value = f"({each['default']})" if default else printable(each["value"], 200)
+        value = f"({each['default'] or 'none'})" if default else printable(each["value"], 200)
         settings.add_row(each["key"], value, each["variable"] if each["source"] == "environment" else each["source"])
     parts = [
         f"{printable(record['path'])}{'' if record['found'] else ' (not there)'}\n",

@@ -69,8 +69,8 @@ def test_records_are_those_of_a_session(invoke: Invoke, session: Session, url: s
     outcome = invoke("fill", *TEXTS, "no", "--server", url, "--format", style, "--explain")
     assert (outcome.code, outcome.stderr) == (
         3,
-        f'switchrun: text 3: {NO_SENTINEL} (quote it for the shell: "A <extra_id_0> walks in"; or use --blank ___, or '
-        "switchrun generate)\n",
+        f"switchrun: text 3: {NO_SENTINEL} (write <extra_id_0> where words are missing, in the shell within quotes; "
+        "or use --blank ___, or switchrun generate)\n",
     )
     found = (
         json.loads(outcome.stdout) if style == "json" else [json.loads(line) for line in outcome.stdout.splitlines()]
