@@ -50,7 +50,7 @@ _FILES = {
 }
 _VARYING = re.compile(
     r"\d[\d.]*( (ms|s|[KMGT]i?B(/s)?|B|tokens/s|threads)\b|%)"  # times, sizes, rates
-    r"|\d+\.\d+\S*"  # log-probabilities, versions
+    r"|\d+(\.\d+\S*|/s\b)"  # log-probabilities, versions
     r"|\b(avx512|avx2|portable)\b|\bext4\b|\d+(?= ok,)|\d+(?= warning)"
 )
 
