@@ -33,7 +33,7 @@ from switchrun.errors import (
 from switchrun.model.batching import WINDOW, one_or_many
 from switchrun.model.records import FillResult, GenerateResult, GenerationOptions, ScoreResult, read_record
 from switchrun.model.sentinels import Filling
-from switchrun.serve.calls import MOST_BODY_BYTES, MOST_INPUTS, Task
+from switchrun.serve.calls import HALF, MOST_BODY_BYTES, MOST_INPUTS, Task, no_number
 from switchrun.units import MIB
 
 _Result = TypeVar("_Result", bound="GenerateResult | ScoreResult")
@@ -68,7 +68,6 @@ _TOO_LARGE = f"it has more than {MOST_JSON_BYTES // MIB} MiB"
 _FRAME_BYTES = 1024
 #: Routing makes an answer as large as so many.
 _EXPLAINED = 64
-_HALF = "the text has half of a character, which no UTF-8 text can have"
 _FIELDS_OF_DRAWING = ("temperature", "top_p", "top_k", "seed")
 #: On a connection on which nothing comes for a minute, the system asks whether its other end is still there.
 _KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
@@ -299,7 +298,7 @@ class Client:
         try:
             room = MOST_BODY_BYTES - _FRAME_BYTES - len(_json(fields))
         except UnicodeEncodeError as error:
-            raise UsageError(f"prefix: {_HALF}", option="prefix") from error
+            raise UsageError(f"prefix: {HALF}", option="prefix") from error
         sizes, refused = _sizes(inputs, room)
         yield refused
         drawn = task != "score" and fields.get("sample", task == "generate")
@@ -380,7 +379,7 @@ class Client:
         if status in range(300, 400):
             raise NetworkError(f"{self.url} sends elsewhere: {moved}", "use that URL, if you trust it")
         try:
-            found = parse_json(text, parse_constant=_no_number)
+            found = parse_json(text, parse_constant=no_number)
             if not isinstance(found, dict):
                 raise ValueError("no object")
         except ValueError as error:
@@ -477,7 +476,7 @@ def _sizes(inputs: Sequence[str | Filling], most: int) -> tuple[dict[int, int], 
         try:
             sizes[at] = len(_json(_as_json(given))) + len(", ")
         except UnicodeEncodeError:
-            refused[at] = InputError(_HALF)
+            refused[at] = InputError(HALF)
             continue
         if sizes[at] > most:
             del sizes[at]
@@ -521,7 +520,3 @@ def _pause(retry_after: str | None) -> float:
         return min(_MOST_RETRY_SECONDS, max(0.1, float(retry_after or 1)))
     except ValueError:  # a date
         return 1.0
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"{name} is no number")

@@ -45,7 +45,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 @pytest.fixture(scope="module")
 def url(session: Session) -> Iterator[str]:
     with serving(session) as found:
-        yield found
+        yield found.url
 
 
 def same(here: Any, there: Any) -> None:
@@ -137,7 +137,8 @@ def test_each_answer_or_what_is_wrong_with_its_input(url: str) -> None:
 
 def test_a_socket_and_a_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session.open(cpu_memory="64GiB", offload_folder=tmp_path)
-    with serving(session, "secret", tmp_path / "s") as url:
+    with serving(session, token="secret", path=tmp_path / "s") as served:
+        url = served.url
         assert url == f"unix:{tmp_path}/s"
         assert Client(url, "secret").fill(TEXTS[0]).input == TEXTS[0]
         for wrong in (None, "Secret"):

@@ -14,16 +14,20 @@ from switchrun.cli.help import is_argument, long_name, signature, summary, write
 from switchrun.errors import UsageError, printable
 
 
-class Command(TyperCommand):
+class _OwnHelp:
+    """The two methods by which typer writes help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        write_help(self, ctx, formatter)
+
+    def get_short_help_str(self, limit: int = 0) -> str:  # noqa: ARG002 - typer's; nothing is cut
+        return summary(self)
+
+
+class Command(_OwnHelp, TyperCommand):
     """A command; the examples at the end of its docstring are those of its help."""
 
     allow_extra_args = True  # so that they are refused here
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: D102 - typer's
-        write_help(self, ctx, formatter)
-
-    def get_short_help_str(self, limit: int = 0) -> str:  # noqa: ARG002, D102 - typer's; nothing is cut
-        return summary(self)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: D102 - typer's
         with _plain_words(ctx):
@@ -35,14 +39,8 @@ class Command(TyperCommand):
         return left
 
 
-class Group(TyperGroup):
+class Group(_OwnHelp, TyperGroup):
     """A command that has commands of its own."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: D102 - typer's
-        write_help(self, ctx, formatter)
-
-    def get_short_help_str(self, limit: int = 0) -> str:  # noqa: ARG002, D102 - typer's; nothing is cut
-        return summary(self)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: D102 - typer's
         with _plain_words(ctx):

@@ -21,10 +21,8 @@ from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import replace_blanks
 
 if TYPE_CHECKING:
-    from switchrun.planning.plan import BatchSize as AnyBatchSize
-
-if TYPE_CHECKING:
     from switchrun.client import Client
+    from switchrun.planning.plan import BatchSize as AnyBatchSize
 
 #: A token is short, and its file holds nothing else.
 _MOST_TOKEN_BYTES = 4096

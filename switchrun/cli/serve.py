@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import secrets
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -176,6 +174,8 @@ def serve(
 
 
 def _is_loopback(host: str) -> bool:
+    import ipaddress  # no other command needs it
+
     if host == "localhost":
         return True
     try:
@@ -186,6 +186,8 @@ def _is_loopback(host: str) -> bool:
 
 def _log_bug(error: Exception) -> str:
     """Write where a bug was to stderr, and return the id that the client is told."""
+    import secrets
+
     number = secrets.token_hex(4)
     where = "".join(
         f"{printable(line)}\n" for lines in traceback.format_exception(error) for line in lines.splitlines()

@@ -294,7 +294,7 @@ class Session:
         with self._one_thread():
             self._check_open()
             encoded = [text if isinstance(text, kind) else encode(str(text)) for text in texts]
-            self._check_reserved(options)
+            self.check_options(options)
             self._check_way(options)
             return _in_batches(
                 encoded,
@@ -375,7 +375,20 @@ class Session:
         Raises:
             BudgetError: More beams or tokens are asked for than memory was reserved for.
         """
-        self._check_reserved(options)
+        beams = self.plan.num_beams if options.scored else max(self.plan.num_beams, self.plan.sure_rows)
+        if options.sequences > beams:
+            raise BudgetError(
+                f"{options.sequences} beams are asked for, memory is reserved for {self.plan.num_beams}",
+                f"open the session with num_beams={options.sequences}",
+            )
+        most = self.plan.estimate.output_tokens
+        if not options.scored:
+            most = max_output_tokens(self.checkpoint, most)
+        if options.max_new_tokens > most:
+            raise BudgetError(
+                f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
+                f"open the session with max_new_tokens={options.max_new_tokens}",
+            )
 
     def spans_of(self, text: Encoded, ids: Sequence[int]) -> tuple[Span, ...]:
         """Return the spans of a text's answer, or of what there is of it so far."""
@@ -411,7 +424,7 @@ class Session:
             fillings = [each for each in inputs if isinstance(each, EncodedFilling)]
             if fillings:
                 return self._score_batch(fillings, ids, controls)
-            self._check_reserved(options)
+            self.check_options(options)
             self._check_way(options)
             to_fill = [each for each in inputs if isinstance(each, Encoded)]
             if to_fill:
@@ -473,22 +486,6 @@ class Session:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("this session is closed", "open another one")
-
-    def _check_reserved(self, options: GenerationOptions) -> None:
-        beams = self.plan.num_beams if options.scored else max(self.plan.num_beams, self.plan.sure_rows)
-        if options.sequences > beams:
-            raise BudgetError(
-                f"{options.sequences} beams are asked for, memory is reserved for {self.plan.num_beams}",
-                f"open the session with num_beams={options.sequences}",
-            )
-        most = self.plan.estimate.output_tokens
-        if not options.scored:
-            most = max_output_tokens(self.checkpoint, most)
-        if options.max_new_tokens > most:
-            raise BudgetError(
-                f"{options.max_new_tokens} new tokens are asked for, memory is reserved for {most}",
-                f"open the session with max_new_tokens={options.max_new_tokens}",
-            )
 
     def _check_way(self, options: GenerationOptions) -> None:
         """Try the model's own settings in a way to generate that they have not been tried in."""

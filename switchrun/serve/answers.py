@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from switchrun.errors import SwitchrunError
-from switchrun.model.records import SCHEMA_VERSION
+from switchrun.model.records import SCHEMA_VERSION, Progress
 from switchrun.serve.calls import Call
-from switchrun.serve.scheduler import BugError, Event, ResultEvent, StageEvent, Ticket, TokenEvent
+from switchrun.serve.scheduler import BugError, Event, ResultEvent, Ticket, TokenEvent
 
 if TYPE_CHECKING:
     from switchrun.model.session import Session
@@ -44,7 +44,7 @@ class RecordAnswer:
 
     def events(self, ticket: Ticket, event: Event) -> Iterator[str]:
         """Write an event: `stage`, `token`, `result` or `error`."""
-        if isinstance(event, StageEvent):
+        if isinstance(event, Progress):
             yield sent("stage", {"stage": event.stage, "done": event.done, "total": event.total})
         elif isinstance(event, TokenEvent):
             yield sent("token", {"id": event.id, "tokens": len(event.ids) - 1, **self._so_far(ticket, event)})

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from switchrun import __version__
 from switchrun.errors import BudgetError, InputError, SwitchrunError, UsageError
+from switchrun.model.records import Progress
 from switchrun.serve.answers import Answer, RecordAnswer, dumps, error_record
 from switchrun.serve.calls import MOST_BODY_BYTES, BodyError, Task, parse
 from switchrun.serve.completions import CompletionAnswer
@@ -35,7 +36,6 @@ from switchrun.serve.scheduler import (
     Event,
     ResultEvent,
     Scheduler,
-    StageEvent,
     Ticket,
     TokenEvent,
 )
@@ -72,7 +72,7 @@ class Guard:
         if self.hosts is not None and _name_of(host) not in self.hosts:
             return _error(403, "forbidden", "the server is not known by that name")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return _error(403, "forbidden", "pages of other servers may not ask")
         if self.token is None or scope["path"] in ("/", "/health"):
             return None
@@ -231,7 +231,7 @@ class _Inbox:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
-        self._stage: StageEvent | None = None
+        self._stage: Progress | None = None
         self._tokens: dict[int, TokenEvent] = {}
         self._results: list[ResultEvent] = []
 
@@ -241,7 +241,7 @@ class _Inbox:
             self._loop.call_soon_threadsafe(self._take, event)
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, StageEvent):
+        if isinstance(event, Progress):
             self._stage = event
         elif isinstance(event, TokenEvent):
             self._tokens[event.id] = event
@@ -339,7 +339,12 @@ def _session_of(scheduler: Scheduler) -> Any:
 
 def _name_of(host: str) -> str:
     """Return the name in a `Host` header, without its port."""
+    return _split(f"//{host}").hostname or ""
+
+
+def _split(url: str) -> SplitResult:
+    """Split a URL that a client sent; one that is none has no parts."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(url)
     except ValueError:
-        return ""
+        return urlsplit("")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from switchrun.checkpoint.files import parse_json
 from switchrun.errors import InputError, SwitchrunError, UsageError, printable
 from switchrun.model.records import GenerationOptions
 from switchrun.model.sentinels import Filling, check_sentinels, replace_blanks
@@ -17,6 +17,7 @@ Task = Literal["fill", "generate", "score"]
 #: So many inputs a request may have, and so many bytes its body.
 MOST_INPUTS = 1024
 MOST_BODY_BYTES = 4 * 1024**2
+HALF = "the text has half of a character, which no UTF-8 text can have"
 #: Fields that decide how text is drawn; without `sample` they would do nothing.
 _DRAWING = ("temperature", "top_p", "top_k", "seed")
 
@@ -145,8 +146,8 @@ def read_object(body: bytes) -> dict[str, Any]:
         BodyError: It is none.
     """
     try:
-        found = json.loads(body.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(body, parse_constant=no_number)
+    except ValueError as error:
         words = "not UTF-8" if isinstance(error, UnicodeDecodeError) else f"no JSON: {printable(error, 200)}"
         raise BodyError(f"the body is {words}", 'send an object, like {"text": "A <extra_id_0> walks in."}') from error
     if not isinstance(found, dict):
@@ -194,8 +195,17 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, kinds[kind]) and (kind == "boolean" or not isinstance(value, bool))
 
 
-def _no_constant(name: str) -> Any:
+def no_number(name: str) -> Any:
+    """Refuse NaN and its like, which json takes for numbers."""
     raise ValueError(f"{name} is no number")
+
+
+def check_characters(text: str) -> None:
+    """Raise InputError for a text that no UTF-8 text can be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(HALF) from error
 
 
 def _inputs(task: Task, given: Mapping[str, Any]) -> tuple[bool, Sequence[Any]]:
@@ -237,10 +247,7 @@ def _input(task: Task, raw: Any, given: Mapping[str, Any]) -> str | Filling:
         InputError: It cannot be worked on.
     """
     for text in (raw, given.get("prefix", "")) if isinstance(raw, str) else (raw["text"], *raw["spans"]):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError("the text has half of a character, which no UTF-8 text can have") from error
+        check_characters(text)
     if not isinstance(raw, str):
         return Filling(raw["text"], raw["spans"])
     text = str(raw)

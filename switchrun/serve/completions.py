@@ -11,7 +11,7 @@ from switchrun.errors import InputError, UsageError
 from switchrun.model.records import Alternative, FillResult, GenerationOptions, Span
 from switchrun.model.sentinels import check_sentinels, sentinel
 from switchrun.serve.answers import error_record, sent
-from switchrun.serve.calls import MOST_INPUTS, Call, Field, checked, read_object
+from switchrun.serve.calls import MOST_INPUTS, Call, Field, check_characters, checked, read_object
 from switchrun.serve.scheduler import Event, ResultEvent, Ticket, TokenEvent
 
 if TYPE_CHECKING:
@@ -127,15 +127,14 @@ def _call(body: bytes) -> Call:
     inputs: list[str | InputError] = []
     for text in texts:
         try:
-            text.encode()
+            check_characters(text)
             if check_sentinels(text) > 1:
                 raise InputError("the prompt has sentinels of its own", "send it to /v1/fill")
             inputs.append(text)
-        except (UnicodeEncodeError, InputError) as error:
-            failure = error if isinstance(error, InputError) else InputError("the text has half of a character")
+        except InputError as error:
             if single:
-                raise failure from error
-            inputs.append(failure)
+                raise
+            inputs.append(error)
     return Call("fill", tuple(inputs), tuple(texts), single, options, stream=bool(given.get("stream", False)))
 
 

@@ -24,15 +24,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class StageEvent:
-    """How far a batch is that the request is in; see `Progress`."""
-
-    stage: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
 class TokenEvent:
     """The tokens of one of the request's inputs so far, the start token included."""
 
@@ -48,7 +39,8 @@ class ResultEvent:
     result: GenerateResult | ScoreResult | Exception
 
 
-Event = StageEvent | TokenEvent | ResultEvent
+#: `Progress` is that of the batch that the request is in.
+Event = Progress | TokenEvent | ResultEvent
 
 
 class BusyError(SwitchrunError):
@@ -81,6 +73,8 @@ class Ticket:
         self.options = options
         self.on_event = on_event
         self.submitted = time.perf_counter()
+        #: What inputs must have in common to share a batch: each has its own limit, and its own draws.
+        self.way = call.task, replace(options, max_new_tokens=1, seed=0)
         self._scheduler = scheduler
         self.rows: list[_Row] = []
 
@@ -104,7 +98,6 @@ class Tally:
     input_tokens: int = 0
     output_tokens: int = 0
     queue_seconds: float = 0.0
-    first_token_seconds: float = 0.0
     work_seconds: float = 0.0
 
 
@@ -255,7 +248,7 @@ class Scheduler:
             self.session = session
             self._on_open(None)
             while batch := self._next_batch(session):
-                self._answer(session, batch)
+                self._answer(session, *batch)
                 with self._changed:
                     self._working = []
                     self._stats = session.stats()
@@ -264,30 +257,30 @@ class Scheduler:
         if self.session is None:
             self._shown = progress
             return
-        event = StageEvent(progress.stage, progress.done, progress.total)
         for ticket in {row.ticket for row in self._working if row.ticket.call.stream}:
-            ticket.on_event(event)
+            ticket.on_event(progress)
 
-    def _next_batch(self, session: Session) -> list[_Row]:
-        """Wait for an input, and return it with all that can share its batch; nothing when it is time to end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if not self._waiting:
-                return []
-            way = _way(self._waiting[0].ticket)
-            alike = [row for row in self._waiting if _way(row.ticket) == way]
+    def _next_batch(self, session: Session) -> tuple[list[_Row], GenerationOptions] | None:
+        """Wait for an input, and return it with all that can share its batch, and how; None when it is time to end."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return None
+                way = self._waiting[0].ticket.way
+                alike = [row for row in self._waiting if row.ticket.way == way]
+            # Requests are taken meanwhile, and cancelled.
             most = max(row.ticket.options.max_new_tokens for row in alike)
-            options = replace(alike[0].ticket.options, max_new_tokens=most)
-            batch = [alike[at] for at in session.together([row.encoded for row in alike], options)]
-            taken = set(map(id, batch))
-            self._waiting = deque(row for row in self._waiting if id(row) not in taken)
-            self._working = batch
-        return batch
+            options = replace(way[1], max_new_tokens=most)
+            chosen = {id(alike[at]) for at in session.together([row.encoded for row in alike], options)}
+            with self._changed:
+                self._working = batch = [row for row in self._waiting if id(row) in chosen]
+                self._waiting = deque(row for row in self._waiting if id(row) not in chosen)
+            if batch:
+                return batch, options
 
-    def _answer(self, session: Session, batch: list[_Row]) -> None:
+    def _answer(self, session: Session, batch: list[_Row], options: GenerationOptions) -> None:
         start = time.perf_counter()
-        most = max(row.ticket.options.max_new_tokens for row in batch)
-        options = replace(batch[0].ticket.options, max_new_tokens=most, seed=0)
         # Each input is drawn with its request's seed plus its own number there, whatever the batch.
         seeds = [row.ticket.options.seed + row.id for row in batch]
         outcomes: Sequence[GenerateResult | ScoreResult | Exception]
@@ -329,8 +322,3 @@ class BugError(SwitchrunError):
     def __init__(self, number: str) -> None:
         super().__init__(f"internal error {number}", "the server's log says more")
         self.id = number
-
-
-def _way(ticket: Ticket) -> tuple[str, GenerationOptions]:
-    """What inputs must have in common to share a batch: each has its own limit, and its own draws."""
-    return ticket.call.task, replace(ticket.options, max_new_tokens=1, seed=0)

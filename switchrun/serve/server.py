@@ -171,7 +171,7 @@ def run_server(
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 loop.add_signal_handler(signum, on_signal, signum)
-        watch = asyncio.ensure_future(_watch(server, failure))
+        watch = asyncio.ensure_future(_watch(server, scheduler, failure))
         try:
             await server.serve(sockets=[listener.socket])
         finally:
@@ -189,7 +189,10 @@ def run_server(
     return code
 
 
-async def _watch(server: uvicorn.Server, failure: Callable[[], Any]) -> None:
-    while failure() is None:
+async def _watch(server: uvicorn.Server, scheduler: Scheduler, failure: Callable[[], Any]) -> None:
+    """Have the server end if the model cannot be opened."""
+    while scheduler.session is None:
+        if failure() is not None:
+            server.should_exit = True
+            return
         await asyncio.sleep(0.05)
-    server.should_exit = True

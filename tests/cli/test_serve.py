@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import RunSwitchrun
-from tests.serve.conftest import wait_for
+from tests.servers import wait_for
 
 BODY = json.dumps({"text": "A <extra_id_0> walks into a bar."})
 Start = Callable[..., "tuple[subprocess.Popen[str], str]"]

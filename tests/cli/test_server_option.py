@@ -36,7 +36,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 @pytest.fixture(scope="module")
 def url(session: Session) -> Iterator[str]:
     with serving(session) as found:
-        yield found
+        yield found.url
 
 
 # What is answered.

@@ -17,7 +17,8 @@ from switchrun import Session
 from switchrun.errors import CorruptCheckpointError, StorageError, UsageError
 from switchrun.serve import app, server
 from switchrun.serve.server import Listener
-from tests.serve.conftest import Gate, Served, serving, wait_for
+from tests.serve.conftest import Gate
+from tests.servers import Served, serving, wait_for
 
 TEXT = "a <extra_id_0> walks into a bar"
 BODY = json.dumps({"text": TEXT, "max_new_tokens": 3}).encode()
@@ -56,6 +57,7 @@ def gone_from(served: Served) -> None:
         ({"Host": "[::1"}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://[::1"}, 403),
         ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
         ({"Host": "localhost:1", "Origin": "http://localhost:2"}, 403),
     ],

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from switchrun import Session
-from tests.serve.conftest import Gate, Served, serving, wait_for
+from tests.serve.conftest import Gate
+from tests.servers import Served, serving, wait_for
 from tests.support.browser import Browser, browser_path
 
 TOKEN = "a-token"

@@ -13,7 +13,8 @@ import pytest
 from switchrun import Filling, GenerationOptions, Session
 from switchrun.serve.calls import FIELDS, MOST_INPUTS
 from tests.conftest import validate
-from tests.serve.conftest import Answer, Gate, Served, open_tiny, serving, wait_for
+from tests.serve.conftest import Gate, open_tiny
+from tests.servers import Answered, Served, serving, wait_for
 
 TEXTS = (
     "the <extra_id_0> sat on the <extra_id_1> .",
@@ -112,7 +113,7 @@ def test_blanks_become_sentinels(served: Served) -> None:
     assert record["input"] == "a <extra_id_0> walks"
 
 
-def events_of(answer: Answer) -> Iterator[tuple[str | None, Any]]:
+def events_of(answer: Answered) -> Iterator[tuple[str | None, Any]]:
     for block in answer.body.decode().split("\n\n")[:-1]:
         found = re.fullmatch(r"(?:event: (\w+)\n)?data: (.*)", block)
         assert found, block
